@@ -1,0 +1,7 @@
+"""Denoising diffusion probabilistic models from scratch, compatible with Hugging Face diffusers."""
+
+from .pipeline import ScratchDDPMPipeline
+from .scheduler import Gaussian, Prediction, ScratchDDPMScheduler
+from .unet import ScratchUNet2DModel
+
+__all__ = ["Gaussian", "Prediction", "ScratchDDPMPipeline", "ScratchDDPMScheduler", "ScratchUNet2DModel"]
