@@ -539,7 +539,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         if not self.config["thresholding"]:
             limit = self.config["clip_sample_range"]
             return x_0.clamp(-limit, limit)
-        level = torch.quantile(x_0.flatten(1).abs(), self.config["dynamic_thresholding_ratio"], dim=1)
+        level = torch.quantile(x_0.reshape(len(x_0), -1).abs(), self.config["dynamic_thresholding_ratio"], dim=1)
         level = level.clamp(1, self.config["sample_max_value"]).reshape(-1, *(1,) * (x_0.ndim - 1))
         return torch.maximum(torch.minimum(x_0, level), -level) / level
 

@@ -402,7 +402,10 @@ class ScratchUNet2DModel(UNet2DModel):
 
     def _embed(self, timestep: Tensor | float | int, class_labels: Tensor | None, x: Tensor) -> Tensor:
         """Timesteps, and class labels, as [B, embed_dim]."""
-        t = torch.as_tensor(timestep, device=x.device).reshape(-1).expand(x.shape[0])
+        t = torch.as_tensor(timestep, device=x.device).reshape(-1)
+        if len(t) not in (1, x.shape[0]):
+            raise ValueError(f"{len(t)} timesteps for a batch of {x.shape[0]}: pass one, or one per sample.")
+        t = t.expand(x.shape[0])
         width = self.config["block_out_channels"][0]
         sinusoids = timestep_embedding(t, width, self.config["flip_sin_to_cos"], self.config["freq_shift"])
         emb = self.time_embedding(sinusoids.to(self.time_embedding.linear_1.weight.dtype))
@@ -421,6 +424,10 @@ class ScratchUNet2DModel(UNet2DModel):
                 "class_labels is missing: this network is class-conditional, pass a LongTensor [B]."
                 if class_labels is None
                 else "class_labels was passed, but this network is not class-conditional (num_class_embeds=None)."
+            )
+        if class_labels is not None and class_labels.shape != sample.shape[:1]:
+            raise ValueError(
+                f"class_labels has shape {tuple(class_labels.shape)}; a batch of {len(sample)} needs one each."
             )
 
 

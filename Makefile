@@ -1,0 +1,51 @@
+# Two commands do all the set-up: `make train` and `make test`. Each makes .venv, or reuses it.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+# For example PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" for PyTorch without CUDA.
+PIP_FLAGS ?=
+# For train: a preset, flags, or both; ARGS="--help" lists them.
+ARGS ?=
+
+BIN = $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --constraint $(CONSTRAINTS)
+
+.PHONY: train test lint format test-oldest clean
+
+train: $(VENV)/.train
+	$(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no training/train.py $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -q -n auto
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# The oldest versions that pyproject.toml allows, in an environment of its own.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+clean:
+	rm -rf .venv .venv-oldest build dist src/*.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.train: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(INSTALL) --editable ".[train]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.train
+	$(INSTALL) --editable ".[train,test]"
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.train
+	$(INSTALL) --editable ".[train,lint]"
+	touch $@

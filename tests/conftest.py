@@ -1,0 +1,56 @@
+"""Shared by all tests: one thread each, no network, and small networks to work with."""
+
+import os
+
+# Before anything imports huggingface_hub: tests need no network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+TINY_NETWORK = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": 8,
+    "norm_num_groups": 4,
+}
+
+
+def randomised(network, seed=0):
+    """The network with weights large enough that every layer matters for the output."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in network.parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.ndim > 1:
+                weight.copy_(noise * weight[0].numel() ** -0.5)
+            else:
+                weight.add_(0.3 * noise)
+    return network
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)  # the networks here are too small for more, and test processes share the cores
+
+
+@pytest.fixture
+def stock_unet():
+    return randomised(UNet2DModel(**TINY_NETWORK)).eval()
+
+
+@pytest.fixture
+def conditional_stock_unet():
+    return randomised(UNet2DModel(**TINY_NETWORK, num_class_embeds=5)).eval()
+
+
+@pytest.fixture
+def learned_variance_stock_unet():
+    return randomised(UNet2DModel(**{**TINY_NETWORK, "out_channels": 2})).eval()
