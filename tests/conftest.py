@@ -6,6 +6,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes share the cores; theirs do too
+
 import pytest
 import torch
 from diffusers import UNet2DModel

@@ -294,6 +294,10 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
             betas = rescale_to_zero_terminal_snr(betas)
         if not (np.all(betas > 0) and np.all(betas[:-1] < 1) and betas[-1] <= 1):
             raise ValueError(f"{source}: every beta must lie in (0, 1); only the last may be 1.")
+        if np.any(np.diff(np.cumprod(1 - betas), prepend=1.0) >= 0):
+            raise ValueError(
+                f"{source}: ᾱ must fall at every step; betas this small or large leave it as it is in float64."
+            )
         return betas
 
     def __len__(self) -> int:
