@@ -627,7 +627,7 @@ def test_sets_that_cannot_be_trained_on(tmp_path):
 
 WRONG_CALLS = [
     (("--learning_rat", "1e-3"), "did you mean 'learning_rate'"),
-    (("--max_tr", "7"), "unrecognized"),  # no abbreviations
+    (("--max_tr", "7"), "nrecognized arguments: --max_tr"),  # no abbreviations
     (("--learning_rate", "fast"), "fast"),
     (("--learning_rate", "-1"), "learning_rate must be above 0 and finite, got -1"),
     (("--learning_rate", "nan"), "learning_rate"),
@@ -679,7 +679,7 @@ WRONG_CALLS = [
     (("--resume_from_checkpoint", str(TRAINING)), "is no checkpoint"),
     (("--checkpoints_total_limit", "0"), "checkpoints_total_limit"),
     (("--push_to_hub", "--hub_model_id", "a/b/c", "--hub_token", TOKEN), "Repo id"),
-    (("extra.yaml",), "unrecognized"),
+    (("extra.yaml",), "a preset is the first argument"),
 ]
 
 
@@ -789,7 +789,7 @@ def test_model_folder(whole_run):
     results = json.loads((whole_run / "results.json").read_text())
     assert results["steps"] == STEPS and results["images_seen"] == STEPS * BATCH and results["seed"] == 0
     assert results["dataset"]["num_images"] == NUM_IMAGES and np.isfinite(results["final_loss"])
-    assert results["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(results["versions"]["torch"])
     pipeline = ScratchDDPMPipeline.from_pretrained(whole_run)
     assert pipeline.unet.config.sample_size == SIZE and pipeline.unet.config.in_channels == 1
     assert results["num_parameters"] == pipeline.unet.num_parameters()

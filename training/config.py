@@ -1,0 +1,298 @@
+"""The configuration of a training run: one field per knob, checked whole before any work."""
+
+import dataclasses
+import difflib
+import inspect
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from accelerate.tracking import get_available_trackers
+from huggingface_hub import get_token
+from huggingface_hub.utils import validate_repo_id
+
+from ddpm_from_scratch import ScratchUNet2DModel
+
+T = TypeVar("T")
+
+PRESETS = Path(__file__).parent / "presets"
+EMBEDDED_DATA = Path(__file__).parent / "data" / "fashion_mnist_train.parquet"
+
+# What each field with a fixed set of values takes; tables in optimization.py and report.py have the same keys.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "lr_scheduler": ("linear", "cosine", "constant", "constant_with_warmup"),
+    "mixed_precision": ("auto", "no", "bf16", "fp16"),
+    "prediction_type": ("epsilon", "sample", "v_prediction"),
+    "ddpm_beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"),
+    "ddpm_variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+    "ddpm_timestep_spacing": ("leading", "linspace", "trailing"),
+    "sample_scheduler": ("ddpm", "ddim", "dpmsolver++"),
+    "logger": ("none", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "aim", "clearml", "dvclive", "swanlab"),
+}
+
+# Smallest value that each numeric field takes; a field that is None (left out) is not checked.
+AT_LEAST: dict[str, int] = {
+    "resolution": 1,
+    "train_batch_size": 1,
+    "eval_batch_size": 1,
+    "dataloader_num_workers": 0,
+    "num_epochs": 1,
+    "max_train_steps": 1,
+    "gradient_accumulation_steps": 1,
+    "lr_warmup_steps": 0,
+    "adam_weight_decay": 0,
+    "ddpm_num_steps": 2,
+    "ddpm_num_inference_steps": 1,
+    "log_steps": 1,
+    "sample_steps": 1,
+    "checkpointing_steps": 1,
+    "checkpoints_total_limit": 1,
+    "seed": 0,
+}
+POSITIVE = ("learning_rate", "adam_epsilon", "ema_inv_gamma", "ema_power", "max_grad_norm", "ddpm_beta_start")
+UNIT_INTERVAL = ("adam_beta1", "adam_beta2", "ema_max_decay")  # [0, 1)
+
+NOT_SAVED = ("hub_token",)  # a secret stays out of every file and log
+
+
+def knob(default: T, help: str) -> T:
+    """A dataclass field with its explanation, which `--help` prints."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Everything that a training run depends on. "Paper" is Ho et al. 2020 on CIFAR-10."""
+
+    # Data
+    dataset_name: str | None = knob(
+        None, "Hub name, local parquet file, or folder that `datasets` reads; without it: the embedded Fashion-MNIST"
+    )
+    dataset_config_name: str | None = knob(None, "the data set's configuration, where it has several")
+    train_data_dir: str | None = knob(None, "folder of images, in place of dataset_name")
+    cache_dir: str | None = knob(None, "where downloads are kept; the Hugging Face cache by default")
+    resolution: int | None = knob(None, "image size in pixels; the images' own if left out (paper: 32)")
+    center_crop: bool = knob(False, "crop images that are not square at the centre; at a random place otherwise")
+    random_flip: bool = knob(False, "mirror half of the images (paper: true)")
+    dataloader_num_workers: int = knob(0, "processes that decode images; 0: the training process does it")
+
+    # Network
+    model: dict[str, Any] | None = dataclasses.field(
+        default=None, metadata={"help": "a new network: keys of UNet2DModel (sizes and channels may be left out)"}
+    )
+    model_config_name_or_path: str | None = knob(
+        None, "a JSON file with a network's config, or a trained model (folder or Hub name) to fine-tune; beats `model`"
+    )
+    gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, more time")
+
+    # Diffusion process
+    ddpm_num_steps: int = knob(1000, "T, the number of diffusion steps (paper: 1000)")
+    ddpm_beta_schedule: str = knob("linear", "the schedule of betas (paper: linear)")
+    ddpm_beta_start: float = knob(1e-4, "beta_1 of the linear schedules (paper: 1e-4)")
+    ddpm_beta_end: float = knob(0.02, "beta_T of the linear schedules (paper: 0.02)")
+    rescale_betas_zero_snr: bool = knob(False, "rescale betas so that x_T holds no signal at all (paper: false)")
+    prediction_type: str = knob("epsilon", "what the network predicts (paper: epsilon)")
+    ddpm_variance_type: str = knob("fixed_large", "variance of the sampler (paper: fixed_large on CIFAR-10)")
+    ddpm_clip_sample: bool = knob(True, "clip the predicted x_0 to [-1, 1] in the sampler (paper: true)")
+    ddpm_timestep_spacing: str = knob("leading", "how samplers with fewer steps choose their timesteps")
+
+    # Optimisation
+    train_batch_size: int = knob(16, "images per process and backward pass (paper: 128)")
+    gradient_accumulation_steps: int = knob(1, "backward passes per optimiser step (paper: 1)")
+    num_epochs: int = knob(100, "passes over the data; max_train_steps beats it")
+    max_train_steps: int | None = knob(None, "optimiser steps (paper: 800000)")
+    learning_rate: float = knob(1e-4, "peak learning rate (paper: 2e-4)")
+    lr_scheduler: str = knob("cosine", "how the rate goes on after the warm-up (paper: constant_with_warmup)")
+    lr_warmup_steps: int = knob(500, "optimiser steps of linear warm-up (paper: 5000)")
+    adam_beta1: float = knob(0.9, "decay of the mean gradient (paper: 0.9)")
+    adam_beta2: float = knob(0.999, "decay of the mean squared gradient (paper: 0.999)")
+    adam_weight_decay: float = knob(0.0, "decoupled weight decay (paper: 0)")
+    adam_epsilon: float = knob(1e-8, "term in Adam's denominator (paper: 1e-8)")
+    max_grad_norm: float = knob(1.0, "norm to which gradients are clipped (paper: 1)")
+    mixed_precision: str = knob("auto", "auto: bf16 where the device computes it fast (paper: no)")
+    seed: int = knob(0, "the run is a function of it: weights, order, flips, timesteps, noise, dropout")
+
+    # Exponential moving average of the weights
+    use_ema: bool = knob(True, "average the weights, sample and save the average (paper: true)")
+    ema_inv_gamma: float = knob(1.0, "decay after n steps: 1 - (1 + n / inv_gamma) ** -power")
+    ema_power: float = knob(0.75, "see ema_inv_gamma")
+    ema_max_decay: float = knob(0.9999, "upper bound of the decay (paper: 0.9999 throughout)")
+
+    # Samples
+    eval_batch_size: int = knob(64, "images in a sample grid")
+    sample_steps: int | None = knob(None, "optimiser steps between sample grids; left out: only at the end")
+    sample_scheduler: str = knob("ddpm", "the sampler of the grids (paper: ddpm)")
+    ddpm_num_inference_steps: int = knob(1000, "network calls per image of a grid (paper: 1000)")
+
+    # Output
+    output_dir: str = knob("outputs/ddpm", "the model folder, which also gets samples, results, checkpoints and logs")
+    logging_dir: str = knob("logs", "folder of the logs, inside output_dir")
+    logger: str = knob("tensorboard", "where losses are logged")
+    log_steps: int = knob(10, "optimiser steps between two logged losses")
+    checkpointing_steps: int | None = knob(500, "optimiser steps between checkpoints; null: none")
+    checkpoints_total_limit: int | None = knob(None, "how many checkpoints are kept; left out: all")
+    resume_from_checkpoint: str | None = knob(None, "a checkpoint folder, or `latest`")
+    push_to_hub: bool = knob(False, "upload the model folder at the end")
+    hub_token: str | None = dataclasses.field(
+        default=None, repr=False, metadata={"help": "token for the Hub; never written anywhere"}
+    )
+    hub_model_id: str | None = knob(None, "name on the Hub; the name of output_dir if left out")
+    hub_private_repo: bool = knob(False, "create the repository as private")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields but secrets, as plain values that YAML and JSON hold."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in NOT_SAVED}
+
+    def to_yaml(self) -> str:
+        """A preset that gives this configuration again."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, width=120)
+
+    def validate(self) -> None:
+        """Check the whole configuration; nothing is written and nothing is downloaded.
+
+        Raises:
+            ValueError: a value is impossible by itself or together with another.
+            FileNotFoundError: a local file or folder is missing.
+        """
+        for check in (check_choices, check_ranges, check_diffusion, check_network, check_paths, check_services):
+            check(self)
+
+
+def suggestion(wrong: str, allowed: Collection[str]) -> str:
+    """`; did you mean '...'?` with the nearest of the allowed names, or nothing if none is near."""
+    nearest = difflib.get_close_matches(wrong, allowed, n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def check_choices(config: TrainingConfig) -> None:
+    """Every field with a fixed set of values has one of them."""
+    for name, allowed in CHOICES.items():
+        value = getattr(config, name)
+        if name == "ddpm_variance_type" and value in ("learned", "learned_range"):
+            raise ValueError(
+                f"ddpm_variance_type {value!r} cannot be trained with L_simple, which gives no gradient for it: "
+                f"choose one of {', '.join(allowed)}"
+            )
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{suggestion(value, allowed)}")
+
+
+def check_ranges(config: TrainingConfig) -> None:
+    """Every number is in its range; NaN is in none."""
+    for name, smallest in AT_LEAST.items():
+        value = getattr(config, name)
+        if value is not None and not value >= smallest:
+            raise ValueError(f"{name} must be at least {smallest}, got {value}")
+    for name in POSITIVE:
+        if not 0 < getattr(config, name) < float("inf"):
+            raise ValueError(f"{name} must be above 0 and finite, got {getattr(config, name)}")
+    for name in UNIT_INTERVAL:
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}")
+
+
+def check_diffusion(config: TrainingConfig) -> None:
+    """The process and the objective fit together."""
+    if not config.ddpm_beta_start <= config.ddpm_beta_end < 1:
+        raise ValueError(
+            f"betas must satisfy ddpm_beta_start <= ddpm_beta_end < 1, "
+            f"got {config.ddpm_beta_start} and {config.ddpm_beta_end}"
+        )
+    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
+        raise ValueError(
+            "rescale_betas_zero_snr needs prediction_type v_prediction or sample: "
+            "at zero signal the noise says nothing about x_0, and epsilon divides by zero"
+        )
+    if config.ddpm_num_inference_steps > config.ddpm_num_steps:
+        raise ValueError(
+            f"ddpm_num_inference_steps ({config.ddpm_num_inference_steps}) exceeds ddpm_num_steps "
+            f"({config.ddpm_num_steps})"
+        )
+
+
+def check_network(config: TrainingConfig) -> None:
+    """There is a network, its keys are known, and it can halve the resolution."""
+    if config.model_config_name_or_path is not None:
+        return
+    if config.model is None:
+        raise ValueError("no network: give `model:` in the preset, or model_config_name_or_path")
+    check_model_keys(config.model)
+    size = config.model.get("sample_size")
+    if config.resolution is not None and size is not None and size != config.resolution:
+        raise ValueError(f"model.sample_size is {size}, resolution is {config.resolution}: leave one of them out")
+    check_halvings(config.model, config.resolution or size)
+
+
+def check_model_keys(model: Mapping[str, Any]) -> None:
+    """Every key of `model` is one of UNet2DModel's, and the network is unconditional."""
+    allowed = [name for name in inspect.signature(ScratchUNet2DModel.__init__).parameters if name != "self"]
+    for key in model:
+        if key not in allowed:
+            raise ValueError(
+                f"model.{key} is no key of UNet2DModel{suggestion(key, allowed)}; it has {', '.join(allowed)}"
+            )
+    if model.get("class_embed_type") is not None or model.get("num_class_embeds") is not None:
+        raise ValueError("the network is class-conditional; this script trains unconditional networks")
+
+
+def check_halvings(model: Mapping[str, Any], resolution: int | None) -> None:
+    """The resolution is a multiple of what the network's levels halve it by."""
+    channels = model.get("block_out_channels", (224, 448, 672, 896))  # UNet2DModel's default
+    if not isinstance(channels, list | tuple) or not channels:
+        raise ValueError(f"model.block_out_channels must be a list of channel counts, got {channels!r}")
+    factor = 2 ** (len(channels) - 1)
+    if resolution is not None and not isinstance(resolution, int):
+        raise ValueError(f"sample_size must be one number, since training images are square, got {resolution!r}")
+    if resolution is not None and resolution % factor:
+        raise ValueError(
+            f"a network of {len(channels)} levels halves its input {len(channels) - 1} times, which resolution "
+            f"{resolution} does not allow: it must be a multiple of {factor}"
+        )
+
+
+def looks_local(name: str) -> bool:
+    """Whether a data set or model name can only be a path: Hub names are `name` or `owner/name`."""
+    return bool(re.match(r"[./~]|.*\.(parquet|json)$", name)) or name.count("/") > 1
+
+
+def check_paths(config: TrainingConfig) -> None:
+    """Local inputs exist, and the output does not collide with a file or with another run."""
+    if config.dataset_name is not None and config.train_data_dir is not None:
+        raise ValueError("dataset_name and train_data_dir both name the training data: give one")
+    if config.dataset_config_name is not None and config.dataset_name is None:
+        raise ValueError("dataset_config_name needs dataset_name")
+    if config.train_data_dir is not None and not Path(config.train_data_dir).is_dir():
+        raise FileNotFoundError(f"train_data_dir: no folder {config.train_data_dir}")
+    for field in ("dataset_name", "model_config_name_or_path"):
+        name = getattr(config, field)
+        if name is not None and looks_local(name) and not Path(name).expanduser().exists():
+            raise FileNotFoundError(f"{field}: no file or folder {name}")
+    if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
+        raise ValueError(f"output_dir {config.output_dir} is a file")
+    resume = config.resume_from_checkpoint
+    if resume not in (None, "latest") and not Path(str(resume)).is_dir():
+        raise FileNotFoundError(f"resume_from_checkpoint: no folder {resume} (or say `latest`)")
+    if resume is None and any(Path(config.output_dir, "checkpoints").glob("step_*")):
+        raise ValueError(
+            f"{config.output_dir} has checkpoints of an earlier run: continue it with --resume_from_checkpoint latest "
+            f"or choose another --output_dir"
+        )
+
+
+def check_services(config: TrainingConfig) -> None:
+    """The tracker is installed, log files stay inside the model folder, and an upload can work."""
+    installed = {str(tracker) for tracker in get_available_trackers()}
+    if config.logger != "none" and config.logger not in installed:
+        raise ValueError(
+            f"logger {config.logger!r} is not installed (pip install {config.logger}); "
+            f"there are none, {', '.join(sorted(installed))}"
+        )
+    if Path(config.logging_dir).is_absolute() or ".." in Path(config.logging_dir).parts:
+        raise ValueError(f"logging_dir is a folder inside output_dir, got {config.logging_dir}")
+    if config.push_to_hub:
+        validate_repo_id(config.hub_model_id or Path(config.output_dir).resolve().name)  # its error is a ValueError
+        if config.hub_token is None and get_token() is None:
+            raise ValueError("push_to_hub needs a token: `hf auth login`, or hub_token")

@@ -1,0 +1,300 @@
+"""Training images: found, surveyed, decoded, cropped and flipped; uint8 until they reach the device."""
+
+import hashlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import datasets
+import numpy as np
+import pyarrow.parquet
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from config import EMBEDDED_DATA, TrainingConfig
+from draws import batch_positions, generator, image_index
+
+IN_MEMORY_BYTES = 2**30  # sets that decode to less are decoded once
+SURVEYED_ROWS = 20_000  # of larger sets, this many rows, evenly spaced, are looked at before the run
+
+GRAYSCALE_MODES = ("1", "L", "LA")
+DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # PIL would clip them to 8 bits, not scale them
+PIL_MODE = {1: "L", 3: "RGB"}
+
+# What PIL raises on bytes that are not an image, or only part of one.
+BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+class Images(Protocol):
+    """Decoded images by index: a uint8 tensor [N, C, H, W], a list of [C, H, W], or a decoder behind the same face."""
+
+    def __len__(self) -> int: ...  # noqa: D105
+
+    def __getitem__(self, index: int) -> Tensor: ...  # noqa: D105
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a look at the headers of the images tells."""
+
+    channels: int  # 1 if all are grayscale, else 3
+    sizes: frozenset[tuple[int, int]]  # (width, height)
+    fingerprint: str  # hash of the encoded images
+
+    def own_resolution(self) -> int:
+        """The images' size, if they are square and of one size.
+
+        Raises:
+            ValueError: they are not, so the resolution has to be chosen.
+        """
+        smallest, largest = min(self.sizes), max(self.sizes)
+        if smallest != largest or smallest[0] != smallest[1]:
+            raise ValueError(
+                f"the images are from {smallest[0]}x{smallest[1]} to {largest[0]}x{largest[1]} pixels large, "
+                f"not of one square size: choose --resolution"
+            )
+        return smallest[0]
+
+
+def open_rows(config: TrainingConfig) -> datasets.Dataset:
+    """The undecoded training images, one column named `image`.
+
+    Raises:
+        ValueError: the data set is empty or has no image column.
+    """
+    name = config.dataset_name or (None if config.train_data_dir else str(EMBEDDED_DATA))
+    path = Path(name).expanduser() if name else None
+    if path is None:
+        rows = datasets.load_dataset(
+            "imagefolder", data_dir=config.train_data_dir, split="train", cache_dir=config.cache_dir
+        )
+    elif path.suffix == ".parquet":
+        rows = datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(path)))  # no copy in the cache
+    elif (path / "state.json").is_file():
+        rows = datasets.load_from_disk(str(path))
+    elif (path / "dataset_dict.json").is_file():
+        rows = datasets.load_from_disk(str(path))["train"]
+    else:
+        rows = datasets.load_dataset(
+            str(path) if path.exists() else name, config.dataset_config_name, split="train", cache_dir=config.cache_dir
+        )
+    if len(rows) == 0:
+        raise ValueError(f"{name or config.train_data_dir} holds no images")
+    column = find_image_column(rows.features)
+    rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    return rows if column == "image" else rows.rename_column(column, "image")
+
+
+def find_image_column(features: Mapping[str, Any]) -> str:
+    """The first column of images: of `datasets`' Image type, or encoded bytes with or without a path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name, feature in features.items():
+        if isinstance(feature, datasets.Image):
+            return name
+    for name, feature in features.items():
+        if feature == datasets.Value("binary") or (isinstance(feature, dict) and set(feature) == {"bytes", "path"}):
+            return name
+    raise ValueError(f"no column of the data set holds images; its columns: {', '.join(features)}")
+
+
+def encoded_image(row: Mapping[str, Any], index: int) -> bytes:
+    """The bytes of an image file, from the row itself or from the file it names.
+
+    Raises:
+        ValueError: the row has no image.
+    """
+    image = row["image"]
+    if image is None:
+        raise ValueError(f"row {index} of the data set has no image")
+    return cast(bytes, image["bytes"]) if image["bytes"] is not None else Path(image["path"]).read_bytes()
+
+
+def where(row: Mapping[str, Any], index: int) -> str:
+    """The place of an image, for error messages."""
+    path = row["image"]["path"]
+    return f"image {index}" + (f" ({path})" if path else "")
+
+
+def survey(rows: datasets.Dataset) -> Survey:
+    """Read the headers of up to SURVEYED_ROWS images.
+
+    Raises:
+        ValueError: an image cannot be read, or has more than 8 bits per channel.
+    """
+    modes, sizes = set(), set()
+    digest = hashlib.blake2b(str(len(rows)).encode(), digest_size=16)
+    for index in np.linspace(0, len(rows) - 1, min(len(rows), SURVEYED_ROWS)).round().astype(int).tolist():
+        row = rows[index]
+        encoded = encoded_image(row, index)
+        digest.update(encoded)
+        try:
+            with Image.open(io.BytesIO(encoded)) as image:
+                mode, size = image.mode, image.size
+        except BROKEN_IMAGE as error:
+            raise ValueError(f"{where(row, index)} cannot be read: {error}") from error
+        if mode in DEEP_MODES:
+            raise ValueError(
+                f"{where(row, index)} has more than 8 bits per channel (mode {mode}): convert it to 8 bits"
+            )
+        modes.add(mode)
+        sizes.add(size)
+    return Survey(1 if modes <= set(GRAYSCALE_MODES) else 3, frozenset(sizes), digest.hexdigest())
+
+
+def decode(row: Mapping[str, Any], index: int, channels: int, resolution: int) -> Tensor:
+    """An image, resized so that its shorter side is the resolution: uint8 [channels, H, W].
+
+    Raises:
+        ValueError: the image cannot be read, or it has colours where the network takes none.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded_image(row, index))) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if channels == 1 and image.mode not in GRAYSCALE_MODES:
+                raise ValueError(f"it is of mode {image.mode}, the training is on grayscale images")
+            image = image.convert(PIL_MODE[channels])
+    except BROKEN_IMAGE as error:
+        raise ValueError(f"{where(row, index)} cannot be read: {error}") from error
+    if min(image.size) != resolution:
+        scale = resolution / min(image.size)
+        width, height = (max(resolution, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))  # [H, W] or [H, W, C]
+    return pixels.reshape(image.height, image.width, channels).permute(2, 0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class DecodedOnDemand:
+    """Images of a set too large to keep decoded."""
+
+    rows: datasets.Dataset
+    channels: int
+    resolution: int
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Uint8 [C, H, W]."""
+        return decode(self.rows[index], index, self.channels, self.resolution)
+
+
+def decode_all(images: DecodedOnDemand) -> Images:
+    """Every image, decoded once: one tensor [N, C, H, W] if all have one size, else a list of [C, H, W]."""
+    decoded = [images[index] for index in range(len(images))]
+    return torch.stack(decoded) if len({image.shape for image in decoded}) == 1 else decoded
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The images of a run and what is known of them."""
+
+    images: Images
+    channels: int
+    resolution: int
+    fingerprint: str
+
+    def describe(self, config: TrainingConfig) -> dict[str, Any]:
+        """For results and logs."""
+        name = config.dataset_name or config.train_data_dir or "embedded Fashion-MNIST (10,000 images)"
+        return {
+            "name": name,
+            "num_images": len(self.images),
+            "channels": self.channels,
+            "resolution": self.resolution,
+            "fingerprint": self.fingerprint,
+        }
+
+
+def load_data(config: TrainingConfig, channels: int | None, resolution: int | None) -> TrainingData:
+    """Open, survey and, if small, decode the training images.
+
+    Args:
+        config: says where the images are.
+        channels: what the network takes (1 or 3); the images' own if None.
+        resolution: what the network takes; the images' own if None.
+
+    Raises:
+        ValueError: the images cannot be read, or not in this form.
+    """
+    rows = open_rows(config)
+    seen = survey(rows)
+    if channels not in (None, *PIL_MODE):
+        raise ValueError(f"the network takes {channels} channels, images have 1 or 3")
+    if channels == 1 and seen.channels == 3:
+        raise ValueError("the network takes 1 channel (grayscale), the images have colours")
+    channels, resolution = channels or seen.channels, resolution or seen.own_resolution()
+    images = DecodedOnDemand(rows, channels, resolution)
+    # Images that are not square keep their longer side until they are cropped.
+    elongation = max(max(size) / min(size) for size in seen.sizes)
+    small = len(rows) * channels * resolution**2 * elongation <= IN_MEMORY_BYTES
+    return TrainingData(decode_all(images) if small else images, channels, resolution, seen.fingerprint)
+
+
+@dataclass(frozen=True)
+class ImageStream(torch.utils.data.Dataset[Tensor]):
+    """The images in the order of training: item p is a function of the seed and the position p alone."""
+
+    data: TrainingData
+    seed: int
+    center_crop: bool
+    random_flip: bool
+
+    def __getitem__(self, position: int) -> Tensor:
+        """The image at a position of the stream: uint8 [C, resolution, resolution]."""
+        image = self.data.images[image_index(self.seed, position, len(self.data.images))]
+        size = self.data.resolution
+        top, left, flip = torch.rand(3, generator=generator(self.seed, "augment", position)).tolist()
+        if self.center_crop:
+            top = left = 0.5
+        top, left = (int(u * (side - size + 1)) for u, side in zip((top, left), image.shape[1:], strict=True))
+        image = image[:, top : top + size, left : left + size]
+        return image.flip(2) if self.random_flip and flip < 0.5 else image
+
+    def __getitems__(self, positions: Sequence[int]) -> Tensor:
+        """A batch: uint8 [len(positions), C, resolution, resolution]."""
+        return torch.stack([self[position] for position in positions])
+
+
+@dataclass(frozen=True)
+class StreamBatches:
+    """The positions of each backward pass of one process, from a step on to the end of the run."""
+
+    micro_steps: range
+    rank: int
+    world_size: int
+    batch_size: int
+
+    def __iter__(self) -> Iterator[range]:
+        """One batch of positions after another."""
+        for micro_step in self.micro_steps:
+            yield batch_positions(micro_step, self.rank, self.world_size, self.batch_size)
+
+    def __len__(self) -> int:
+        """Number of backward passes."""
+        return len(self.micro_steps)
+
+
+def as_it_is(batch: Any) -> Any:  # noqa: ANN401
+    """Collate nothing: the stream gives whole batches."""
+    return batch
+
+
+def build_loader(
+    stream: ImageStream, batches: StreamBatches, num_workers: int, pin_memory: bool
+) -> torch.utils.data.DataLoader[Tensor]:
+    """Batches of uint8 images [B, C, H, W], in the order that `batches` says, whatever the number of workers."""
+    return torch.utils.data.DataLoader(
+        stream,
+        batch_sampler=cast(Any, batches),  # DataLoader only iterates over it
+        num_workers=num_workers,
+        collate_fn=as_it_is,
+        pin_memory=pin_memory,
+    )

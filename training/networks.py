@@ -1,0 +1,105 @@
+"""The network and the diffusion process that a configuration asks for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import TrainingConfig, check_model_keys
+from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel
+
+# The default schedule's parameters, for the message that tells how to continue a trained model.
+PROCESS_FLAGS = {
+    "ddpm_num_steps": "num_train_timesteps",
+    "ddpm_beta_schedule": "beta_schedule",
+    "ddpm_beta_start": "beta_start",
+    "ddpm_beta_end": "beta_end",
+    "rescale_betas_zero_snr": "rescale_betas_zero_snr",
+    "prediction_type": "prediction_type",
+}
+SAMPLER_FLAGS = {
+    "ddpm_variance_type": "variance_type",
+    "ddpm_clip_sample": "clip_sample",
+    "ddpm_timestep_spacing": "timestep_spacing",
+}
+
+
+def build_scheduler(config: TrainingConfig) -> ScratchDDPMScheduler:
+    """The forward process, the objective and the sampler's variance."""
+    keys = {**PROCESS_FLAGS, **SAMPLER_FLAGS}
+    return ScratchDDPMScheduler(**{key: getattr(config, flag) for flag, key in keys.items()})
+
+
+def network_config(config: TrainingConfig) -> dict[str, Any]:
+    """The keys of a new network, from the preset or a JSON file.
+
+    Raises:
+        ValueError: a key is unknown, or the network is class-conditional or changes the number of channels.
+    """
+    if config.model_config_name_or_path is None:
+        keys = dict(config.model or {})
+    else:
+        saved = json.loads(Path(config.model_config_name_or_path).expanduser().read_text())
+        keys = {key: value for key, value in saved.items() if not key.startswith("_")}
+        check_model_keys(keys)
+    channels = {keys[key] for key in ("in_channels", "out_channels") if key in keys}
+    if len(channels) > 1:
+        raise ValueError(
+            f"in_channels ({keys['in_channels']}) and out_channels ({keys['out_channels']}) must be equal to train "
+            f"with L_simple"
+        )
+    return keys | {key: count for count in channels for key in ("in_channels", "out_channels")}
+
+
+def load_trained(config: TrainingConfig, scheduler: ScratchDDPMScheduler) -> ScratchUNet2DModel | None:
+    """The network of the trained model to fine-tune; None if the configuration describes a new one.
+
+    Raises:
+        ValueError: the model was trained on another process or objective, or it cannot be trained here.
+    """
+    name = config.model_config_name_or_path
+    if name is None or name.endswith(".json"):
+        return None
+    path = Path(name).expanduser()
+    options = {"cache_dir": config.cache_dir, "token": config.hub_token}
+    if path.is_dir() and not (path / "model_index.json").is_file():  # the folder of a network alone
+        unet = ScratchUNet2DModel.from_pretrained(str(path), **options)
+    else:
+        pipeline = ScratchDDPMPipeline.from_pretrained(str(path) if path.is_dir() else name, **options)
+        check_same_process(ScratchDDPMScheduler.from_config(pipeline.scheduler.config), scheduler)
+        unet = pipeline.unet
+    if unet.config.num_class_embeds is not None or unet.config.class_embed_type is not None:
+        raise ValueError(f"{name} is class-conditional; this script trains unconditional networks")
+    if unet.config.in_channels != unet.config.out_channels:
+        raise ValueError(f"{name} has learned variances, which L_simple cannot train")
+    return unet.float().train().requires_grad_(True)
+
+
+def check_same_process(trained: ScratchDDPMScheduler, scheduler: ScratchDDPMScheduler) -> None:
+    """Refuse to fine-tune a network on a process or target other than its own: it would start from garbage.
+
+    Raises:
+        ValueError: they differ; the message names the flags that make them equal.
+    """
+    same_betas = trained.alphas_cumprod.shape == scheduler.alphas_cumprod.shape and torch.allclose(
+        trained.alphas_cumprod, scheduler.alphas_cumprod, atol=1e-6
+    )
+    if same_betas and trained.config.prediction_type == scheduler.config.prediction_type:
+        return
+    flags = [
+        f"--{flag} {str(trained.config[key]).lower()}"
+        for flag, key in PROCESS_FLAGS.items()
+        if trained.config[key] != scheduler.config[key]
+    ]
+    raise ValueError(f"the model was trained on another diffusion process; to fine-tune it add {' '.join(flags)}")
+
+
+def build_unet(keys: dict[str, Any], channels: int, resolution: int) -> ScratchUNet2DModel:
+    """A new network for images of this form.
+
+    Raises:
+        ValueError: its keys contradict each other.
+    """
+    form = {"in_channels": channels, "out_channels": channels, "sample_size": resolution}
+    return ScratchUNet2DModel(**{**keys, **form})

@@ -1,0 +1,74 @@
+"""The optimiser, its learning rate and the precision it runs in."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+
+from config import TrainingConfig
+
+# Rate after the warm-up, relative to the peak, at a progress from 0 to 1.
+DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "constant": lambda progress: 1.0,
+    "constant_with_warmup": lambda progress: 1.0,
+}
+NO_WARMUP = ("constant",)  # as in diffusers
+
+FUSED_ADAM_DEVICES = ("cpu", "cuda")
+FAST_BF16_CPU = ("avx512_bf16", "amx_bf16", "amx_tile")
+
+
+def learning_rate(step: int, config: TrainingConfig, total_steps: int) -> float:
+    """The rate at which optimiser step number `step` (0, 1, ...) is taken; at `total_steps` a decay has reached 0.
+
+    A function of the optimiser steps alone, so accumulation and the number of processes do not stretch it.
+    """
+    warmup = 0 if config.lr_scheduler in NO_WARMUP else config.lr_warmup_steps
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup  # from 1, since a step at rate 0 is wasted
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return config.learning_rate * DECAYS[config.lr_scheduler](progress)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Take the next step at this rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def build_optimizer(
+    parameters: Iterable[torch.nn.Parameter], config: TrainingConfig, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW, as one fused kernel where the device has it."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.adam_weight_decay,
+        fused=device.type in FUSED_ADAM_DEVICES,
+    )
+
+
+def cpu_has_fast_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices in hardware."""
+    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.13
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in FAST_BF16_CPU)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def resolve_precision(mixed_precision: str, device: torch.device) -> str:
+    """`auto` becomes bf16 where the device computes it fast, else no.
+
+    Raises:
+        ValueError: fp16 on a device whose kernels or gradient scaling do not support it.
+    """
+    if mixed_precision == "fp16" and device.type != "cuda":
+        raise ValueError(f"mixed_precision fp16 needs a CUDA device, this is {device.type}; choose auto, bf16 or no")
+    if mixed_precision != "auto":
+        return mixed_precision
+    fast_bf16 = {"cpu": cpu_has_fast_bf16, "cuda": torch.cuda.is_bf16_supported}.get(device.type, lambda: False)
+    return "bf16" if fast_bf16() else "no"

@@ -1,0 +1,183 @@
+"""A training run: its parts, put together from a configuration, and its state on disk."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
+from torch import Tensor, nn
+
+from checkpoint import (
+    Progress,
+    check_same_run,
+    find_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    read_state,
+    read_tensors,
+    save_checkpoint,
+)
+from config import TrainingConfig, check_halvings
+from data import TrainingData, load_data
+from ddpm_from_scratch import ScratchDDPMScheduler, ScratchUNet2DModel
+from draws import derived_seed
+from ema import EMA
+from networks import PROCESS_FLAGS, build_scheduler, build_unet, load_trained, network_config
+from optimization import build_optimizer, learning_rate, resolve_precision
+from report import device_name, final_loss, versions
+
+# The layout in which a device's convolutions are fast; activations take that of the weights.
+MEMORY_FORMAT = {"cpu": torch.contiguous_format, "cuda": torch.channels_last}
+
+
+@dataclass
+class Run:
+    """The parts of a training run."""
+
+    config: TrainingConfig
+    accelerator: Accelerator
+    data: TrainingData
+    scheduler: ScratchDDPMScheduler
+    unet: nn.Module  # as trained: wrapped for the devices and the precision
+    optimizer: torch.optim.Optimizer
+    ema: EMA | None
+    progress: Progress
+
+    @cached_property
+    def global_batch_size(self) -> int:
+        """Images per optimiser step, over all backward passes and processes."""
+        config = self.config
+        return config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+
+    @cached_property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        epochs = math.ceil(self.config.num_epochs * len(self.data.images) / self.global_batch_size)
+        return self.config.max_train_steps or epochs
+
+    @property
+    def trained_unet(self) -> ScratchUNet2DModel:
+        """The network that the optimiser steps."""
+        return cast(ScratchUNet2DModel, self.accelerator.unwrap_model(self.unet))
+
+    @property
+    def final_unet(self) -> ScratchUNet2DModel:
+        """The network to sample from and to save: the average, if there is one."""
+        return cast(ScratchUNet2DModel, self.ema.network) if self.ema else self.trained_unet
+
+    @cached_property
+    def parameter_names(self) -> dict[Tensor, str]:
+        """Names for the optimiser's state."""
+        return {parameter: name for name, parameter in self.trained_unet.named_parameters()}
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed, or it would be another run."""
+        config = self.config
+        same = ("seed", "center_crop", "random_flip", "use_ema", *PROCESS_FLAGS)
+        model = {f"model.{k}": v for k, v in self.trained_unet.config.items() if not k.startswith("_")}
+        return {
+            **{name: getattr(config, name) for name in same},
+            "global batch size (train_batch_size x gradient_accumulation_steps x processes)": self.global_batch_size,
+            "training images (fingerprint)": self.data.fingerprint,
+            **model,
+        }
+
+
+def build(config: TrainingConfig) -> Run:
+    """Put a run together, at its start or where its checkpoint stands; nothing is written.
+
+    Raises:
+        ValueError: data, network, device or checkpoint do not fit the configuration.
+        FileNotFoundError: there is no such data set, model or checkpoint.
+    """
+    # Unless told to compute on CPUs, accelerate does not find its sibling processes there and runs unrelated copies.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        # Said explicitly: `accelerate launch` without a config of its own would set "no".
+        mixed_precision=resolve_precision(config.mixed_precision, PartialState(cpu=on_cpu).device),
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=None if config.logger == "none" else config.logger,
+        project_dir=str(Path(config.output_dir, config.logging_dir)),
+    )
+    torch.manual_seed(derived_seed(config.seed, "weights"))
+    scheduler = build_scheduler(config)
+    with accelerator.main_process_first():  # downloads happen once
+        unet = load_trained(config, scheduler)
+        keys = dict(unet.config) if unet else network_config(config)
+        data = load_data(config, keys.get("in_channels"), config.resolution or keys.get("sample_size"))
+    check_halvings(keys, data.resolution)
+    unet = unet or build_unet(keys, data.channels, data.resolution)
+    unet.register_to_config(sample_size=data.resolution)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    unet.to(accelerator.device, memory_format=MEMORY_FORMAT.get(accelerator.device.type, torch.preserve_format))
+    ema = EMA(unet, config.ema_inv_gamma, config.ema_power, config.ema_max_decay) if config.use_ema else None
+    optimizer = build_optimizer(unet.parameters(), config, accelerator.device)
+    prepared_unet, optimizer = accelerator.prepare(unet, optimizer)
+    run = Run(config, accelerator, data, scheduler, prepared_unet, optimizer, ema, Progress())
+    checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir, "checkpoints"))
+    if checkpoint is not None:
+        load(run, checkpoint)
+    return run
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint; one process does, since all hold the same."""
+    if not run.accelerator.is_main_process:
+        return
+    progress, scaler = run.progress, run.accelerator.scaler
+    progress.gradient_scaler = scaler.state_dict() if scaler is not None else {}
+    tensors = {
+        "unet": run.trained_unet.state_dict(),
+        "optimizer": optimizer_tensors(run.optimizer, run.parameter_names),
+        **({"ema": run.ema.network.state_dict()} if run.ema else {}),
+    }
+    state = {"progress": vars(progress), "identity": run.identity(), "config": run.config.to_dict()}
+    folder = Path(run.config.output_dir, "checkpoints", f"step_{progress.step:08d}")
+    save_checkpoint(folder, tensors, state, run.config.checkpoints_total_limit)
+
+
+def load(run: Run, checkpoint: Path) -> None:
+    """Continue where a checkpoint stands: weights, average, optimiser and progress; all else follows from the seed.
+
+    Raises:
+        ValueError: the checkpoint is of another run, or further than this run is to go.
+    """
+    state = read_state(checkpoint)
+    check_same_run(state["identity"], run.identity())
+    run.progress = Progress(**state["progress"])
+    if run.progress.step > run.total_steps:
+        raise ValueError(f"{checkpoint} has done {run.progress.step} steps, the run has {run.total_steps}")
+    run.trained_unet.load_state_dict(read_tensors(checkpoint, "unet"))
+    load_optimizer_tensors(run.optimizer, run.parameter_names, read_tensors(checkpoint, "optimizer"))
+    if run.ema:
+        run.ema.network.load_state_dict(read_tensors(checkpoint, "ema"))
+    if run.accelerator.scaler is not None and run.progress.gradient_scaler:
+        run.accelerator.scaler.load_state_dict(run.progress.gradient_scaler)
+
+
+def results(run: Run) -> dict[str, Any]:
+    """The run in numbers."""
+    progress, accelerator = run.progress, run.accelerator
+    images = progress.step * run.global_batch_size
+    return {
+        "final_loss": final_loss(progress.losses),
+        "final_learning_rate": learning_rate(progress.step, run.config, run.total_steps),
+        "steps": progress.step,
+        "images_seen": images,
+        "epochs": images / len(run.data.images),
+        "seconds": progress.seconds,
+        "images_per_second": images / progress.seconds,
+        "seed": run.config.seed,
+        "num_parameters": run.trained_unet.num_parameters(),
+        "dataset": run.data.describe(run.config),
+        "device": device_name(accelerator.device),
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "versions": versions(),
+    }

@@ -1,0 +1,194 @@
+"""Train a denoising diffusion probabilistic model: `accelerate launch training/train.py [preset.yaml] [--flags]`."""
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cli import parse
+from data import ImageStream, StreamBatches, build_loader
+from ddpm_from_scratch import ScratchDDPMPipeline
+from draws import batch_positions, derived_seed, noise_rows, stratified_timesteps
+from dry_run import dry_run
+from ema import ema_decay
+from optimization import learning_rate, set_learning_rate
+from report import config_with_header, image_grid, plot_losses, sample_images, write_json
+from run import Run, build, results, save
+from upload import push_to_hub
+
+logger = logging.getLogger("train")
+
+
+def descend(run: Run, batches: Iterator[Tensor], step: int) -> Tensor:
+    """Optimiser step number `step` (0, 1, ...): the loop body of Algorithm 1 in Ho et al. 2020.
+
+    Returns:
+        The mean loss over this process's images, on the device: reading it would make the host wait.
+    """
+    config, accelerator, scheduler, unet = run.config, run.accelerator, run.scheduler, run.unet
+    rank, world_size, passes = accelerator.process_index, accelerator.num_processes, config.gradient_accumulation_steps
+    torch.manual_seed(derived_seed(config.seed, "dropout", step, rank))
+    all_t = stratified_timesteps(config.seed, step, run.global_batch_size, config.ddpm_num_steps)
+    losses = []
+    for micro_step in range(step * passes, (step + 1) * passes):
+        positions = batch_positions(micro_step, rank, world_size, config.train_batch_size)
+        first = positions.start - step * run.global_batch_size
+        with accelerator.accumulate(unet):
+            x_0 = to_unit_range(to_device(next(batches), accelerator.device))  # x_0 ~ q(x_0)
+            t = all_t[first : first + len(positions)]  # t ~ Uniform({1, ..., T}), counted from 0
+            noise = to_device(noise_rows(config.seed, positions, x_0.shape[1:]), accelerator.device)  # ε ~ N(0, I)
+            x_t = scheduler.add_noise(x_0, noise, t)  # √ᾱ_t x_0 + √(1 - ᾱ_t) ε, in float32
+            output = unet(x_t, to_device(t, accelerator.device)).sample  # ε_θ(x_t, t)
+            loss = scheduler.simple_loss(output, x_0, noise, t).mean()  # ‖ε - ε_θ(x_t, t)‖²
+            accelerator.backward(loss)  # ∇_θ
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses).mean()
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device; a GPU copies pinned memory while the host goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """Uint8 0 .. 255 to float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def batches_from(run: Run, step: int) -> Iterator[Tensor]:
+    """This process's batches of uint8 images [B, C, H, W], from an optimiser step to the end of the run."""
+    config, accelerator = run.config, run.accelerator
+    passes = config.gradient_accumulation_steps
+    micro_steps = range(step * passes, run.total_steps * passes)
+    stream = ImageStream(run.data, config.seed, config.center_crop, config.random_flip)
+    batches = StreamBatches(micro_steps, accelerator.process_index, accelerator.num_processes, config.train_batch_size)
+    return iter(build_loader(stream, batches, config.dataloader_num_workers, accelerator.device.type == "cuda"))
+
+
+def train(run: Run) -> None:
+    """Algorithm 1: repeat until converged, here for a fixed number of optimiser steps."""
+    config, progress, total = run.config, run.progress, run.total_steps
+    batches = batches_from(run, progress.step)
+    bar = tqdm(total=total, initial=progress.step, unit="step", disable=not run.accelerator.is_main_process)
+    unread: list[Tensor] = []
+    clock = time.perf_counter()
+    run.unet.train()
+    for step in range(progress.step, total):
+        set_learning_rate(run.optimizer, learning_rate(step, config, total))
+        unread.append(descend(run, batches, step))
+        progress.step = step + 1
+        if run.ema:
+            run.ema.update(run.trained_unet, progress.step)
+        bar.update()
+        last = progress.step == total
+        saving = config.checkpointing_steps and (last or progress.step % config.checkpointing_steps == 0)
+        sampling = config.sample_steps and progress.step % config.sample_steps == 0
+        if saving or sampling or last or progress.step % config.log_steps == 0:
+            log(run, bar, unread, time.perf_counter() - clock)
+            if saving:
+                save(run)
+            if sampling:
+                draw_grid(run, Path(config.output_dir, "samples", f"step_{progress.step}.png"))
+            clock = time.perf_counter()  # so that saving and sampling do not count as training
+    bar.close()
+
+
+def log(run: Run, bar: "tqdm[Any]", unread: list[Tensor], seconds: float) -> None:
+    """Read the losses of the steps since the last call, which took `seconds`, and pass them on.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
+    """
+    config, progress, accelerator = run.config, run.progress, run.accelerator
+    loss = float(accelerator.reduce(torch.stack(unread).mean(), reduction="mean"))  # waits for the device
+    images_per_second = len(unread) * run.global_batch_size / seconds
+    unread.clear()
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss} before step {progress.step}: try a lower learning rate")
+    progress.seconds += seconds
+    progress.losses.append((progress.step, loss))
+    rate = learning_rate(progress.step, config, run.total_steps)  # of the next step, so a decay ends at 0
+    values = {"loss": loss, "learning_rate": rate, "images_per_second": images_per_second}
+    if run.ema:
+        values["ema_decay"] = ema_decay(progress.step, config.ema_inv_gamma, config.ema_power, config.ema_max_decay)
+    accelerator.log(values, step=progress.step)
+    bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {images_per_second:.0f} images/s")
+
+
+def draw_grid(run: Run, path: Path) -> None:
+    """Sample with the network as it is now; one process does."""
+    if not run.accelerator.is_main_process:
+        return
+    unet = run.final_unet
+    was_training = unet.training
+    unet.eval()
+    with run.accelerator.autocast():
+        images = sample_images(unet, run.scheduler, run.config)
+    unet.train(was_training)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image_grid(images).save(path)
+
+
+def finish(run: Run) -> None:
+    """Write the model folder: the network, samples, the loss curve and results."""
+    folder = Path(run.config.output_dir)
+    ScratchDDPMPipeline(unet=run.final_unet, scheduler=run.scheduler).save_pretrained(folder)
+    draw_grid(run, folder / "samples.png")
+    plot_losses(run.progress.losses, folder / "loss.png")
+    write_json(results(run), folder / "results.json")
+
+
+def start_output(run: Run) -> None:
+    """Create the output folder with the run's configuration, and the trackers."""
+    config = run.config
+    if run.accelerator.is_main_process:
+        folder = Path(config.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "training_config.yaml").write_text(config_with_header(config))
+    # Trackers take plain values; a list, a mapping or None becomes text.
+    plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in config.to_dict().items()}
+    run.accelerator.init_trackers("ddpm", config=plain)
+
+
+def main(argv: Sequence[str] | None = None) -> Path | None:
+    """Build, train, save.
+
+    Args:
+        argv: the arguments after the script's name; those of the process if left out.
+
+    Returns:
+        The model folder; None after a dry run.
+    """
+    config, only_dry = parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    run = build(config)
+    if only_dry:
+        dry_run(run, partial(descend, run, batches_from(run, run.progress.step)))
+        return None
+    start_output(run)
+    train(run)
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        finish(run)
+        if config.push_to_hub:
+            logger.info("pushed to %s", push_to_hub(config))
+    run.accelerator.end_training()
+    if run.accelerator.is_main_process:
+        print(config.output_dir, flush=True)
+    return Path(config.output_dir)
+
+
+if __name__ == "__main__":
+    main()
