@@ -22,22 +22,21 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+import checkpoint
+import cli
+import data
+import draws
+import networks
+import optimization
+import report
+import train
+import upload
+from config import EMBEDDED_DATA, PRESETS, TrainingConfig
+from ddpm_from_scratch import ScratchDDPMPipeline, ScratchUNet2DModel
+from ema import EMA, ema_decay
+
 ROOT = Path(__file__).parents[1]
 TRAINING = ROOT / "training"
-sys.path.insert(0, str(TRAINING))
-
-import checkpoint  # noqa: E402
-import cli  # noqa: E402
-import data  # noqa: E402
-import draws  # noqa: E402
-import networks  # noqa: E402
-import optimization  # noqa: E402
-import report  # noqa: E402
-import train  # noqa: E402
-import upload  # noqa: E402
-from config import EMBEDDED_DATA, PRESETS, TrainingConfig  # noqa: E402
-from ddpm_from_scratch import ScratchDDPMPipeline, ScratchUNet2DModel  # noqa: E402
-from ema import EMA, ema_decay  # noqa: E402
 
 NUM_IMAGES, SIZE, BATCH, STEPS = 22, 8, 4, 10  # an epoch is 5.5 steps, so batches straddle its end
 TOKEN = "hf_secret0123456789"
@@ -481,6 +480,21 @@ def test_auto_precision_asks_the_cpu(monkeypatch, capabilities, precision):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert optimization.resolve_precision("auto", torch.device("cpu")) == precision
     assert optimization.resolve_precision("no", torch.device("cpu")) == "no"
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({}, None),
+        ({"OMP_NUM_THREADS": "1"}, None),  # somebody's choice
+        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 4),  # the launcher's default
+        ({"OMP_NUM_THREADS": "3", "ACCELERATE_MIXED_PRECISION": "no"}, None),
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2"}, 2),
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "8"}, 1),
+    ],
+)
+def test_a_launched_cpu_run_takes_all_cores(environment, threads):
+    assert optimization.threads_per_process(environment, cores=4) == threads
 
 
 def test_fp16_needs_a_gpu():

@@ -1,8 +1,10 @@
-"""The optimiser, its learning rate and the precision it runs in."""
+"""The optimiser, its learning rate, and the precision and the threads it runs in."""
 
 import math
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping
 
+import psutil
 import torch
 
 from config import TrainingConfig
@@ -15,6 +17,8 @@ DECAYS: dict[str, Callable[[float], float]] = {
     "constant_with_warmup": lambda progress: 1.0,
 }
 NO_WARMUP = ("constant",)  # as in diffusers
+
+LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by `accelerate launch`, by `torchrun`
 
 FUSED_ADAM_DEVICES = ("cpu", "cuda")
 FAST_BF16_CPU = ("avx512_bf16", "amx_bf16", "amx_tile")
@@ -72,3 +76,22 @@ def resolve_precision(mixed_precision: str, device: torch.device) -> str:
         return mixed_precision
     fast_bf16 = {"cpu": cpu_has_fast_bf16, "cuda": torch.cuda.is_bf16_supported}.get(device.type, lambda: False)
     return "bf16" if fast_bf16() else "no"
+
+
+def threads_per_process(environment: Mapping[str, str], cores: int) -> int | None:
+    """How many threads a CPU run should take; None to leave PyTorch's own choice.
+
+    Both launchers set OMP_NUM_THREADS to 1 unless told otherwise, which would leave all cores but one idle.
+    """
+    launched = any(name in environment for name in LAUNCHERS)
+    if not launched or environment.get("OMP_NUM_THREADS") != "1":
+        return None
+    return max(1, cores // int(environment.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def use_all_cores() -> None:
+    """Share this machine's cores among the run's processes on it."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = threads_per_process(os.environ, min(psutil.cpu_count(logical=False) or available, available))
+    if threads is not None:
+        torch.set_num_threads(threads)

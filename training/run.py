@@ -27,7 +27,7 @@ from ddpm_from_scratch import ScratchDDPMScheduler, ScratchUNet2DModel
 from draws import derived_seed
 from ema import EMA
 from networks import PROCESS_FLAGS, build_scheduler, build_unet, load_trained, network_config
-from optimization import build_optimizer, learning_rate, resolve_precision
+from optimization import build_optimizer, learning_rate, resolve_precision, use_all_cores
 from report import device_name, final_loss, versions
 
 # The layout in which a device's convolutions are fast; activations take that of the weights.
@@ -96,6 +96,8 @@ def build(config: TrainingConfig) -> Run:
     """
     # Unless told to compute on CPUs, accelerate does not find its sibling processes there and runs unrelated copies.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    if on_cpu:
+        use_all_cores()
     accelerator = Accelerator(
         cpu=on_cpu,
         # Said explicitly: `accelerate launch` without a config of its own would set "no".
