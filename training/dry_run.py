@@ -1,6 +1,5 @@
 """What a run would be and take, from a few timed steps; nothing is written."""
 
-import resource
 import statistics
 import sys
 import time
@@ -85,4 +84,6 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: of the GPU, or of this process where there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # absent on Windows, where only a dry run would miss it
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
