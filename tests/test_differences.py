@@ -42,7 +42,8 @@ def test_filling_replaces_what_stands_between_the_markers(script, results):
 def test_the_results_are_those_of_the_script_and_of_this_diffusers(script, results):
     assert results["differences"].keys() == script.DIFFERENCES.keys()
     assert results["equalities"].keys() == script.EQUALITIES.keys()
-    assert results["versions"]["diffusers"] == diffusers.__version__
+    measured, installed = results["versions"]["diffusers"], diffusers.__version__
+    assert measured.split(".")[:2] == installed.split(".")[:2]  # a new minor version is a reason to measure again
 
 
 @pytest.mark.parametrize(
