@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes share the cores;
 import pytest
 import torch
 from diffusers import UNet2DModel
+from safetensors.torch import load_file, save_file
 
 TINY_NETWORK = {
     "sample_size": 8,
@@ -36,6 +37,20 @@ def randomised(network, seed=0):
             else:
                 weight.add_(0.3 * noise)
     return network
+
+
+def rewrite_weights(folder, change):
+    """Replace the weights in a network's folder by what `change` makes of them."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def with_old_attention_names(weights):
+    """The weights under the names of the oldest checkpoints."""
+    for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+        weights = {name.replace(f".{new}.", f".{old}."): weight for name, weight in weights.items()}
+    assert any(".query." in name for name in weights)
+    return weights
 
 
 @pytest.fixture(autouse=True, scope="session")

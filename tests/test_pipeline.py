@@ -12,10 +12,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_NETWORK, randomised
+from conftest import TINY_NETWORK, randomised, rewrite_weights, with_old_attention_names
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel
 from ddpm_from_scratch.pipeline import one_file
@@ -39,13 +38,6 @@ def pipeline(stock_unet):
 @pytest.fixture
 def conditional(conditional_stock_unet):
     return quiet(ScratchDDPMPipeline(conditional_stock_unet, DDPMScheduler()))
-
-
-def write_weights(folder, change):
-    path = folder / "diffusion_pytorch_model.safetensors"
-    weights = load_file(path)
-    change(weights)
-    save_file(weights, path, metadata={"format": "pt"})
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------
@@ -267,12 +259,7 @@ def test_a_class_conditional_folder_names_our_pipeline_and_loads_without_its_cod
 def test_the_old_flat_layout_with_old_attention_names(stock_unet, tmp_path):
     stock_unet.save_pretrained(tmp_path)
     DDPMScheduler().save_pretrained(tmp_path)
-    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    path = tmp_path / "diffusion_pytorch_model.safetensors"
-    weights = load_file(path)
-    for new, old in names.items():
-        weights = {name.replace(f".{new}.", f".{old}."): weight for name, weight in weights.items()}
-    save_file(weights, path, metadata={"format": "pt"})
+    rewrite_weights(tmp_path, with_old_attention_names)
     index = {
         "_class_name": "DDPMPipeline",
         "unet": ["diffusers", "UNet2DModel"],
@@ -285,7 +272,7 @@ def test_the_old_flat_layout_with_old_attention_names(stock_unet, tmp_path):
 
 def test_an_incomplete_checkpoint_is_refused(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
-    write_weights(tmp_path / "unet", lambda weights: weights.pop("conv_out.weight"))
+    rewrite_weights(tmp_path / "unet", lambda weights: {n: w for n, w in weights.items() if n != "conv_out.weight"})
     with pytest.raises(ValueError, match=r"1 weights of the network are not loaded \(conv_out.weight"):
         ScratchDDPMPipeline.from_pretrained(tmp_path)
 

@@ -5,9 +5,8 @@ import logging
 
 import pytest
 import torch
-from conftest import TINY_NETWORK, randomised
+from conftest import TINY_NETWORK, randomised, rewrite_weights, with_old_attention_names
 from diffusers import UNet2DModel
-from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
 from ddpm_from_scratch import ScratchUNet2DModel
@@ -285,13 +284,7 @@ def test_checkpoints_go_both_ways_without_a_warning(tmp_path, stock_unet, caplog
 def test_the_oldest_attention_names_load(tmp_path, stock_unet):
     """Breaks if diffusers stops renaming in modules marked `_from_deprecated_attn_block`: rename in our class then."""
     stock_unet.save_pretrained(tmp_path)
-    path = tmp_path / "diffusion_pytorch_model.safetensors"
-    old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    weights = load_file(path)
-    for new, old in old_names.items():
-        weights = {name.replace(f".{new}.", f".{old}."): weight for name, weight in weights.items()}
-    assert any(".query." in name for name in weights)
-    save_file(weights, path, metadata={"format": "pt"})
+    rewrite_weights(tmp_path, with_old_attention_names)
     own = ScratchUNet2DModel.from_pretrained(tmp_path)
     assert torch.equal(
         own(**inputs(TINY_NETWORK)).sample, ScratchUNet2DModel.from_stock(stock_unet)(**inputs(TINY_NETWORK)).sample
@@ -301,16 +294,13 @@ def test_the_oldest_attention_names_load(tmp_path, stock_unet):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w.pop("conv_in.weight"), "missing keys: conv_in.weight"),
-        (lambda w: w.update({"surplus": torch.ones(1)}), "unexpected keys: surplus"),
+        (lambda w: {name: w[name] for name in w if name != "conv_in.weight"}, "missing keys: conv_in.weight"),
+        (lambda w: w | {"surplus": torch.ones(1)}, "unexpected keys: surplus"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, stock_unet, change, message):
     stock_unet.save_pretrained(tmp_path)
-    path = tmp_path / "diffusion_pytorch_model.safetensors"
-    weights = load_file(path)
-    change(weights)
-    save_file(weights, path, metadata={"format": "pt"})
+    rewrite_weights(tmp_path, change)
     with pytest.raises(ValueError, match=message):
         ScratchUNet2DModel.from_pretrained(tmp_path)
 

@@ -15,6 +15,8 @@ from huggingface_hub import get_token
 from huggingface_hub.utils import validate_repo_id
 
 from ddpm_from_scratch import ScratchUNet2DModel
+from ddpm_from_scratch.scheduler import LEARNED_VARIANCES, PREDICTION_TYPES, REVERSE_LOG_VARIANCES
+from ddpm_from_scratch.schedules import BETA_SCHEDULES, TIMESTEP_SPACINGS
 
 T = TypeVar("T")
 
@@ -25,10 +27,10 @@ EMBEDDED_DATA = Path(__file__).parent / "data" / "fashion_mnist_train.parquet"
 CHOICES: dict[str, tuple[str, ...]] = {
     "lr_scheduler": ("linear", "cosine", "constant", "constant_with_warmup"),
     "mixed_precision": ("auto", "no", "bf16", "fp16"),
-    "prediction_type": ("epsilon", "sample", "v_prediction"),
-    "ddpm_beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"),
-    "ddpm_variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
-    "ddpm_timestep_spacing": ("leading", "linspace", "trailing"),
+    "prediction_type": PREDICTION_TYPES,
+    "ddpm_beta_schedule": tuple(BETA_SCHEDULES),
+    "ddpm_variance_type": tuple(name for name in REVERSE_LOG_VARIANCES if name not in LEARNED_VARIANCES),
+    "ddpm_timestep_spacing": tuple(TIMESTEP_SPACINGS),
     "sample_scheduler": ("ddpm", "ddim", "dpmsolver++"),
     "logger": ("none", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "aim", "clearml", "dvclive", "swanlab"),
 }
@@ -171,7 +173,7 @@ def check_choices(config: TrainingConfig) -> None:
     """Every field with a fixed set of values has one of them."""
     for name, allowed in CHOICES.items():
         value = getattr(config, name)
-        if name == "ddpm_variance_type" and value in ("learned", "learned_range"):
+        if name == "ddpm_variance_type" and value in LEARNED_VARIANCES:
             raise ValueError(
                 f"ddpm_variance_type {value!r} cannot be trained with L_simple, which gives no gradient for it: "
                 f"choose one of {', '.join(allowed)}"

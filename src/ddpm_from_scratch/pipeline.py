@@ -41,11 +41,11 @@ def one_file(sources: Sequence[str]) -> str:
     return "\n\n\n".join([MODULE_HEAD + "\n" + "\n".join(sorted(imports)), *bodies]) + "\n"
 
 
-def _source() -> str:
-    """This file with all that it needs; loaded as remote code, all of it is in one file already."""
+def _sources() -> tuple[str, ...]:
+    """The files that this pipeline needs, itself last; loaded as remote code, all of it is in one file already."""
     parts = (write_config, rescale_to_zero_terminal_snr, ScratchDDPMScheduler, ScratchUNet2DModel)
     files = dict.fromkeys([*(inspect.getfile(part) for part in parts), __file__])
-    return one_file([Path(file).read_text(encoding="utf-8") for file in files])
+    return tuple(Path(file).read_text(encoding="utf-8") for file in files)
 
 
 class ScratchDDPMPipeline(DiffusionPipeline):
@@ -62,7 +62,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs: ClassVar[list[str]] = ["sample", "pred_original_sample"]
     # Read on import: the file of a pipeline loaded as remote code may be another one's by the time of saving.
-    _module_source: ClassVar[str] = _source()
+    _module_sources: ClassVar[tuple[str, ...]] = _sources()
 
     # Both classes are named, since `from_pipe` compares exact types with the annotation.
     def __init__(self, unet: UNet2DModel | ScratchUNet2DModel, scheduler: SchedulerMixin) -> None:
@@ -215,7 +215,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         class-conditional network, which that cannot run, names this pipeline instead.
         """
         os.makedirs(save_directory, exist_ok=True)
-        (Path(save_directory) / "pipeline.py").write_text(self._module_source, encoding="utf-8")
+        (Path(save_directory) / "pipeline.py").write_text(one_file(self._module_sources), encoding="utf-8")
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:

@@ -511,11 +511,15 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     # --- inner workings: tensors upcast, timesteps as host indices ---------------------------------------------------
 
     def _posterior(self, x_0: Tensor, x_t: Tensor, t: Index, s: Index, u: Index) -> Gaussian:
+        log_variance = self._posterior_log_variance(t, s, u)
+        return Gaussian(self._posterior_mean(x_0, x_t, t, s), _tensor(log_variance, x_0))
+
+    def _posterior_mean(self, x_0: Tensor, x_t: Tensor, t: Index, s: Index) -> Tensor:
         a_t, a_s = self._alpha_bar[t], self._alpha_bar[s]
         alpha = a_t / a_s
         on_x_0 = _broadcast(np.sqrt(a_s) * (1 - alpha) / (1 - a_t), x_0)
         on_x_t = _broadcast(np.sqrt(alpha) * (1 - a_s) / (1 - a_t), x_t)
-        return Gaussian(on_x_0 * x_0 + on_x_t * x_t, _tensor(self._posterior_log_variance(t, s, u), x_0))
+        return on_x_0 * x_0 + on_x_t * x_t
 
     def _posterior_log_variance(self, t: Index, s: Index, u: Index) -> Coefficient:
         """Log β̃ of t -> s; where s = -1, and β̃ is 0, that of u -> t, one step up the chain."""
@@ -526,7 +530,6 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return np.log((1 - a_s) / (1 - a_t) * (1 - alpha))
 
     def _reverse(self, prediction: Prediction, x_t: Tensor, t: Index, s: Index, u: Index) -> Gaussian:
-        posterior = self._posterior(prediction.x_0, x_t, t, s, u)
         learned = self.variance_type in LEARNED_VARIANCES
         if learned and prediction.variance_values is None:
             raise ValueError(
@@ -536,7 +539,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         small = self._posterior_log_variance(t, s, u)
         large = np.log(1 - self._alpha_bar[t] / self._alpha_bar[s])
         log_variance = REVERSE_LOG_VARIANCES[self.variance_type](small, large, s < 0, prediction.variance_values)
-        return Gaussian(posterior.mean, _tensor(log_variance, x_t))
+        return Gaussian(self._posterior_mean(prediction.x_0, x_t, t, s), _tensor(log_variance, x_t))
 
     def _limit(self, x_0: Tensor) -> Tensor:
         """Clipped to ±clip_sample_range, or dynamically thresholded (Imagen section 2.3)."""
