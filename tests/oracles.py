@@ -139,6 +139,41 @@ class GaussianData:
         return (1 - alpha_bar) ** 0.5 * (x_t - alpha_bar**0.5 * self.mean) / variance
 
 
+class MixtureData:
+    """x_0 from a mixture of Gaussians: everything about x_t is again a mixture."""
+
+    def __init__(self, weights: tuple, means: tuple, deviations: tuple) -> None:
+        self.weights, self.means = np.array(weights), np.array(means)
+        self.variances = np.array(deviations) ** 2
+        self.mean = float(self.weights @ self.means)
+        self.variance = float(self.weights @ (self.variances + self.means**2) - self.mean**2)
+
+    def x_0_moments(self, x_t: np.ndarray, alpha_bar: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Density of x_t, and mean and variance of x_0 given it."""
+        x = x_t[..., None]
+        marginal = alpha_bar * self.variances + 1 - alpha_bar
+        log_joint = np.log(self.weights / np.sqrt(marginal)) - (x - alpha_bar**0.5 * self.means) ** 2 / (2 * marginal)
+        density = np.exp(log_joint).sum(-1)
+        share = np.exp(log_joint - log_joint.max(-1, keepdims=True))
+        share /= share.sum(-1, keepdims=True)
+        gain = alpha_bar**0.5 * self.variances / marginal
+        mean = self.means + gain * (x - alpha_bar**0.5 * self.means)
+        variance = self.variances * (1 - alpha_bar) / marginal
+        total = (share * mean).sum(-1)
+        return density, total, (share * (variance + mean**2)).sum(-1) - total**2
+
+    def epsilon(self, x_t: Tensor, alpha_bar: float) -> Tensor:
+        """E[ε | x_t]."""
+        x_0 = torch.from_numpy(self.x_0_moments(x_t.numpy(), alpha_bar)[1])
+        return (x_t - alpha_bar**0.5 * x_0) / (1 - alpha_bar) ** 0.5
+
+    def x_0_variance(self, alpha_bar: np.ndarray) -> np.ndarray:
+        """E[Var(x_0 | x_t)], by quadrature over x_t."""
+        grid = np.linspace(-6, 6, 4001)
+        moments = [self.x_0_moments(grid, a) for a in np.asarray(alpha_bar)]
+        return np.array([(density * variance).sum() / density.sum() for density, _, variance in moments])
+
+
 # --- a network without weights --------------------------------------------------------------------------------------
 
 

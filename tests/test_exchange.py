@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
-from ddpm_from_scratch.scheduler import ScratchDDPMScheduler
+from ddpm_from_scratch.scheduler import OWN_KEYS, ScratchDDPMScheduler
 
 # Stock's own conversion of tensors by np.array, under numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -40,8 +40,8 @@ CHAIN = oracles.Chain(oracles.linear_betas())
 
 
 def public(config):
-    """The configuration without the names of classes, versions and files."""
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+    """The configuration without the names of classes, versions and files, and our own keys where they are not used."""
+    return {k: v for k, v in config.items() if not k.startswith("_") and not (k in OWN_KEYS and v == OWN_KEYS[k])}
 
 
 def sample(scheduler, count=5, seed=0):

@@ -334,7 +334,6 @@ def test_wrong_calls(pipeline, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "class_labels is missing: .* from 0 to 4"),
         ({"class_labels": [5]}, "from 0 to 4"),
         ({"class_labels": [-1]}, "from 0 to 4"),
         ({"class_labels": [0.5]}, "whole numbers"),

@@ -2,11 +2,13 @@
 
 import json
 import os
+from collections.abc import Collection
 
 
-def write_config(json_text: str, path: str | os.PathLike[str], **names: object) -> None:
-    """Write a configuration with some of its entries replaced, and without the folder that it was loaded from."""
+def write_config(json_text: str, path: str | os.PathLike[str], without: Collection[str] = (), **names: object) -> None:
+    """Write a configuration with some entries replaced, some left out, and not the folder that it was loaded from."""
     config = json.loads(json_text) | names
-    config.pop("_name_or_path", None)
+    for name in ("_name_or_path", *without):
+        config.pop(name, None)
     with open(path, "w", encoding="utf-8") as file:
         file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")

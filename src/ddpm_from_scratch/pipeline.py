@@ -4,9 +4,10 @@ import ast
 import inspect
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +16,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import hf_hub_download, snapshot_download
 from torch import Tensor
 
+from .checks import check_choice, check_generator, check_range, check_whole, is_whole
+from .gaussian import Gaussian, Generators
+from .guidance import Condition, Guidance, guide, label_numbers
 from .interchange import write_config
-from .scheduler import Generators, ScratchDDPMScheduler
+from .scheduler import ScratchDDPMScheduler
 from .schedules import rescale_to_zero_terminal_snr
 from .unet import ScratchUNet2DModel
 
@@ -43,9 +47,35 @@ def one_file(sources: Sequence[str]) -> str:
 
 def _sources() -> tuple[str, ...]:
     """The files that this pipeline needs, itself last; loaded as remote code, all of it is in one file already."""
-    parts = (write_config, rescale_to_zero_terminal_snr, ScratchDDPMScheduler, ScratchUNet2DModel)
+    parts = (
+        write_config,
+        check_choice,
+        Gaussian,
+        rescale_to_zero_terminal_snr,
+        ScratchDDPMScheduler,
+        ScratchUNet2DModel,
+        guide,
+    )
     files = dict.fromkeys([*(inspect.getfile(part) for part in parts), __file__])
     return tuple(Path(file).read_text(encoding="utf-8") for file in files)
+
+
+class Frame(NamedTuple):
+    """A moment of the chain, as images in the output type: what the network saw, and what it made of it."""
+
+    timestep: float  # t
+    sample: Any  # x_t
+    pred_original_sample: Any  # the x_0 predicted from it; None if the scheduler does not tell
+
+
+@dataclass
+class ScratchDDPMPipelineOutput(ImagePipelineOutput):
+    """Images, and the frames of the chain that were asked for, in its order."""
+
+    trajectory: list[Frame] | None = None
+
+
+Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
 
 
 class ScratchDDPMPipeline(DiffusionPipeline):
@@ -54,6 +84,8 @@ class ScratchDDPMPipeline(DiffusionPipeline):
     Args:
         unet: a `UNet2DModel`. A stock one becomes a `ScratchUNet2DModel` around the same tensors.
         scheduler: any diffusers scheduler. A stock `DDPMScheduler` becomes a `ScratchDDPMScheduler`.
+        id2label: names of the classes of a class-conditional network. The last of its num_class_embeds is the null
+            label, which stands for no class, unless it has a name too.
 
     Raises:
         ValueError: for a network with missing weights, or a configuration that one of the two classes refuses.
@@ -65,7 +97,12 @@ class ScratchDDPMPipeline(DiffusionPipeline):
     _module_sources: ClassVar[tuple[str, ...]] = _sources()
 
     # Both classes are named, since `from_pipe` compares exact types with the annotation.
-    def __init__(self, unet: UNet2DModel | ScratchUNet2DModel, scheduler: SchedulerMixin) -> None:
+    def __init__(
+        self,
+        unet: UNet2DModel | ScratchUNet2DModel,
+        scheduler: SchedulerMixin,
+        id2label: dict[int, str] | dict[str, str] | None = None,  # JSON's keys are text
+    ) -> None:
         super().__init__()
         missing = [name for name, weight in unet.named_parameters() if weight.is_meta]
         if missing:
@@ -78,6 +115,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         if type(scheduler) is DDPMScheduler:
             scheduler = ScratchDDPMScheduler.from_config(scheduler.config)
         self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(id2label=_check_names(id2label, unet.config.get("num_class_embeds")))
 
     # --- sampling ---------------------------------------------------------------------------------------------------
 
@@ -87,12 +125,18 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         batch_size: int | None = None,
         generator: Generators = None,
         num_inference_steps: int | None = None,
-        class_labels: Sequence[int] | Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
+        *,
+        class_labels: Sequence[int | str] | Tensor | None = None,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        eta: float | None = None,
+        return_trajectory: int | None = None,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("sample",),
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> ScratchDDPMPipelineOutput | tuple[Any, ...]:
         """Generate images.
 
         The chain is kept in at least float32, whatever the precision of the network.
@@ -101,51 +145,123 @@ class ScratchDDPMPipeline(DiffusionPipeline):
             batch_size: number of images; if left out, one for each class label, or 1.
             generator: of all the noise; with a list, one for each image, an image does not depend on the others.
             num_inference_steps: K; if left out, every step of the training chain.
-            class_labels: for a class-conditional network, one for each image.
             output_type: "pil", a list of images; "np", an array [B, H, W, C] in [0, 1]; "pt", a tensor [B, C, H, W]
                 in [0, 1].
             return_dict: False for a tuple.
+            class_labels: for a class-conditional network, one for each image, as numbers or names; left out, the null
+                label, which stands for none.
+            guidance_scale: classifier-free guidance; 1 is none, above 1 samples follow their labels more closely. Each
+                step then computes every image twice, in one call of the network.
+            guidance_rescale: how far the guided prediction gets the contrast of the conditional one back, 0 to 1.
+            guidance_interval: the share of the chain, t / T, in which guidance acts.
+            eta: share of the posterior's noise that a step draws: 1 is DDPM, 0 is DDIM. The scheduler's own if left
+                out.
+            return_trajectory: how many frames of the chain to return, evenly spaced from its first step to its last.
             callback_on_step_end: called as callback(pipeline, step, t, tensors) after each step; it may return new
                 values of the tensors, of which "sample" is used.
             callback_on_step_end_tensor_inputs: which tensors it is given: "sample" (x_s) and "pred_original_sample"
                 (the predicted x_0; None if the scheduler does not tell).
 
         Returns:
-            `ImagePipelineOutput` with `images`.
+            `ScratchDDPMPipelineOutput` with `images` and, if asked for, `trajectory`.
 
         Raises:
             ValueError: for an argument that does not fit, before any work.
         """
-        labels, batch_size = self._check_labels(class_labels, batch_size)
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
+        condition, batch_size = self._check_labels(class_labels, batch_size, guidance)
         shape = self._check_shape(batch_size)
-        _check_generator(generator, batch_size)
+        check_generator(generator, batch_size)
         _check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        steps = num_inference_steps if num_inference_steps is not None else self.scheduler.config.num_train_timesteps
-        self.scheduler.set_timesteps(steps)
+        step_options = self._set_chain(num_inference_steps, eta, generator)
+        kept = _kept_steps(return_trajectory, len(self.scheduler.timesteps))
 
         device = self._execution_device
-        labels = None if labels is None else labels.to(device)
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
-        noise_kwargs = {"generator": generator} if _takes_generator(self.scheduler) else {}
         x = randn_tensor(shape, generator=generator, device=device, dtype=dtype) * self.scheduler.init_noise_sigma
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            output = self._predict(x, t, labels)
-            result = self.scheduler.step(output, t, x, **noise_kwargs)
-            x = result.prev_sample
-            if callback_on_step_end is not None:
-                tensors = {"sample": x, "pred_original_sample": getattr(result, "pred_original_sample", None)}
-                asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                x = (callback_on_step_end(self, i, t, asked) or {}).get("sample", x)
+        x, frames = self._denoise(
+            x,
+            self.scheduler.timesteps,
+            condition,
+            step_options,
+            kept,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
         self.maybe_free_model_hooks()
-        images = self._postprocess(x, output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return self._output(x, frames, output_type, return_dict)
 
-    def _predict(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        """The network's output for x_t, in the precision of the chain."""
+    def _set_chain(self, num_inference_steps: int | None, eta: float | None, generator: Generators) -> dict[str, Any]:
+        """Set the scheduler's timesteps; the options that each of its steps is to get."""
+        accepted = inspect.signature(self.scheduler.step).parameters
+        own = isinstance(self.scheduler, ScratchDDPMScheduler)
+        if eta is not None and not own and "eta" not in accepted:
+            raise ValueError(f"eta={eta!r} was passed, but {type(self.scheduler).__name__} has no eta: leave it out.")
+        if eta is not None:
+            check_range("eta", eta, 0, 1)
+        steps = num_inference_steps if num_inference_steps is not None else self.scheduler.config.num_train_timesteps
+        self.scheduler.set_timesteps(steps, **({"eta": eta} if own else {}))
+        offered = {"generator": generator, "eta": eta} if eta is not None else {"generator": generator}
+        return {name: value for name, value in offered.items() if name in accepted}
+
+    def _denoise(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        condition: Condition | None,
+        step_options: Mapping[str, Any],
+        kept: Sequence[int] = (),
+        callback: Callback | None = None,
+        callback_tensors: Sequence[str] = ("sample",),
+    ) -> tuple[Tensor, list[tuple[float, Tensor, Tensor | None]]]:
+        """Algorithm 2 from x at the first timestep on: the final sample, and (t, x_t, x̂_0) of the kept steps.
+
+        Timesteps stay on the host, where the scheduler looks them up; the network gets copies that were made before the
+        loop. So nothing in it waits for the device.
+        """
+        frames: list[tuple[float, Tensor, Tensor | None]] = []
+        times, on_device = timesteps.tolist(), timesteps.to(x.device)
+        for i, t in enumerate(self.progress_bar(timesteps)):
+            output = self._predict(x, t, on_device[i], times[i], condition)
+            result = self.scheduler.step(output, t, x, **step_options)
+            prediction = getattr(result, "pred_original_sample", None)
+            if i in kept:
+                frames.append((times[i], x, prediction))
+            x = result.prev_sample
+            if callback is not None:
+                tensors = {"sample": x, "pred_original_sample": prediction}
+                asked = {name: tensors[name] for name in callback_tensors}
+                x = (callback(self, i, t, asked) or {}).get("sample", x)
+        return x, frames
+
+    def _predict(self, x: Tensor, t: Tensor, t_on_device: Tensor, time: float, condition: Condition | None) -> Tensor:
+        """The network's output for x_t, guided if so asked, in the precision of the chain."""
         model_input = self.scheduler.scale_model_input(x, t).to(self.unet.dtype)
-        output = self.unet(model_input, t, class_labels=labels).sample.to(x.dtype)
+        if condition is None:
+            output = self.unet(model_input, t_on_device).sample.to(x.dtype)
+        elif not condition.guidance.acts(time / self.scheduler.config.num_train_timesteps):
+            output = self.unet(model_input, t_on_device, class_labels=condition.labels).sample.to(x.dtype)
+        else:
+            labels = torch.cat([condition.labels, torch.full_like(condition.labels, condition.null)])
+            both = self.unet(torch.cat([model_input] * 2), t_on_device, class_labels=labels).sample.to(x.dtype)
+            output, unconditional = both.chunk(2)
+            channels = x.shape[1]
+            guided = guide(output[:, :channels], unconditional[:, :channels], condition.guidance)
+            output = torch.cat([guided, output[:, channels:]], dim=1)  # a learned variance stays the conditional one
         # Only DDPM reads a learned variance; other schedulers take the prediction alone.
         return output if _reads_variance(self.scheduler) else output[:, : x.shape[1]]
+
+    def _output(
+        self, x: Tensor, frames: Sequence[tuple[float, Tensor, Tensor | None]], output_type: str, return_dict: bool
+    ) -> ScratchDDPMPipelineOutput | tuple[Any, ...]:
+        images = self._postprocess(x, output_type)
+        if not frames:
+            return ScratchDDPMPipelineOutput(images=images) if return_dict else (images,)
+        trajectory = [
+            Frame(t, self._postprocess(x_t, output_type), None if x_0 is None else self._postprocess(x_0, output_type))
+            for t, x_t, x_0 in frames
+        ]
+        return ScratchDDPMPipelineOutput(images, trajectory) if return_dict else (images, trajectory)
 
     def _postprocess(self, x: Tensor, output_type: str) -> Any:  # noqa: ANN401
         images = (x / 2 + 0.5).clamp(0, 1)
@@ -156,29 +272,42 @@ class ScratchDDPMPipeline(DiffusionPipeline):
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
-    def _check_labels(self, class_labels: Any, batch_size: Any) -> tuple[Tensor | None, int]:  # noqa: ANN401
-        """Labels as a LongTensor [B], and B."""
-        classes = self.unet.config.get("num_class_embeds")
-        if (class_labels is None) != (classes is None):
-            raise ValueError(
-                f"class_labels is missing: this network is class-conditional, pass labels from 0 to {classes - 1}."
-                if class_labels is None
-                else "class_labels was passed, but this network is not class-conditional."
-            )
-        if class_labels is None:
+    def _check_labels(
+        self,
+        class_labels: Any,  # noqa: ANN401
+        batch_size: int | None,
+        guidance: Guidance,
+    ) -> tuple[Condition | None, int]:
+        """What the network is told of the classes, None if it has none; and the number of images."""
+        guidance.check()
+        classes, names = self.unet.config.get("num_class_embeds"), self.config.get("id2label")
+        if classes is None:
+            if class_labels is not None:
+                raise ValueError("class_labels was passed, but this network is not class-conditional.")
+            if guidance.scale != 1:
+                raise ValueError(f"guidance_scale={guidance.scale!r} needs a class-conditional network.")
             return None, 1 if batch_size is None else batch_size
-        labels = np.asarray(class_labels.cpu() if isinstance(class_labels, Tensor) else class_labels)
-        whole = labels.ndim == 1 and labels.size and np.issubdtype(labels.dtype, np.integer)
-        if not whole or labels.min() < 0 or labels.max() >= classes:
-            raise ValueError(f"class_labels={class_labels!r} must be a list of whole numbers from 0 to {classes - 1}.")
+        null = classes - 1
+        has_null = null not in (names or {})
+        if class_labels is None:
+            if not has_null:
+                raise ValueError("class_labels is missing: each label of this network is a class, and none is null.")
+            if guidance.scale != 1:
+                raise ValueError(f"guidance_scale={guidance.scale!r} needs class_labels to follow.")
+            labels = torch.full((1 if batch_size is None else self._check_shape(batch_size)[0],), null)
+        else:
+            labels = label_numbers(class_labels, classes, names)
+        if guidance.scale != 1 and not has_null:
+            raise ValueError(
+                f"guidance_scale={guidance.scale!r} needs a null label, and each label of this network is a class."
+            )
         if batch_size not in (None, len(labels)):
             raise ValueError(f"batch_size={batch_size!r} differs from the number of class_labels, {len(labels)}.")
-        return torch.from_numpy(labels.astype(np.int64)), len(labels)
+        return Condition(labels.to(self._execution_device), null, guidance), len(labels)
 
     def _check_shape(self, batch_size: Any) -> tuple[int, ...]:  # noqa: ANN401
         """The shape of the samples, [B, C, H, W]."""
-        if not isinstance(batch_size, int | np.integer) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r} must be a whole number, at least 1.")
+        check_whole("batch_size", batch_size)
         size = self.unet.config.sample_size
         if size is None:
             raise ValueError("The network's configuration has no sample_size: set it to the side of the images.")
@@ -221,17 +350,14 @@ class ScratchDDPMPipeline(DiffusionPipeline):
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write model_index.json; see `save_config`."""
         conditional = self.unet.config.get("num_class_embeds") is not None
+        unnamed = ["id2label"] if self.config.get("id2label") is None else []
         own = isinstance(self.scheduler, ScratchDDPMScheduler)
         names: dict[str, Any] = {
-            "_class_name": ["pipeline", type(self).__name__] if conditional else DDPMPipeline.__name__,
+            "_class_name": ["pipeline", ScratchDDPMPipeline.__name__] if conditional else DDPMPipeline.__name__,
             "unet": ["diffusers", UNet2DModel.__name__],
             "scheduler": ["diffusers", DDPMScheduler.__name__ if own else type(self.scheduler).__name__],
         }
-        write_config(self.to_json_string(), json_file_path, **names)
-
-
-def _takes_generator(scheduler: SchedulerMixin) -> bool:
-    return "generator" in inspect.signature(scheduler.step).parameters
+        write_config(self.to_json_string(), json_file_path, without=unnamed, **names)
 
 
 def _reads_variance(scheduler: SchedulerMixin) -> bool:
@@ -239,16 +365,30 @@ def _reads_variance(scheduler: SchedulerMixin) -> bool:
     return learned and isinstance(scheduler, ScratchDDPMScheduler | DDPMScheduler)
 
 
-def _check_generator(generator: Any, batch_size: int) -> None:  # noqa: ANN401
-    each = generator if isinstance(generator, list) else [] if generator is None else [generator]
-    if not all(isinstance(g, torch.Generator) for g in each):
-        raise ValueError(f"generator={generator!r} must be a torch.Generator, or a list of them.")
-    if isinstance(generator, list) and len(generator) != batch_size:
-        raise ValueError(f"generator has {len(generator)} entries for {batch_size} images: pass one, or one each.")
-
-
 def _check_output(output_type: str, asked: Sequence[str], offered: Sequence[str]) -> None:
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type={output_type!r} is not known. Allowed: {', '.join(OUTPUT_TYPES)}.")
+    check_choice("output_type", output_type, OUTPUT_TYPES)
     if isinstance(asked, str) or not set(asked) <= set(offered):
         raise ValueError(f"callback_on_step_end_tensor_inputs={asked!r} must be a list from {', '.join(offered)}.")
+
+
+def _check_names(id2label: Mapping[Any, str] | None, classes: int | None) -> dict[int, str] | None:
+    """Names by number, whose keys JSON makes text."""
+    if id2label is None:
+        return None
+    if classes is None:
+        raise ValueError("id2label was passed, but this network is not class-conditional.")
+    names = {int(number): name for number, name in id2label.items()}
+    if len(set(names.values())) < len(names) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"id2label={id2label!r} must give each class a name of its own.")
+    if not set(names) <= set(range(classes)):
+        raise ValueError(f"id2label={id2label!r} must have keys from 0 to {classes - 1}, the labels of the network.")
+    return names
+
+
+def _kept_steps(frames: int | None, steps: int) -> list[int]:
+    """Which of the steps to keep, the first and the last among them; for one frame, the last."""
+    if frames is None:
+        return []
+    if not (is_whole(frames) and 1 <= frames <= steps):
+        raise ValueError(f"return_trajectory={frames!r} must be a number of frames, from 1 to the {steps} steps.")
+    return [steps - 1] if frames == 1 else np.linspace(0, steps - 1, frames).round().astype(int).tolist()

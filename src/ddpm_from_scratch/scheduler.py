@@ -3,8 +3,11 @@ r"""The mathematics of DDPM in the order of the paper, as a scheduler that diffu
 References, cited below by name:
 
 - DDPM: Ho, Jain, Abbeel 2020, "Denoising Diffusion Probabilistic Models", https://arxiv.org/abs/2006.11239
+- DDIM: Song, Meng, Ermon 2021, "Denoising Diffusion Implicit Models", https://arxiv.org/abs/2010.02502
 - iDDPM: Nichol, Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models", https://arxiv.org/abs/2102.09672
 - v-prediction: Salimans, Ho 2022, "Progressive Distillation", https://arxiv.org/abs/2202.00512
+- Analytic-DPM: Bao, Li, Zhu, Zhang 2022, https://arxiv.org/abs/2201.06503; with an imperfect mean: Bao et al. 2022,
+  "Estimating the Optimal Covariance with Imperfect Mean", https://arxiv.org/abs/2206.07309
 - dynamic thresholding: Saharia et al. 2022, "Imagen", https://arxiv.org/abs/2205.11487
 
 Conventions. Index t = 0 is the paper's t = 1, as in diffusers; x_{-1} is the data. ᾱ_{-1} = 1. Every transition is
@@ -14,11 +17,10 @@ batches of timesteps on the CPU and nothing waits for the device. Samples have a
 computed in float32.
 """
 
-import difflib
 import itertools
-import numbers
+import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -26,59 +28,31 @@ import torch
 from diffusers import ConfigMixin, DDPMScheduler, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .checks import check_choice, check_range, check_whole, is_number, is_whole
+from .gaussian import Gaussian, Generators
 from .interchange import write_config
-from .schedules import BETA_SCHEDULES, TIMESTEP_SPACINGS, rescale_to_zero_terminal_snr
+from .schedules import (
+    BETA_SCHEDULES,
+    TIMESTEP_CHOICES,
+    TIMESTEP_SPACINGS,
+    interpolate_moments,
+    rescale_to_zero_terminal_snr,
+)
 
 Timestep = int | Tensor
-Generators = torch.Generator | list[torch.Generator] | None
 Coefficient = np.ndarray  # on the host in float64: a scalar, or [B]
 Index = np.ndarray  # on the host, timesteps as whole numbers: a scalar, or [B]
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
+# The keys that diffusers.DDPMScheduler does not have, with their defaults: written only where they differ.
+OWN_KEYS = {"eta": 1.0, "second_moments": None, "optimal_variance": None, "timestep_choice": None}
 
-class Gaussian(NamedTuple):
-    """N(mean, exp(log_variance) I): the one type of every distribution here. log_variance broadcasts over mean."""
-
-    mean: Tensor
-    log_variance: Tensor
-
-    def sample(self, generator: Generators = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Mean + standard deviation * noise, shaped like mean. The noise is drawn in `dtype`, or in the mean's."""
-        if isinstance(generator, list) and len(generator) != len(self.mean):
-            raise ValueError(
-                f"{len(generator)} generators for a batch of {len(self.mean)}: pass one, or one per sample."
-            )
-        noise = randn_tensor(
-            self.mean.shape, generator=generator, device=self.mean.device, dtype=dtype or self.mean.dtype
-        )
-        return self.mean + torch.exp(0.5 * self.log_variance) * noise
-
-    def kl(self, other: "Gaussian") -> Tensor:
-        """KL(self || other) in nats, per element, shaped like the means."""
-        difference = self.log_variance - other.log_variance
-        distance = (self.mean - other.mean) ** 2 * torch.exp(-other.log_variance)
-        return 0.5 * (torch.expm1(difference) - difference + distance)
-
-    def discretized_log_prob(self, x: Tensor) -> Tensor:
-        """Log-probability in nats, per element, of the 8-bit bin that holds x (DDPM eq. 13).
-
-        x lies on the grid k / 127.5 - 1, k = 0..255. A bin reaches 1/255 to each side; the first and the last reach to
-        infinity, so the 256 bins sum to 1. Exact normal distribution function, accurate far in the tails.
-        """
-        edge = 1e10  # stands for infinity: no mass is left there, and gradients stay finite
-        precision = torch.exp(-0.5 * self.log_variance)
-        lower = torch.where(x < -0.999, -edge, (x - 1 / 255 - self.mean) * precision)
-        upper = torch.where(x > 0.999, edge, (x + 1 / 255 - self.mean) * precision)
-        # Mirror bins right of the mean: differences of the distribution function cancel there, not on the left.
-        right = lower + upper > 0
-        lower, upper = torch.where(right, -upper, lower), torch.where(right, -lower, upper)
-        log_lower, log_upper = _log_ndtr(lower), _log_ndtr(upper)
-        mass = -torch.expm1(log_lower - log_upper)
-        return log_upper + torch.log(mass.clamp(min=torch.finfo(mass.dtype).tiny))
+# Noise in p(x_0 | x_1), with the paper's indices, of which a pixel shows E|noise| ≤ 2 of its 255 levels (Analytic-DPM,
+# appendix on sampling): larger noise would never be taken out again. For images in [-1, 1].
+LAST_NOISE = 2 * (2 / 255) * math.sqrt(math.pi / 2)
 
 
 class Prediction(NamedTuple):
@@ -131,15 +105,6 @@ LEARNED_VARIANCES = ("learned", "learned_range")
 # --- helpers -------------------------------------------------------------------------------------------------------
 
 
-def _check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
-    """Raise ValueError unless value is one of allowed."""
-    allowed = tuple(allowed)
-    if value not in allowed:
-        close = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{name}={value!r} is not known. Allowed: {', '.join(allowed)}.{hint}")
-
-
 def _upcast(x: Tensor) -> Tensor:
     """16-bit floats as float32; float32 and float64 as they are."""
     if not x.is_floating_point():
@@ -168,11 +133,10 @@ def _check_shapes(name: str, tensor: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must have that of the samples, {tuple(x.shape)}.")
 
 
-def _log_ndtr(z: Tensor) -> Tensor:
-    """log Φ(z), as `torch.special.log_ndtr`, whose gradient loses its digits in the far left tail, and at last is 0."""
-    left = z.clamp(max=0)
-    tail = torch.log(torch.special.erfcx(-left * 0.5**0.5) / 2) - left**2 / 2
-    return torch.where(z < 0, tail, torch.special.log_ndtr(z.clamp(min=0)))
+def _is_entry(scalar: Tensor, vector: Tensor) -> bool:
+    """Whether scalar is a view of an entry of vector, such as iterating over it gives."""
+    same = scalar.device == vector.device and scalar.dtype == vector.dtype and scalar.numel() == 1
+    return same and scalar.untyped_storage().data_ptr() == vector.untyped_storage().data_ptr()
 
 
 def _mean_of_sample(x: Tensor) -> Tensor:
@@ -205,6 +169,16 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         timestep_spacing: "leading", "linspace" or "trailing", of K < T steps.
         steps_offset: added to the timesteps of the leading spacing.
         rescale_betas_zero_snr: rescale so that ᾱ of the last step is 0.
+        eta: how much of the posterior's noise a step draws, in [0, 1]: 1 is DDPM, 0 is DDIM, which draws none (DDIM
+            eq. 16). `set_timesteps` may choose another one for a chain.
+        second_moments: E‖x_0 - x̂_0(x_t)‖² / d at some timesteps, as pairs [t, value] in ascending order, which
+            `ddpm_from_scratch.calibration` estimates. The variance of p(x_s | x_t) that is optimal for the bound, and
+            right for samples, follows from them. In between, their logarithm is interpolated along log SNR.
+        optimal_variance: use that variance instead of `variance_type`. None: where second_moments are given, for
+            chains of fewer than T steps with eta > 0.
+        timestep_choice: which K < T timesteps, instead of timestep_spacing: "quadratic" (DDIM, appendix D.2),
+            "log_snr" (even steps of it) or "likelihood" (those of the least variational bound, which needs
+            second_moments).
 
     Raises:
         ValueError: for a value that is not allowed; the message lists what is. Predicting epsilon with a zero terminal
@@ -232,12 +206,16 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         timestep_spacing: str = "leading",
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
+        eta: float = 1.0,
+        second_moments: list[tuple[int, float]] | None = None,
+        optimal_variance: bool | None = None,
+        timestep_choice: str | None = None,
     ) -> None:
         self.variance_type = variance_type or "fixed_small"
-        _check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
-        _check_choice("variance_type", self.variance_type, REVERSE_LOG_VARIANCES)
-        _check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
+        check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
+        check_choice("variance_type", self.variance_type, REVERSE_LOG_VARIANCES)
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
         self._check_numbers()
 
         betas = self._make_betas()
@@ -253,18 +231,19 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         self.alphas_cumprod = torch.from_numpy(alpha_bar).float()
         # ᾱ_t at index t; pure noise above the chain, 0, at T; the data, 1, at the end, where index -1 finds it.
         self._alpha_bar = np.concatenate([alpha_bar, [0.0, 1.0]])
+        self._x_0_variance = self._make_x_0_variance()
+        self._check_choices()
 
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
-        self._set_chain(np.arange(num_train_timesteps)[::-1])
+        self._chosen: dict[int, np.ndarray] = {}  # timesteps of a choice, which may take a second to make
+        self._set_chain(np.arange(num_train_timesteps)[::-1], eta)
 
     def _check_numbers(self) -> None:
         c = self.config
-        whole = {"num_train_timesteps": 1, "steps_offset": 0}
-        for name, least in whole.items():
-            if not isinstance(c[name], int) or isinstance(c[name], bool) or c[name] < least:
-                raise ValueError(f"{name}={c[name]!r} must be a whole number, at least {least}.")
+        for name, least in {"num_train_timesteps": 1, "steps_offset": 0}.items():
+            check_whole(name, c[name], least)
         fraction: tuple[str, Callable[[float], bool]] = ("lie between 0 and 1", lambda x: 0 < x < 1)
         ranges = {} if c["trained_betas"] is not None else {"beta_start": fraction, "beta_end": fraction}
         ranges |= {
@@ -273,8 +252,9 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
             "clip_sample_range": ("be positive", lambda x: x > 0),
         }
         for name, (allowed, fits) in ranges.items():
-            if not isinstance(c[name], numbers.Real) or isinstance(c[name], bool) or not fits(c[name]):
+            if not (is_number(c[name]) and fits(c[name])):
                 raise ValueError(f"{name}={c[name]!r} must be a number and {allowed}.")
+        check_range("eta", c["eta"], 0, 1)
         if c["rescale_betas_zero_snr"] and c["num_train_timesteps"] == 1:
             raise ValueError("rescale_betas_zero_snr=True needs num_train_timesteps of at least 2.")
 
@@ -300,13 +280,40 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
             )
         return betas
 
+    def _make_x_0_variance(self) -> np.ndarray | None:
+        """[T] E‖x_0 - x̂_0‖² / d at every timestep in float64, from some; within what an exact x̂_0 could have."""
+        moments = self.config["second_moments"]
+        if moments is None:
+            return None
+        alpha_bar = self._alpha_bar[: len(self)]
+        variance = interpolate_moments(moments, alpha_bar)
+        # Analytic-DPM theorem 2: no more than with x_t / √ᾱ_t for x̂_0, nor than data in ±r can have at all.
+        with np.errstate(divide="ignore"):
+            variance = np.minimum(variance, (1 - alpha_bar) / alpha_bar)
+        limit = self.config["clip_sample_range"] if self._limits_x_0 else np.inf
+        return np.minimum(variance, limit**2)
+
+    def _check_choices(self) -> None:
+        """Raise ValueError for own keys that do not fit together."""
+        c = self.config
+        if c["optimal_variance"] not in (None, True, False):
+            raise ValueError(f"optimal_variance={c['optimal_variance']!r} must be True, False or None.")
+        if c["timestep_choice"] is not None:
+            check_choice("timestep_choice", c["timestep_choice"], TIMESTEP_CHOICES)
+        for name, needed in {"optimal_variance": True, "timestep_choice": "likelihood"}.items():
+            if c[name] == needed and c["second_moments"] is None:
+                raise ValueError(
+                    f"{name}={needed!r} needs second_moments: estimate them with ddpm_from_scratch.calibration."
+                )
+
     def __len__(self) -> int:
         """T."""
         return int(self.config["num_train_timesteps"])
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write the configuration under the name of the stock class, whose keys these are: either class loads it."""
-        write_config(self.to_json_string(), json_file_path, _class_name=DDPMScheduler.__name__)
+        default = [name for name, value in OWN_KEYS.items() if self.config[name] == value]
+        write_config(self.to_json_string(), json_file_path, without=default, _class_name=DDPMScheduler.__name__)
 
     # --- forward process (DDPM section 2) ---------------------------------------------------------------------------
 
@@ -315,6 +322,13 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         x_0 = _upcast(x_0)
         alpha_bar = self._alpha_bar[self._index(t)]
         return Gaussian(_broadcast(np.sqrt(alpha_bar), x_0) * x_0, _tensor(np.log(1 - alpha_bar), x_0))
+
+    def q_transition(self, x_s: Tensor, t: Timestep, s: Timestep) -> Gaussian:
+        """q(x_t | x_s) = N(√(ᾱ_t/ᾱ_s) x_s, (1 - ᾱ_t/ᾱ_s) I) for -1 <= s < t: DDPM eq. 2, one step or many."""
+        x_s = _upcast(x_s)
+        at, below, _ = self._pair(t, s)
+        alpha = self._alpha_bar[at] / self._alpha_bar[below]
+        return Gaussian(_broadcast(np.sqrt(alpha), x_s) * x_s, _tensor(np.log(1 - alpha), x_s))
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Timestep) -> Tensor:
         """x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) noise, a draw from DDPM eq. 4, in the dtype of original_samples."""
@@ -331,7 +345,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return (signal * _upcast(noise) - sigma * x_0).to(sample.dtype)
 
     def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Timestep, s: Timestep | None = None) -> Gaussian:
-        """q(x_s | x_t, x_0): DDPM eqs. 6-7, for any -1 <= s < t.
+        """q(x_s | x_t, x_0): DDPM eqs. 6-7, for any -1 <= s < t; with eta < 1, DDIM eq. 7.
 
         With s left out the chain is the full one, s = t - 1; with s given it is that of `set_timesteps`. The mean is
         exact for s = -1 too (it is x_0); the log-variance there is not -∞ but that of the next step up the chain, as in
@@ -362,7 +376,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
             x_0, epsilon = output, (x_t - signal * output) / sigma
         else:
             x_0, epsilon = signal * x_t - sigma * output, signal * output + sigma * x_t
-        if self.config["thresholding"] or self.config["clip_sample"]:
+        if self._limits_x_0:
             x_0 = self._limit(x_0)
             epsilon = (x_t - signal * x_0) / sigma
         return Prediction(x_0, epsilon, variance_values)
@@ -370,7 +384,8 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     def p_reverse(self, model_output: Tensor, x_t: Tensor, t: Timestep, s: Timestep | None = None) -> Gaussian:
         """p(x_s | x_t), DDPM eq. 1: the posterior's mean at the predicted x_0, with the variance of `variance_type`.
 
-        s is understood as in `q_posterior`.
+        Where the optimal variance is used (see the class), it takes the place of that one. s is understood as in
+        `q_posterior`.
         """
         return self._reverse(self.predict(model_output, x_t, t), _upcast(x_t), *self._pair(t, s))
 
@@ -383,6 +398,9 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         """One step of DDPM algorithm 2: draw x_s from p(x_s | x_t), s being next in `timesteps`; no noise at s = -1.
+
+        The noise of an optimal variance in the least noisy x_s of all, s = 0, is bounded (see LAST_NOISE) where x_0 is
+        clipped.
 
         Args:
             model_output: [B, C, ...], or [B, 2 C, ...] (see `predict`).
@@ -401,9 +419,27 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         s = self.previous_timestep(t)
         prediction = self.predict(model_output, sample, t)
         reverse = self._reverse(prediction, _upcast(sample), *self._pair(t, s))
-        x_s = reverse.mean if s < 0 else reverse.sample(generator, dtype=sample.dtype)
+        if self._optimal and self._limits_x_0 and s == 0:
+            most = 2 * math.log(LAST_NOISE * self.config["clip_sample_range"])
+            reverse = reverse._replace(log_variance=reverse.log_variance.clamp(max=most))
+        noiseless = s < 0 or (self._eta == 0 and not self._optimal)
+        x_s = reverse.mean if noiseless else reverse.sample(generator, dtype=sample.dtype)
         x_s, x_0 = x_s.to(sample.dtype), prediction.x_0.to(sample.dtype)
         return DDPMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
+
+    def undo_ddim(self, prediction: Prediction, x_s: Tensor, t: Timestep, s: Timestep) -> Tensor:
+        """The x_t from which DDIM's step at eta = 0 leads to x_s, if `prediction` is what the network says of that x_t.
+
+        With angles φ, tan φ = √((1-ᾱ)/ᾱ), the step is a rotation by δ = φ_t - φ_s, x_s = cos δ x_t - sin δ v (Salimans
+        & Ho 2022, appendix D), which is well conditioned from the data to pure noise.
+        """
+        x_s = _upcast(x_s)
+        signal_t, sigma_t = self._signal_and_sigma(t, x_s)
+        a_s = self._alpha_bar[self._index(s, least=-1)]
+        signal_s, sigma_s = _broadcast(np.sqrt(a_s), x_s), _broadcast(np.sqrt(1 - a_s), x_s)
+        v = signal_t * prediction.epsilon - sigma_t * prediction.x_0
+        sine, cosine = sigma_t * signal_s - signal_t * sigma_s, signal_t * signal_s + sigma_t * sigma_s
+        return (x_s + sine * v) / cosine
 
     def scale_model_input(self, sample: Tensor, timestep: Timestep | None = None) -> Tensor:
         """The sample as it is: the network of DDPM takes x_t itself."""
@@ -433,7 +469,12 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
 
         KL(q(x_s | x_t, x_0) || p(x_s | x_t)), the L_{t-1} of the paper, for s >= 0; -log p(x_0 | x_t) by the discrete
         decoder of eq. 13, its L_0, for s = -1. x_0 lies on the grid k / 127.5 - 1. s as in `q_posterior`.
+
+        Raises:
+            ValueError: for eta = 0, where q has no variance and the divergence is infinite, or shapes that do not fit.
         """
+        if self._eta == 0:
+            raise ValueError("The bound is infinite at eta=0, where q(x_s | x_t, x_0) is a point: take eta > 0.")
         _check_shapes("x_0", x_0, x_t)
         index, lower, upper = self._pair(t, s)
         x_0, x_t = _upcast(x_0), _upcast(x_t)
@@ -455,19 +496,25 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
         timesteps: list[int] | None = None,
+        eta: float | None = None,
     ) -> None:
-        """Choose the timesteps of the sampling chain: K spaced ones, or a strictly descending list.
+        """Choose the sampling chain: K spaced timesteps, or a strictly descending list; and its eta.
+
+        eta is that of the configuration if left out. It is chosen here because it belongs to a chain: a `step` that
+        took it would get 0 from Stable Diffusion's pipelines.
 
         Raises:
-            ValueError: for both or neither, K outside 1..T, a list that is not descending or leaves 0..T-1, or an
-                offset that pushes the first timestep out of range.
+            ValueError: for both or neither, K outside 1..T, a list that is not descending or leaves 0..T-1, an offset
+                that pushes the first timestep out of range, or eta outside [0, 1].
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Pass either num_inference_steps or timesteps (a descending list), one of the two.")
+        if eta is not None:
+            check_range("eta", eta, 0, 1)
         chain = self._spaced(num_inference_steps) if timesteps is None else self._listed(timesteps)
         self.num_inference_steps = len(chain)
         self.custom_timesteps = timesteps is not None
-        self._set_chain(chain, device)
+        self._set_chain(chain, self.config["eta"] if eta is None else eta, device)
 
     def previous_timestep(self, timestep: Timestep) -> int:
         """The s that follows t in `timesteps`; -1 after the last one. ValueError if t is not there."""
@@ -481,8 +528,10 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def _spaced(self, count: int | None) -> np.ndarray:
         steps, offset = len(self), self.config["steps_offset"]
-        if not isinstance(count, (int, np.integer)) or isinstance(count, bool) or not 1 <= count <= steps:
+        if not (is_whole(count) and 1 <= count <= steps):
             raise ValueError(f"num_inference_steps={count!r} must be a whole number from 1 to {steps}.")
+        if self.config["timestep_choice"] is not None:
+            return self._choose(int(count))
         spacing = self.config["timestep_spacing"]
         chain = TIMESTEP_SPACINGS[spacing](steps, int(count)) + (offset if spacing == "leading" else 0)
         if chain[-1] >= steps:
@@ -492,6 +541,13 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
             )
         return chain[::-1].astype(np.int64)
 
+    def _choose(self, count: int) -> np.ndarray:
+        """K timesteps of `timestep_choice`."""
+        if count not in self._chosen:
+            choice = TIMESTEP_CHOICES[self.config["timestep_choice"]]
+            self._chosen[count] = choice(self._alpha_bar[: len(self)], self._x_0_variance, count)[::-1]
+        return self._chosen[count]
+
     def _listed(self, timesteps: list[int]) -> np.ndarray:
         chain = np.asarray(timesteps)
         if chain.ndim != 1 or len(chain) == 0 or not np.issubdtype(chain.dtype, np.integer):
@@ -500,9 +556,13 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"timesteps={timesteps!r} must descend strictly within {len(self) - 1}..0.")
         return chain.astype(np.int64)
 
-    def _set_chain(self, chain: np.ndarray, device: str | torch.device | None = None) -> None:
+    def _set_chain(self, chain: np.ndarray, eta: float, device: str | torch.device | None = None) -> None:
         """The chain, kept once as pairs: t -> s on the way down, t -> u on the way up."""
+        self._eta = float(eta)
+        automatic = self._x_0_variance is not None and len(chain) < len(self) and eta > 0
+        self._optimal = automatic if self.config["optimal_variance"] is None else self.config["optimal_variance"]
         self.timesteps = torch.from_numpy(chain.copy()).to(device)
+        self._host_timesteps, self._own_timesteps = chain, self.timesteps
         down = [*chain.tolist(), -1]
         self._next = dict(itertools.pairwise(down))
         self._above = np.full(len(self), len(self))  # T, pure noise, above the top
@@ -512,14 +572,29 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def _posterior(self, x_0: Tensor, x_t: Tensor, t: Index, s: Index, u: Index) -> Gaussian:
         log_variance = self._posterior_log_variance(t, s, u)
-        return Gaussian(self._posterior_mean(x_0, x_t, t, s), _tensor(log_variance, x_0))
+        return Gaussian(self._posterior_mean(x_0, x_t, t, s), _tensor(log_variance + self._log_eta_squared, x_0))
 
     def _posterior_mean(self, x_0: Tensor, x_t: Tensor, t: Index, s: Index) -> Tensor:
+        on_x_0, on_x_t, _ = self._coefficients(t, s)
+        return _broadcast(on_x_0, x_0) * x_0 + _broadcast(on_x_t, x_t) * x_t
+
+    def _coefficients(self, t: Index, s: Index) -> tuple[Coefficient, Coefficient, Coefficient]:
+        """Of q(x_s | x_t, x_0) = N(on_x_0 x_0 + on_x_t x_t, variance I), DDIM eqs. 7 and 16; at η = 1, DDPM eq. 7.
+
+        The variance is η²β̃. What noise it leaves of the 1 - ᾱ_s in x_s is that of x_t, scaled.
+        """
         a_t, a_s = self._alpha_bar[t], self._alpha_bar[s]
-        alpha = a_t / a_s
-        on_x_0 = _broadcast(np.sqrt(a_s) * (1 - alpha) / (1 - a_t), x_0)
-        on_x_t = _broadcast(np.sqrt(alpha) * (1 - a_s) / (1 - a_t), x_t)
-        return on_x_0 * x_0 + on_x_t * x_t
+        fresh = self._eta**2 * (1 - a_t / a_s) / (1 - a_t)
+        on_x_t = np.sqrt((1 - fresh) * (1 - a_s) / (1 - a_t))
+        return np.sqrt(a_s) - on_x_t * np.sqrt(a_t), on_x_t, fresh * (1 - a_s)
+
+    @property
+    def _log_eta_squared(self) -> float:
+        return 2 * math.log(self._eta) if self._eta > 0 else -math.inf
+
+    @property
+    def _limits_x_0(self) -> bool:
+        return bool(self.config["thresholding"] or self.config["clip_sample"])
 
     def _posterior_log_variance(self, t: Index, s: Index, u: Index) -> Coefficient:
         """Log β̃ of t -> s; where s = -1, and β̃ is 0, that of u -> t, one step up the chain."""
@@ -530,6 +605,19 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return np.log((1 - a_s) / (1 - a_t) * (1 - alpha))
 
     def _reverse(self, prediction: Prediction, x_t: Tensor, t: Index, s: Index, u: Index) -> Gaussian:
+        log_variance = (
+            self._optimal_log_variance(t, s) if self._optimal else self._typed_log_variance(prediction, t, s, u)
+        )
+        return Gaussian(self._posterior_mean(prediction.x_0, x_t, t, s), _tensor(log_variance, x_t))
+
+    def _optimal_log_variance(self, t: Index, s: Index) -> Coefficient:
+        """The σ² that minimises the bound: what x_0 adds that x_t does not tell (Analytic-DPM eq. 11, theorem 1)."""
+        assert self._x_0_variance is not None  # checked on construction
+        on_x_0, _, variance = self._coefficients(t, s)
+        return np.log(variance + on_x_0**2 * self._x_0_variance[t])
+
+    def _typed_log_variance(self, prediction: Prediction, t: Index, s: Index, u: Index) -> Coefficient | Tensor:
+        """By `variance_type`."""
         learned = self.variance_type in LEARNED_VARIANCES
         if learned and prediction.variance_values is None:
             raise ValueError(
@@ -539,7 +627,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         small = self._posterior_log_variance(t, s, u)
         large = np.log(1 - self._alpha_bar[t] / self._alpha_bar[s])
         log_variance = REVERSE_LOG_VARIANCES[self.variance_type](small, large, s < 0, prediction.variance_values)
-        return Gaussian(self._posterior_mean(prediction.x_0, x_t, t, s), _tensor(log_variance, x_t))
+        return log_variance + self._log_eta_squared
 
     def _limit(self, x_0: Tensor) -> Tensor:
         """Clipped to ±clip_sample_range, or dynamically thresholded (Imagen section 2.3)."""
@@ -586,6 +674,9 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return index.reshape(()) if index.size == 1 else index.reshape(-1)
 
     def _one_timestep(self, t: Timestep) -> int:
+        if isinstance(t, Tensor) and t.device.type != "cpu" and _is_entry(t, self._own_timesteps):
+            # Its place is known without its value, for which the host would wait.
+            return int(self._host_timesteps[t.storage_offset()])
         index = self._index(t)
         if np.ndim(index):
             raise ValueError(f"step takes one timestep for the whole batch, not {len(index)}.")

@@ -1,0 +1,60 @@
+"""The one type of every distribution here: a Gaussian with a mean and a log-variance.
+
+Reference: DDPM (Ho, Jain, Abbeel 2020, https://arxiv.org/abs/2006.11239).
+"""
+
+from typing import NamedTuple
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+class Gaussian(NamedTuple):
+    """N(mean, exp(log_variance) I): the one type of every distribution here. log_variance broadcasts over mean."""
+
+    mean: Tensor
+    log_variance: Tensor
+
+    def sample(self, generator: Generators = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Mean + standard deviation * noise, shaped like mean. The noise is drawn in `dtype`, or in the mean's."""
+        if isinstance(generator, list) and len(generator) != len(self.mean):
+            raise ValueError(
+                f"{len(generator)} generators for a batch of {len(self.mean)}: pass one, or one per sample."
+            )
+        noise = randn_tensor(
+            self.mean.shape, generator=generator, device=self.mean.device, dtype=dtype or self.mean.dtype
+        )
+        return self.mean + torch.exp(0.5 * self.log_variance) * noise
+
+    def kl(self, other: "Gaussian") -> Tensor:
+        """KL(self || other) in nats, per element, shaped like the means."""
+        difference = self.log_variance - other.log_variance
+        distance = (self.mean - other.mean) ** 2 * torch.exp(-other.log_variance)
+        return 0.5 * (torch.expm1(difference) - difference + distance)
+
+    def discretized_log_prob(self, x: Tensor) -> Tensor:
+        """Log-probability in nats, per element, of the 8-bit bin that holds x (DDPM eq. 13).
+
+        x lies on the grid k / 127.5 - 1, k = 0..255. A bin reaches 1/255 to each side; the first and the last reach to
+        infinity, so the 256 bins sum to 1. Exact normal distribution function, accurate far in the tails.
+        """
+        edge = 1e10  # stands for infinity: no mass is left there, and gradients stay finite
+        precision = torch.exp(-0.5 * self.log_variance)
+        lower = torch.where(x < -0.999, -edge, (x - 1 / 255 - self.mean) * precision)
+        upper = torch.where(x > 0.999, edge, (x + 1 / 255 - self.mean) * precision)
+        # Mirror bins right of the mean: differences of the distribution function cancel there, not on the left.
+        right = lower + upper > 0
+        lower, upper = torch.where(right, -upper, lower), torch.where(right, -lower, upper)
+        log_lower, log_upper = _log_ndtr(lower), _log_ndtr(upper)
+        mass = -torch.expm1(log_lower - log_upper)
+        return log_upper + torch.log(mass.clamp(min=torch.finfo(mass.dtype).tiny))
+
+
+def _log_ndtr(z: Tensor) -> Tensor:
+    """log Φ(z), as `torch.special.log_ndtr`, whose gradient loses its digits in the far left tail, and at last is 0."""
+    left = z.clamp(max=0)
+    tail = torch.log(torch.special.erfcx(-left * 0.5**0.5) / 2) - left**2 / 2
+    return torch.where(z < 0, tail, torch.special.log_ndtr(z.clamp(min=0)))

@@ -1,0 +1,82 @@
+"""Class labels and classifier-free guidance: what a class-conditional network is told, and how far it is to follow.
+
+References: Ho, Salimans 2022, "Classifier-Free Diffusion Guidance" (https://arxiv.org/abs/2207.12598); Lin et al. 2023,
+"Common Diffusion Noise Schedules and Sample Steps are Flawed" (https://arxiv.org/abs/2305.08891) for rescaling;
+Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval" (https://arxiv.org/abs/2404.07724).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .checks import check_choice, check_range, is_whole
+
+
+class Guidance(NamedTuple):
+    """How far, and when, samples follow their labels."""
+
+    scale: float = 1.0  # 1: the conditional prediction as it is
+    rescale: float = 0.0  # share of the rescaled prediction, 0 to 1
+    interval: tuple[float, float] = (0.0, 1.0)  # of t / T, in which guidance acts
+
+    def check(self) -> None:
+        """Raise ValueError for a value that is not allowed."""
+        check_range("guidance_scale", self.scale, 0, float("inf"))
+        check_range("guidance_rescale", self.rescale, 0, 1)
+        interval = self.interval
+        if not isinstance(interval, Sequence) or len(interval) != 2:
+            raise ValueError(f"guidance_interval={interval!r} must be two numbers, 0 <= start <= stop <= 1.")
+        check_range("guidance_interval", interval[0], 0, 1)
+        check_range("guidance_interval", interval[1], interval[0], 1)
+
+    def acts(self, time: float) -> bool:
+        """At t / T = time."""
+        return self.scale != 1 and self.interval[0] <= time <= self.interval[1]
+
+
+class Condition(NamedTuple):
+    """The labels of a batch, the label that stands for none, and the guidance."""
+
+    labels: Tensor  # [B]
+    null: int
+    guidance: Guidance
+
+
+def guide(conditional: Tensor, unconditional: Tensor, guidance: Guidance) -> Tensor:
+    """Extrapolate from the unconditional to the conditional prediction: [B, C, H, W] each, and back.
+
+    Ho & Salimans eq. 6 with scale = 1 + w; then, in the share `rescale`, with the standard deviation that each
+    conditional prediction has (Lin et al. eqs. 15-16). Epsilon, x_0 and v are all linear in one another, so either may
+    be guided.
+    """
+    guided = unconditional + guidance.scale * (conditional - unconditional)
+    if guidance.rescale == 0:
+        return guided
+    axes = tuple(range(1, guided.ndim))
+    ratio = conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+    return guidance.rescale * ratio * guided + (1 - guidance.rescale) * guided
+
+
+def label_numbers(class_labels: Any, classes: int, id2label: Mapping[int, str] | None) -> Tensor:  # noqa: ANN401
+    """Labels, as numbers or names in any mixture, as a LongTensor [B].
+
+    Raises:
+        ValueError: a number outside 0..classes-1, an unknown name, or not a list.
+    """
+    labels = class_labels.tolist() if isinstance(class_labels, Tensor | np.ndarray) else class_labels
+    if isinstance(labels, str) or not isinstance(labels, Sequence) or not labels:
+        raise ValueError(f"class_labels={class_labels!r} must be a list of whole numbers or names, one for each image.")
+    numbers_of = {name: number for number, name in (id2label or {}).items()}
+    for label in labels:
+        if isinstance(label, str):
+            if not numbers_of:
+                raise ValueError(f"class_labels: {label!r} is a name, and this model has no names: pass numbers.")
+            check_choice("class_labels", label, numbers_of)
+        elif not (is_whole(label) and 0 <= label < classes):
+            raise ValueError(
+                f"class_labels={class_labels!r} must be a list of whole numbers from 0 to {classes - 1}, or names."
+            )
+    return torch.tensor([numbers_of[label] if isinstance(label, str) else int(label) for label in labels])
