@@ -603,7 +603,7 @@ def test_large_sets_are_decoded_on_demand_with_equal_results(inputs, monkeypatch
     streams = [data.ImageStream(loaded, 0, center_crop=False, random_flip=True) for loaded in (kept, lazy)]
     loaders = [data.build_loader(s, b, workers, False) for s, b, workers in zip(streams, batches, (0, 2), strict=True)]
     pairs = list(zip(*loaders, strict=True))
-    assert len(pairs) == 6 and all(torch.equal(one, other) for one, other in pairs)
+    assert len(pairs) == 6 and all(torch.equal(one.images, other.images) for one, other in pairs)
 
 
 def test_broken_images_are_named(tmp_path):

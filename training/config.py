@@ -55,7 +55,7 @@ AT_LEAST: dict[str, int] = {
     "seed": 0,
 }
 POSITIVE = ("learning_rate", "adam_epsilon", "ema_inv_gamma", "ema_power", "max_grad_norm", "ddpm_beta_start")
-UNIT_INTERVAL = ("adam_beta1", "adam_beta2", "ema_max_decay")  # [0, 1)
+UNIT_INTERVAL = ("label_dropout", "adam_beta1", "adam_beta2", "ema_max_decay")  # [0, 1)
 
 NOT_SAVED = ("hub_token",)  # a secret stays out of every file and log
 
@@ -80,6 +80,15 @@ class TrainingConfig:
     center_crop: bool = knob(False, "crop images that are not square at the centre; at a random place otherwise")
     random_flip: bool = knob(False, "mirror half of the images (paper: true)")
     dataloader_num_workers: int = knob(0, "processes that decode images; 0: the training process does it")
+
+    # Classes
+    class_conditional: bool = knob(False, "train with the images' labels, to sample by class with guidance")
+    label_column: str | None = knob(None, "the column of labels; found by itself if left out")
+    label_dropout: float = knob(
+        0.1,
+        "share of the training images whose label is replaced by the null label, so that the network also learns the "
+        "unconditional score",
+    )
 
     # Network
     model: dict[str, Any] | None = dataclasses.field(
@@ -115,7 +124,7 @@ class TrainingConfig:
     adam_epsilon: float = knob(1e-8, "term in Adam's denominator (paper: 1e-8)")
     max_grad_norm: float = knob(1.0, "norm to which gradients are clipped (paper: 1)")
     mixed_precision: str = knob("auto", "auto: bf16 where the device computes it fast (paper: no)")
-    seed: int = knob(0, "the run is a function of it: weights, order, flips, timesteps, noise, dropout")
+    seed: int = knob(0, "the run is a function of it: weights, order, flips, timesteps, noise, dropouts")
 
     # Exponential moving average of the weights
     use_ema: bool = knob(True, "average the weights, sample and save the average (paper: true)")
@@ -159,7 +168,16 @@ class TrainingConfig:
             ValueError: a value is impossible by itself or together with another.
             FileNotFoundError: a local file or folder is missing.
         """
-        for check in (check_choices, check_ranges, check_diffusion, check_network, check_paths, check_services):
+        checks = (
+            check_choices,
+            check_ranges,
+            check_labels,
+            check_diffusion,
+            check_network,
+            check_paths,
+            check_services,
+        )
+        for check in checks:
             check(self)
 
 
@@ -196,6 +214,12 @@ def check_ranges(config: TrainingConfig) -> None:
             raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}")
 
 
+def check_labels(config: TrainingConfig) -> None:
+    """Labels are only asked for where they are used."""
+    if config.label_column is not None and not config.class_conditional:
+        raise ValueError(f"label_column {config.label_column!r} needs --class_conditional")
+
+
 def check_diffusion(config: TrainingConfig) -> None:
     """The process and the objective fit together."""
     if not config.ddpm_beta_start <= config.ddpm_beta_end < 1:
@@ -221,23 +245,31 @@ def check_network(config: TrainingConfig) -> None:
         return
     if config.model is None:
         raise ValueError("no network: give `model:` in the preset, or model_config_name_or_path")
-    check_model_keys(config.model)
+    check_model_keys(config.model, config.class_conditional)
     size = config.model.get("sample_size")
     if config.resolution is not None and size is not None and size != config.resolution:
         raise ValueError(f"model.sample_size is {size}, resolution is {config.resolution}: leave one of them out")
     check_halvings(config.model, config.resolution or size)
 
 
-def check_model_keys(model: Mapping[str, Any]) -> None:
-    """Every key of `model` is one of UNet2DModel's, and the network is unconditional."""
+def check_model_keys(model: Mapping[str, Any], class_conditional: bool) -> None:
+    """Every key of `model` is one of UNet2DModel's, and the network is as conditional as the run."""
     allowed = [name for name in inspect.signature(ScratchUNet2DModel.__init__).parameters if name != "self"]
     for key in model:
         if key not in allowed:
             raise ValueError(
                 f"model.{key} is no key of UNet2DModel{suggestion(key, allowed)}; it has {', '.join(allowed)}"
             )
-    if model.get("class_embed_type") is not None or model.get("num_class_embeds") is not None:
-        raise ValueError("the network is class-conditional; this script trains unconditional networks")
+    if model.get("class_embed_type") is not None:
+        raise ValueError(
+            f"model.class_embed_type must be left out, got {model['class_embed_type']!r}: "
+            f"--class_conditional learns an embedding for each class"
+        )
+    if model.get("num_class_embeds") is not None and not class_conditional:
+        raise ValueError(
+            f"model.num_class_embeds {model['num_class_embeds']} makes the network class-conditional: "
+            f"train it with --class_conditional, or leave the key out"
+        )
 
 
 def check_halvings(model: Mapping[str, Any], resolution: int | None) -> None:

@@ -1,11 +1,11 @@
-"""Training images: found, surveyed, decoded, cropped and flipped; uint8 until they reach the device."""
+"""Training images: found, surveyed, decoded, cropped and flipped; uint8 until they reach the device. Their labels."""
 
 import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import datasets
 import numpy as np
@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from config import EMBEDDED_DATA, TrainingConfig
-from draws import batch_positions, generator, image_index
+from config import EMBEDDED_DATA, TrainingConfig, suggestion
+from draws import batch_positions, dropped_labels, generator, image_index
 
 IN_MEMORY_BYTES = 2**30  # sets that decode to less are decoded once
 SURVEYED_ROWS = 20_000  # of larger sets, this many rows, evenly spaced, are looked at before the run
@@ -23,6 +23,8 @@ SURVEYED_ROWS = 20_000  # of larger sets, this many rows, evenly spaced, are loo
 GRAYSCALE_MODES = ("1", "L", "LA")
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # PIL would clip them to 8 bits, not scale them
 PIL_MODE = {1: "L", 3: "RGB"}
+
+LABEL_COLUMNS = ("label", "labels", "class", "classes", "category", "target")  # names under which to look for labels
 
 # What PIL raises on bytes that are not an image, or only part of one.
 BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -60,10 +62,10 @@ class Survey:
 
 
 def open_rows(config: TrainingConfig) -> datasets.Dataset:
-    """The undecoded training images, one column named `image`.
+    """The data set with all its columns, undecoded.
 
     Raises:
-        ValueError: the data set is empty or has no image column.
+        ValueError: it is empty.
     """
     name = config.dataset_name or (None if config.train_data_dir else str(EMBEDDED_DATA))
     path = Path(name).expanduser() if name else None
@@ -83,6 +85,15 @@ def open_rows(config: TrainingConfig) -> datasets.Dataset:
         )
     if len(rows) == 0:
         raise ValueError(f"{name or config.train_data_dir} holds no images")
+    return rows
+
+
+def image_rows(rows: datasets.Dataset) -> datasets.Dataset:
+    """The undecoded images alone, in one column named `image`.
+
+    Raises:
+        ValueError: the data set has no image column.
+    """
     column = find_image_column(rows.features)
     rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     return rows if column == "image" else rows.rename_column(column, "image")
@@ -101,6 +112,97 @@ def find_image_column(features: Mapping[str, Any]) -> str:
         if feature == datasets.Value("binary") or (isinstance(feature, dict) and set(feature) == {"bytes", "path"}):
             return name
     raise ValueError(f"no column of the data set holds images; its columns: {', '.join(features)}")
+
+
+def holds_labels(feature: Any) -> bool:  # noqa: ANN401
+    """Whether a column's type can be that of labels: named classes, strings or whole numbers."""
+    if not isinstance(feature, datasets.Value):
+        return isinstance(feature, datasets.ClassLabel)
+    kinds = (pyarrow.types.is_integer, pyarrow.types.is_string, pyarrow.types.is_large_string)
+    return any(is_of_kind(feature.pa_type) for is_of_kind in kinds)
+
+
+def find_label_column(features: Mapping[str, Any], wanted: str | None) -> str:
+    """The wanted column of labels; else the `ClassLabel` column, or strings or whole numbers under a usual name.
+
+    Raises:
+        ValueError: the wanted column cannot be it, or there is not exactly one.
+    """
+    columns = f"its columns: {', '.join(features)}"
+    if wanted is not None:
+        if wanted not in features:
+            raise ValueError(f"the data set has no label_column {wanted!r}{suggestion(wanted, features)}; {columns}")
+        if not holds_labels(features[wanted]):
+            raise ValueError(
+                f"label_column {wanted!r} must hold classes, strings or whole numbers, got {features[wanted]}"
+            )
+        return wanted
+    named = [name for name in LABEL_COLUMNS if holds_labels(features.get(name))]
+    found = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)] or named
+    if not found:
+        raise ValueError(
+            f"no column of the data set holds labels; {columns}. Name one with --label_column; "
+            f"in a folder of images, make a subfolder for each class"
+        )
+    if len(found) > 1:
+        raise ValueError(f"the columns {', '.join(found)} all hold labels: choose one with --label_column")
+    return found[0]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The class of every image, and the null label, which comes after the last class and stands for none."""
+
+    column: str
+    names: tuple[str, ...]
+    of_images: Tensor  # int64 [N]
+
+    @property
+    def null(self) -> int:
+        """The null label."""
+        return len(self.names)
+
+    @property
+    def num_class_embeds(self) -> int:
+        """Embeddings that the network needs: one for each class and one for the null label."""
+        return len(self.names) + 1
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """The names by class, as the pipeline takes them."""
+        return dict(enumerate(self.names))
+
+    def extended(self, fingerprint: str) -> str:
+        """The fingerprint of the images together with their labels."""
+        return hashlib.blake2b(self.of_images.numpy().tobytes(), key=fingerprint.encode(), digest_size=16).hexdigest()
+
+
+def read_labels(rows: datasets.Dataset, column: str) -> Labels:
+    """The labels in a column, counted from 0: as they are, or strings in sorted order.
+
+    Raises:
+        ValueError: an image has no label, or one that is no class.
+    """
+    feature = rows.features[column]
+    values = rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    for row, value in enumerate(values):
+        if value is None or (not isinstance(value, str) and value < 0):
+            raise ValueError(f"row {row} of the data set has no label: {column} is {value}. Label it or leave it out")
+    if isinstance(feature, datasets.ClassLabel):
+        names = feature.names
+    elif isinstance(values[0], str):
+        names = sorted(set(values))
+        classes = {name: label for label, name in enumerate(names)}
+        values = [classes[value] for value in values]
+    else:  # numbers above that of the images count something else
+        names = [str(label) for label in range(min(max(values) + 1, len(values)))]
+    largest = max(values)
+    if largest >= len(names):
+        raise ValueError(
+            f"row {values.index(largest)} of the data set has the label {largest} in column {column!r}, which is too "
+            f"large: classes are counted from 0, and there are at most {len(names)}"
+        )
+    return Labels(column, tuple(names), torch.tensor(values))
 
 
 def encoded_image(row: Mapping[str, Any], index: int) -> bytes:
@@ -199,7 +301,8 @@ class TrainingData:
     images: Images
     channels: int
     resolution: int
-    fingerprint: str
+    fingerprint: str  # of the images, and of the labels if there are any
+    labels: Labels | None  # None for unconditional training
 
     def describe(self, config: TrainingConfig) -> dict[str, Any]:
         """For results and logs."""
@@ -210,11 +313,24 @@ class TrainingData:
             "channels": self.channels,
             "resolution": self.resolution,
             "fingerprint": self.fingerprint,
+            **self.describe_labels(config),
+        }
+
+    def describe_labels(self, config: TrainingConfig) -> dict[str, Any]:
+        """For results, logs and the identity of the run; nothing for unconditional training."""
+        if self.labels is None:
+            return {}
+        return {
+            "class_conditional": True,
+            "label_column": self.labels.column,
+            "label_dropout": config.label_dropout,
+            "num_classes": len(self.labels.names),
+            "class_names": list(self.labels.names),
         }
 
 
 def load_data(config: TrainingConfig, channels: int | None, resolution: int | None) -> TrainingData:
-    """Open, survey and, if small, decode the training images.
+    """Open, survey and, if small, decode the training images; read their labels for class-conditional training.
 
     Args:
         config: says where the images are.
@@ -222,9 +338,13 @@ def load_data(config: TrainingConfig, channels: int | None, resolution: int | No
         resolution: what the network takes; the images' own if None.
 
     Raises:
-        ValueError: the images cannot be read, or not in this form.
+        ValueError: the images or labels cannot be read, or not in this form.
     """
-    rows = open_rows(config)
+    every_column = open_rows(config)
+    rows = image_rows(every_column)
+    labels = None
+    if config.class_conditional:
+        labels = read_labels(every_column, find_label_column(every_column.features, config.label_column))
     seen = survey(rows)
     if channels not in (None, *PIL_MODE):
         raise ValueError(f"the network takes {channels} channels, images have 1 or 3")
@@ -235,7 +355,15 @@ def load_data(config: TrainingConfig, channels: int | None, resolution: int | No
     # Images that are not square keep their longer side until they are cropped.
     elongation = max(max(size) / min(size) for size in seen.sizes)
     small = len(rows) * channels * resolution**2 * elongation <= IN_MEMORY_BYTES
-    return TrainingData(decode_all(images) if small else images, channels, resolution, seen.fingerprint)
+    fingerprint = labels.extended(seen.fingerprint) if labels else seen.fingerprint
+    return TrainingData(decode_all(images) if small else images, channels, resolution, fingerprint, labels)
+
+
+class Batch(NamedTuple):
+    """What one backward pass of one process trains on."""
+
+    images: Tensor  # uint8 [B, C, resolution, resolution]
+    labels: Tensor | None  # int64 [B], some of them the null label; None for unconditional training
 
 
 @dataclass(frozen=True)
@@ -246,6 +374,7 @@ class ImageStream(torch.utils.data.Dataset[Tensor]):
     seed: int
     center_crop: bool
     random_flip: bool
+    label_dropout: float = 0.0
 
     def __getitem__(self, position: int) -> Tensor:
         """The image at a position of the stream: uint8 [C, resolution, resolution]."""
@@ -258,9 +387,18 @@ class ImageStream(torch.utils.data.Dataset[Tensor]):
         image = image[:, top : top + size, left : left + size]
         return image.flip(2) if self.random_flip and flip < 0.5 else image
 
-    def __getitems__(self, positions: Sequence[int]) -> Tensor:
-        """A batch: uint8 [len(positions), C, resolution, resolution]."""
-        return torch.stack([self[position] for position in positions])
+    def labels_at(self, positions: Sequence[int]) -> Tensor | None:
+        """The labels of the images at these positions, or the null label in their place: int64 [len(positions)]."""
+        labels = self.data.labels
+        if labels is None:
+            return None
+        indices = [image_index(self.seed, position, len(labels.of_images)) for position in positions]
+        dropped = dropped_labels(self.seed, positions, self.label_dropout)
+        return labels.of_images[indices].masked_fill(dropped, labels.null)
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """The images at these positions with their labels."""
+        return Batch(torch.stack([self[position] for position in positions]), self.labels_at(positions))
 
 
 @dataclass(frozen=True)
@@ -289,8 +427,8 @@ def as_it_is(batch: Any) -> Any:  # noqa: ANN401
 
 def build_loader(
     stream: ImageStream, batches: StreamBatches, num_workers: int, pin_memory: bool
-) -> torch.utils.data.DataLoader[Tensor]:
-    """Batches of uint8 images [B, C, H, W], in the order that `batches` says, whatever the number of workers."""
+) -> torch.utils.data.DataLoader[Any]:
+    """Batches of uint8 images and their labels, in the order that `batches` says, whatever the number of workers."""
     return torch.utils.data.DataLoader(
         stream,
         batch_sampler=cast(Any, batches),  # DataLoader only iterates over it

@@ -1,8 +1,9 @@
 """Every random number of a run as a pure function of the seed and of what it is for.
 
 The rows of all global batches, one after another, form a stream. The image at a position of the stream, its flip, crop
-and noise follow from (seed, position); the timesteps of a batch follow from (seed, step). So nothing has to be saved to
-resume, and nothing changes with the number of processes, accumulation steps or loader workers.
+and noise, and whether it loses its label, follow from (seed, position); the timesteps of a batch follow from
+(seed, step). So nothing has to be saved to resume, and nothing changes with the number of processes, accumulation steps
+or loader workers.
 """
 
 import hashlib
@@ -56,6 +57,12 @@ def stratified_timesteps(seed: int, step: int, global_batch_size: int, num_train
     within = torch.rand(global_batch_size, generator=rng, dtype=torch.float64)
     # The largest double below 1 times T may round up to T, hence the clamp.
     return ((part + within) / global_batch_size * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
+
+
+def dropped_labels(seed: int, positions: Sequence[int], rate: float) -> Tensor:
+    """At which positions of the stream the label gives way to the null label: bool [len(positions)], true at `rate`."""
+    u = [torch.rand((), generator=generator(seed, "label dropout", position)) for position in positions]
+    return torch.stack(u) < rate
 
 
 def noise_rows(seed: int, positions: Sequence[int], shape: Sequence[int]) -> Tensor:

@@ -30,6 +30,7 @@ def dry_run(run: Run, take_step: Callable[[int], Tensor]) -> None:
     facts = {
         "training images": len(run.data.images),
         "image": f"{run.data.channels} x {run.data.resolution} x {run.data.resolution}",
+        **run.data.describe_labels(run.config),
         "parameters": run.trained_unet.num_parameters(),
         "optimiser steps": steps_left,
         "images per optimiser step": run.global_batch_size,
@@ -72,10 +73,11 @@ def seconds_per_call(run: Run) -> float:
     unet, device = run.final_unet, run.accelerator.device
     shape = (run.config.eval_batch_size, run.data.channels, run.data.resolution, run.data.resolution)
     x_t, t = torch.zeros(shape, device=device), torch.zeros(shape[0], dtype=torch.long, device=device)
+    y = torch.zeros_like(t) if run.data.labels else None
     with run.accelerator.autocast():
-        unet(x_t, t)
+        unet(x_t, t, class_labels=y)
         start = time.perf_counter()
-        unet(x_t, t)
+        unet(x_t, t, class_labels=y)
         synchronize(device)
     return time.perf_counter() - start
 

@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from config import TrainingConfig, check_model_keys
+from data import Labels
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel
 
 # The default schedule's parameters, for the message that tells how to continue a trained model.
@@ -35,14 +36,15 @@ def network_config(config: TrainingConfig) -> dict[str, Any]:
     """The keys of a new network, from the preset or a JSON file.
 
     Raises:
-        ValueError: a key is unknown, or the network is class-conditional or changes the number of channels.
+        ValueError: a key is unknown, the network is class-conditional and the run is not, or the network changes the
+            number of channels.
     """
     if config.model_config_name_or_path is None:
         keys = dict(config.model or {})
     else:
         saved = json.loads(Path(config.model_config_name_or_path).expanduser().read_text())
         keys = {key: value for key, value in saved.items() if not key.startswith("_")}
-        check_model_keys(keys)
+        check_model_keys(keys, config.class_conditional)
     channels = {keys[key] for key in ("in_channels", "out_channels") if key in keys}
     if len(channels) > 1:
         raise ValueError(
@@ -52,7 +54,14 @@ def network_config(config: TrainingConfig) -> dict[str, Any]:
     return keys | {key: count for count in channels for key in ("in_channels", "out_channels")}
 
 
-def load_trained(config: TrainingConfig, scheduler: ScratchDDPMScheduler) -> ScratchUNet2DModel | None:
+class Trained(NamedTuple):
+    """A model to fine-tune."""
+
+    unet: ScratchUNet2DModel
+    id2label: dict[int, str] | None  # the names of its classes, if it has any
+
+
+def load_trained(config: TrainingConfig, scheduler: ScratchDDPMScheduler) -> Trained | None:
     """The network of the trained model to fine-tune; None if the configuration describes a new one.
 
     Raises:
@@ -63,17 +72,20 @@ def load_trained(config: TrainingConfig, scheduler: ScratchDDPMScheduler) -> Scr
         return None
     path = Path(name).expanduser()
     options = {"cache_dir": config.cache_dir, "token": config.hub_token}
+    id2label = None
     if path.is_dir() and not (path / "model_index.json").is_file():  # the folder of a network alone
         unet = ScratchUNet2DModel.from_pretrained(str(path), **options)
     else:
         pipeline = ScratchDDPMPipeline.from_pretrained(str(path) if path.is_dir() else name, **options)
         check_same_process(ScratchDDPMScheduler.from_config(pipeline.scheduler.config), scheduler)
-        unet = pipeline.unet
-    if unet.config.num_class_embeds is not None or unet.config.class_embed_type is not None:
-        raise ValueError(f"{name} is class-conditional; this script trains unconditional networks")
+        unet, id2label = pipeline.unet, pipeline.config.id2label
+    if unet.config.num_class_embeds is not None and not config.class_conditional:
+        raise ValueError(f"{name} is class-conditional: fine-tune it with --class_conditional")
+    if unet.config.num_class_embeds is None and config.class_conditional:
+        raise ValueError(f"{name} is not class-conditional: leave out --class_conditional, or train a new network")
     if unet.config.in_channels != unet.config.out_channels:
         raise ValueError(f"{name} has learned variances, which L_simple cannot train")
-    return unet.float().train().requires_grad_(True)
+    return Trained(unet.float().train().requires_grad_(True), id2label)
 
 
 def check_same_process(trained: ScratchDDPMScheduler, scheduler: ScratchDDPMScheduler) -> None:
@@ -93,6 +105,33 @@ def check_same_process(trained: ScratchDDPMScheduler, scheduler: ScratchDDPMSche
         if trained.config[key] != scheduler.config[key]
     ]
     raise ValueError(f"the model was trained on another diffusion process; to fine-tune it add {' '.join(flags)}")
+
+
+def check_classes(num_class_embeds: int | None, id2label: dict[int, str] | None, labels: Labels) -> None:
+    """Refuse a network that was made for other classes than those of the data.
+
+    Args:
+        num_class_embeds: of the network; None if it is new and takes what the data need.
+        id2label: names of its classes; None if they are not known.
+        labels: of the training images.
+
+    Raises:
+        ValueError: their numbers or names differ.
+    """
+    if num_class_embeds not in (None, labels.num_class_embeds):
+        raise ValueError(
+            f"the network has num_class_embeds {num_class_embeds}, but the {len(labels.names)} classes in column "
+            f"{labels.column!r} and the null label need {labels.num_class_embeds}: leave the key out of a new network; "
+            f"a trained one needs other data"
+        )
+    known, found = id2label or labels.id2label, labels.id2label
+    differing = sorted(label for label in {*known, *found} if known.get(label) != found.get(label))
+    if differing:
+        label = differing[0]
+        raise ValueError(
+            f"the model was trained on other classes: {label} is {known.get(label)!r} in the model and "
+            f"{found.get(label)!r} in column {labels.column!r}; choose another column, data or model"
+        )
 
 
 def build_unet(keys: dict[str, Any], channels: int, resolution: int) -> ScratchUNet2DModel:

@@ -26,7 +26,7 @@ from data import TrainingData, load_data
 from ddpm_from_scratch import ScratchDDPMScheduler, ScratchUNet2DModel
 from draws import derived_seed
 from ema import EMA
-from networks import PROCESS_FLAGS, build_scheduler, build_unet, load_trained, network_config
+from networks import PROCESS_FLAGS, build_scheduler, build_unet, check_classes, load_trained, network_config
 from optimization import build_optimizer, learning_rate, resolve_precision, use_all_cores
 from report import device_name, final_loss, versions
 
@@ -69,6 +69,11 @@ class Run:
         """The network to sample from and to save: the average, if there is one."""
         return cast(ScratchUNet2DModel, self.ema.network) if self.ema else self.trained_unet
 
+    @property
+    def id2label(self) -> dict[int, str] | None:
+        """The names of the classes, as the pipeline takes them; None for unconditional training."""
+        return self.data.labels.id2label if self.data.labels else None
+
     @cached_property
     def parameter_names(self) -> dict[Tensor, str]:
         """Names for the optimiser's state."""
@@ -83,6 +88,7 @@ class Run:
             **{name: getattr(config, name) for name in same},
             "global batch size (train_batch_size x gradient_accumulation_steps x processes)": self.global_batch_size,
             "training images (fingerprint)": self.data.fingerprint,
+            **self.data.describe_labels(config),
             **model,
         }
 
@@ -109,11 +115,14 @@ def build(config: TrainingConfig) -> Run:
     torch.manual_seed(derived_seed(config.seed, "weights"))
     scheduler = build_scheduler(config)
     with accelerator.main_process_first():  # downloads happen once
-        unet = load_trained(config, scheduler)
-        keys = dict(unet.config) if unet else network_config(config)
+        trained = load_trained(config, scheduler)
+        keys = dict(trained.unet.config) if trained else network_config(config)
         data = load_data(config, keys.get("in_channels"), config.resolution or keys.get("sample_size"))
     check_halvings(keys, data.resolution)
-    unet = unet or build_unet(keys, data.channels, data.resolution)
+    if data.labels:
+        check_classes(keys.get("num_class_embeds"), trained.id2label if trained else None, data.labels)
+        keys["num_class_embeds"] = data.labels.num_class_embeds
+    unet = trained.unet if trained else build_unet(keys, data.channels, data.resolution)
     unet.register_to_config(sample_size=data.resolution)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()

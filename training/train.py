@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cli import parse
-from data import ImageStream, StreamBatches, build_loader
+from data import Batch, ImageStream, StreamBatches, build_loader
 from ddpm_from_scratch import ScratchDDPMPipeline
 from draws import batch_positions, derived_seed, noise_rows, stratified_timesteps
 from dry_run import dry_run
@@ -27,8 +27,10 @@ from upload import push_to_hub
 logger = logging.getLogger("train")
 
 
-def descend(run: Run, batches: Iterator[Tensor], step: int) -> Tensor:
+def descend(run: Run, batches: Iterator[Batch], step: int) -> Tensor:
     """Optimiser step number `step` (0, 1, ...): the loop body of Algorithm 1 in Ho et al. 2020.
+
+    With labels, that in Ho & Salimans 2022, where a share of the images is shown without its class.
 
     Returns:
         The mean loss over this process's images, on the device: reading it would make the host wait.
@@ -42,12 +44,14 @@ def descend(run: Run, batches: Iterator[Tensor], step: int) -> Tensor:
         positions = batch_positions(micro_step, rank, world_size, config.train_batch_size)
         first = positions.start - step * run.global_batch_size
         with accelerator.accumulate(unet):
-            x_0 = to_unit_range(to_device(next(batches), accelerator.device))  # x_0 ~ q(x_0)
+            images, labels = next(batches)
+            x_0 = to_unit_range(to_device(images, accelerator.device))  # x_0 ~ q(x_0)
+            y = None if labels is None else to_device(labels, accelerator.device)  # its class, or the null label
             t = all_t[first : first + len(positions)]  # t ~ Uniform({1, ..., T}), counted from 0
             noise = to_device(noise_rows(config.seed, positions, x_0.shape[1:]), accelerator.device)  # ε ~ N(0, I)
             x_t = scheduler.add_noise(x_0, noise, t)  # √ᾱ_t x_0 + √(1 - ᾱ_t) ε, in float32
-            output = unet(x_t, to_device(t, accelerator.device)).sample  # ε_θ(x_t, t)
-            loss = scheduler.simple_loss(output, x_0, noise, t).mean()  # ‖ε - ε_θ(x_t, t)‖²
+            output = unet(x_t, to_device(t, accelerator.device), class_labels=y).sample  # ε_θ(x_t, t, y)
+            loss = scheduler.simple_loss(output, x_0, noise, t).mean()  # ‖ε - ε_θ(x_t, t, y)‖²
             accelerator.backward(loss)  # ∇_θ
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
@@ -67,12 +71,12 @@ def to_unit_range(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def batches_from(run: Run, step: int) -> Iterator[Tensor]:
-    """This process's batches of uint8 images [B, C, H, W], from an optimiser step to the end of the run."""
+def batches_from(run: Run, step: int) -> Iterator[Batch]:
+    """This process's batches of images and labels, from an optimiser step to the end of the run."""
     config, accelerator = run.config, run.accelerator
     passes = config.gradient_accumulation_steps
     micro_steps = range(step * passes, run.total_steps * passes)
-    stream = ImageStream(run.data, config.seed, config.center_crop, config.random_flip)
+    stream = ImageStream(run.data, config.seed, config.center_crop, config.random_flip, config.label_dropout)
     batches = StreamBatches(micro_steps, accelerator.process_index, accelerator.num_processes, config.train_batch_size)
     return iter(build_loader(stream, batches, config.dataloader_num_workers, accelerator.device.type == "cuda"))
 
@@ -135,7 +139,7 @@ def draw_grid(run: Run, path: Path) -> None:
     was_training = unet.training
     unet.eval()
     with run.accelerator.autocast():
-        images = sample_images(unet, run.scheduler, run.config)
+        images = sample_images(unet, run.scheduler, run.config, run.id2label)
     unet.train(was_training)
     path.parent.mkdir(parents=True, exist_ok=True)
     image_grid(images).save(path)
@@ -144,7 +148,8 @@ def draw_grid(run: Run, path: Path) -> None:
 def finish(run: Run) -> None:
     """Write the model folder: the network, samples, the loss curve and results."""
     folder = Path(run.config.output_dir)
-    ScratchDDPMPipeline(unet=run.final_unet, scheduler=run.scheduler).save_pretrained(folder)
+    pipeline = ScratchDDPMPipeline(unet=run.final_unet, scheduler=run.scheduler, id2label=run.id2label)
+    pipeline.save_pretrained(folder)
     draw_grid(run, folder / "samples.png")
     plot_losses(run.progress.losses, folder / "loss.png")
     write_json(results(run), folder / "results.json")
