@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel
 from ddpm_from_scratch.calibration import calibrate
+from ddpm_from_scratch.configuration import OWN_KEYS
 from ddpm_from_scratch.metrics import efficientnet_lite0_features, frechet_distance, kernel_distance
-from ddpm_from_scratch.scheduler import OWN_KEYS
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "training"))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
-from ddpm_from_scratch.scheduler import OWN_KEYS, ScratchDDPMScheduler
+from ddpm_from_scratch.configuration import OWN_KEYS
+from ddpm_from_scratch.scheduler import ScratchDDPMScheduler
 
 # Stock's own conversion of tensors by np.array, under numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")

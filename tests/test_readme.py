@@ -23,13 +23,16 @@ def blocks(kind):
 
 
 def test_every_python_block_is_tested():
-    assert README.count("```python") == len(blocks("with")) + len(blocks("without")) == 5
+    assert README.count("```python") == len(blocks("with")) + len(blocks("without")) == 8
 
 
 @pytest.mark.parametrize("kind", ["with", "without"])
 def test_blocks_run(kind, tmp_path):
     unet = UNet2DModel(**TINY_NETWORK)
     ScratchDDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "outputs" / "ddpm-fashion-mnist-quick")
+    names = dict(enumerate(["T-shirt/top", "Sneaker", "Bag", "Dress"]))
+    classes = ScratchDDPMPipeline(UNet2DModel(**TINY_NETWORK, num_class_embeds=5), DDPMScheduler(), id2label=names)
+    classes.save_pretrained(tmp_path / "outputs" / "ddpm-fashion-mnist-conditional-quick")
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "another-ddpm-model")
     code = "\n".join(blocks(kind))
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf_home"), "PYTHONPATH": ""}

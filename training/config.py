@@ -15,8 +15,9 @@ from huggingface_hub import get_token
 from huggingface_hub.utils import validate_repo_id
 
 from ddpm_from_scratch import ScratchUNet2DModel
-from ddpm_from_scratch.scheduler import LEARNED_VARIANCES, PREDICTION_TYPES, REVERSE_LOG_VARIANCES
+from ddpm_from_scratch.configuration import PREDICTION_TYPES
 from ddpm_from_scratch.schedules import BETA_SCHEDULES, TIMESTEP_SPACINGS
+from ddpm_from_scratch.variances import LEARNED_VARIANCES, REVERSE_LOG_VARIANCES
 
 T = TypeVar("T")
 

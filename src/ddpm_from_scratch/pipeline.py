@@ -17,12 +17,15 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from torch import Tensor
 
 from .checks import check_choice, check_generator, check_range, check_whole, is_whole
+from .configuration import check_config
 from .gaussian import Gaussian, Generators
 from .guidance import Condition, Guidance, guide, label_numbers
 from .interchange import write_config
 from .scheduler import ScratchDDPMScheduler
 from .schedules import rescale_to_zero_terminal_snr
+from .tensors import broadcast
 from .unet import ScratchUNet2DModel
+from .variances import REVERSE_LOG_VARIANCES
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 MODULE_HEAD = '''"""ScratchDDPMPipeline of ddpm_from_scratch in one self-contained file, which `save_pretrained` writes.
@@ -52,6 +55,9 @@ def _sources() -> tuple[str, ...]:
         check_choice,
         Gaussian,
         rescale_to_zero_terminal_snr,
+        broadcast,
+        REVERSE_LOG_VARIANCES["fixed_small"],
+        check_config,
         ScratchDDPMScheduler,
         ScratchUNet2DModel,
         guide,

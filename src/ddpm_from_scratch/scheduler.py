@@ -20,7 +20,6 @@ computed in float32.
 import itertools
 import math
 import os
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -30,25 +29,16 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
-from .checks import check_choice, check_range, check_whole, is_number, is_whole
+from .checks import check_range, is_whole
+from .configuration import OWN_KEYS, check_config, limits_x_0, make_betas, make_x_0_variance
 from .gaussian import Gaussian, Generators
 from .interchange import write_config
-from .schedules import (
-    BETA_SCHEDULES,
-    TIMESTEP_CHOICES,
-    TIMESTEP_SPACINGS,
-    interpolate_moments,
-    rescale_to_zero_terminal_snr,
-)
+from .schedules import TIMESTEP_CHOICES, TIMESTEP_SPACINGS
+from .tensors import Coefficient, as_tensor, broadcast, check_shapes, is_entry, mean_of_sample, upcast
+from .variances import LEARNED_VARIANCES, REVERSE_LOG_VARIANCES
 
 Timestep = int | Tensor
-Coefficient = np.ndarray  # on the host in float64: a scalar, or [B]
 Index = np.ndarray  # on the host, timesteps as whole numbers: a scalar, or [B]
-
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-
-# The keys that diffusers.DDPMScheduler does not have, with their defaults: written only where they differ.
-OWN_KEYS = {"eta": 1.0, "second_moments": None, "optimal_variance": None, "timestep_choice": None}
 
 # Noise in p(x_0 | x_1), with the paper's indices, of which a pixel shows E|noise| ≤ 2 of its 255 levels (Analytic-DPM,
 # appendix on sampling): larger noise would never be taken out again. For images in [-1, 1].
@@ -65,83 +55,6 @@ class Prediction(NamedTuple):
     x_0: Tensor
     epsilon: Tensor
     variance_values: Tensor | None
-
-
-# --- reverse variances ---------------------------------------------------------------------------------------------
-# log σ² of p(x_s | x_t) from the log-variances of the posterior (small, β̃) and of the step (large, β), from where the
-# chain ends (s = -1) and from the network's values. At the end β̃ is 0 and `small` is that of the next step up the
-# chain; DDPM takes it for fixed_large there too.
-
-
-def _small(small: Coefficient, large: Coefficient, last: np.ndarray, values: Tensor) -> Coefficient:
-    return small
-
-
-def _large(small: Coefficient, large: Coefficient, last: np.ndarray, values: Tensor) -> Coefficient:
-    return np.where(last, small, large)
-
-
-def _learned(small: Coefficient, large: Coefficient, last: np.ndarray, values: Tensor) -> Tensor:
-    return values
-
-
-def _learned_range(small: Coefficient, large: Coefficient, last: np.ndarray, values: Tensor) -> Tensor:
-    """iDDPM eq. 15: v in [-1, 1] spans log β̃ to log β."""
-    fraction = (values + 1) / 2
-    return fraction * _broadcast(large, values) + (1 - fraction) * _broadcast(small, values)
-
-
-REVERSE_LOG_VARIANCES: dict[str, Callable[..., Coefficient | Tensor]] = {
-    "fixed_small": _small,
-    "fixed_small_log": _small,
-    "fixed_large": _large,
-    "fixed_large_log": _large,
-    "learned": _learned,
-    "learned_range": _learned_range,
-}
-LEARNED_VARIANCES = ("learned", "learned_range")
-
-
-# --- helpers -------------------------------------------------------------------------------------------------------
-
-
-def _upcast(x: Tensor) -> Tensor:
-    """16-bit floats as float32; float32 and float64 as they are."""
-    if not x.is_floating_point():
-        raise ValueError(f"A tensor of dtype {x.dtype} is not allowed: pass floats (scale images to [-1, 1] first).")
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _broadcast(value: Coefficient, x: Tensor) -> float | Tensor:
-    """A host coefficient so that it multiplies x: a float, or a tensor [B, 1, ...] of x's dtype and device."""
-    if np.ndim(value) == 0:
-        return float(value)
-    if len(value) != x.shape[0]:
-        raise ValueError(f"{len(value)} timesteps for a batch of {x.shape[0]}: pass one, or one per sample.")
-    tensor = torch.as_tensor(value, dtype=x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
-    return tensor.to(x.device, non_blocking=True)
-
-
-def _tensor(value: Coefficient | Tensor, x: Tensor) -> Tensor:
-    """A coefficient, or a tensor, as a tensor that broadcasts over x. A scalar stays on the host, which is free."""
-    return value if isinstance(value, Tensor) else torch.as_tensor(_broadcast(value, x), dtype=x.dtype)
-
-
-def _check_shapes(name: str, tensor: Tensor, x: Tensor) -> None:
-    """Raise ValueError unless tensor has the shape of x: broadcasting would share one noise among samples."""
-    if tensor.shape != x.shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must have that of the samples, {tuple(x.shape)}.")
-
-
-def _is_entry(scalar: Tensor, vector: Tensor) -> bool:
-    """Whether scalar is a view of an entry of vector, such as iterating over it gives."""
-    same = scalar.device == vector.device and scalar.dtype == vector.dtype and scalar.numel() == 1
-    return same and scalar.untyped_storage().data_ptr() == vector.untyped_storage().data_ptr()
-
-
-def _mean_of_sample(x: Tensor) -> Tensor:
-    """[B, ...] -> [B]."""
-    return x.flatten(1).mean(1) if x.ndim > 1 else x
 
 
 class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
@@ -211,14 +124,9 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         optimal_variance: bool | None = None,
         timestep_choice: str | None = None,
     ) -> None:
+        check_config(self.config)
         self.variance_type = variance_type or "fixed_small"
-        check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
-        check_choice("variance_type", self.variance_type, REVERSE_LOG_VARIANCES)
-        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
-        self._check_numbers()
-
-        betas = self._make_betas()
+        betas = make_betas(self.config)
         alpha_bar = np.cumprod(1 - betas)
         if alpha_bar[-1] == 0 and prediction_type == "epsilon":
             raise ValueError(
@@ -231,80 +139,13 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         self.alphas_cumprod = torch.from_numpy(alpha_bar).float()
         # ᾱ_t at index t; pure noise above the chain, 0, at T; the data, 1, at the end, where index -1 finds it.
         self._alpha_bar = np.concatenate([alpha_bar, [0.0, 1.0]])
-        self._x_0_variance = self._make_x_0_variance()
-        self._check_choices()
+        self._x_0_variance = make_x_0_variance(self.config, alpha_bar)
 
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
         self._chosen: dict[int, np.ndarray] = {}  # timesteps of a choice, which may take a second to make
         self._set_chain(np.arange(num_train_timesteps)[::-1], eta)
-
-    def _check_numbers(self) -> None:
-        c = self.config
-        for name, least in {"num_train_timesteps": 1, "steps_offset": 0}.items():
-            check_whole(name, c[name], least)
-        fraction: tuple[str, Callable[[float], bool]] = ("lie between 0 and 1", lambda x: 0 < x < 1)
-        ranges = {} if c["trained_betas"] is not None else {"beta_start": fraction, "beta_end": fraction}
-        ranges |= {
-            "dynamic_thresholding_ratio": ("lie in (0, 1]", lambda x: 0 < x <= 1),
-            "sample_max_value": ("be at least 1", lambda x: x >= 1),
-            "clip_sample_range": ("be positive", lambda x: x > 0),
-        }
-        for name, (allowed, fits) in ranges.items():
-            if not (is_number(c[name]) and fits(c[name])):
-                raise ValueError(f"{name}={c[name]!r} must be a number and {allowed}.")
-        check_range("eta", c["eta"], 0, 1)
-        if c["rescale_betas_zero_snr"] and c["num_train_timesteps"] == 1:
-            raise ValueError("rescale_betas_zero_snr=True needs num_train_timesteps of at least 2.")
-
-    def _make_betas(self) -> np.ndarray:
-        """[T] betas in float64, checked."""
-        c = self.config
-        steps = c["num_train_timesteps"]
-        if c["trained_betas"] is not None:
-            betas = np.asarray(c["trained_betas"], dtype=np.float64)
-            source = "trained_betas"
-        else:
-            source = f"beta_start={c['beta_start']!r}, beta_end={c['beta_end']!r}"
-            betas = BETA_SCHEDULES[c["beta_schedule"]](c["beta_start"], c["beta_end"], steps)
-        if betas.shape != (steps,):
-            raise ValueError(f"{source} has shape {betas.shape}; num_train_timesteps asks for ({steps},).")
-        if c["rescale_betas_zero_snr"]:
-            betas = rescale_to_zero_terminal_snr(betas)
-        if not (np.all(betas > 0) and np.all(betas[:-1] < 1) and betas[-1] <= 1):
-            raise ValueError(f"{source}: every beta must lie in (0, 1); only the last may be 1.")
-        if np.any(np.diff(np.cumprod(1 - betas), prepend=1.0) >= 0):
-            raise ValueError(
-                f"{source}: ᾱ must fall at every step; betas this small or large leave it as it is in float64."
-            )
-        return betas
-
-    def _make_x_0_variance(self) -> np.ndarray | None:
-        """[T] E‖x_0 - x̂_0‖² / d at every timestep in float64, from some; within what an exact x̂_0 could have."""
-        moments = self.config["second_moments"]
-        if moments is None:
-            return None
-        alpha_bar = self._alpha_bar[: len(self)]
-        variance = interpolate_moments(moments, alpha_bar)
-        # Analytic-DPM theorem 2: no more than with x_t / √ᾱ_t for x̂_0, nor than data in ±r can have at all.
-        with np.errstate(divide="ignore"):
-            variance = np.minimum(variance, (1 - alpha_bar) / alpha_bar)
-        limit = self.config["clip_sample_range"] if self._limits_x_0 else np.inf
-        return np.minimum(variance, limit**2)
-
-    def _check_choices(self) -> None:
-        """Raise ValueError for own keys that do not fit together."""
-        c = self.config
-        if c["optimal_variance"] not in (None, True, False):
-            raise ValueError(f"optimal_variance={c['optimal_variance']!r} must be True, False or None.")
-        if c["timestep_choice"] is not None:
-            check_choice("timestep_choice", c["timestep_choice"], TIMESTEP_CHOICES)
-        for name, needed in {"optimal_variance": True, "timestep_choice": "likelihood"}.items():
-            if c[name] == needed and c["second_moments"] is None:
-                raise ValueError(
-                    f"{name}={needed!r} needs second_moments: estimate them with ddpm_from_scratch.calibration."
-                )
 
     def __len__(self) -> int:
         """T."""
@@ -319,30 +160,30 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def q_marginal(self, x_0: Tensor, t: Timestep) -> Gaussian:
         """q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I): DDPM eq. 4. x_0: [B, ...]."""
-        x_0 = _upcast(x_0)
+        x_0 = upcast(x_0)
         alpha_bar = self._alpha_bar[self._index(t)]
-        return Gaussian(_broadcast(np.sqrt(alpha_bar), x_0) * x_0, _tensor(np.log(1 - alpha_bar), x_0))
+        return Gaussian(broadcast(np.sqrt(alpha_bar), x_0) * x_0, as_tensor(np.log(1 - alpha_bar), x_0))
 
     def q_transition(self, x_s: Tensor, t: Timestep, s: Timestep) -> Gaussian:
         """q(x_t | x_s) = N(√(ᾱ_t/ᾱ_s) x_s, (1 - ᾱ_t/ᾱ_s) I) for -1 <= s < t: DDPM eq. 2, one step or many."""
-        x_s = _upcast(x_s)
+        x_s = upcast(x_s)
         at, below, _ = self._pair(t, s)
         alpha = self._alpha_bar[at] / self._alpha_bar[below]
-        return Gaussian(_broadcast(np.sqrt(alpha), x_s) * x_s, _tensor(np.log(1 - alpha), x_s))
+        return Gaussian(broadcast(np.sqrt(alpha), x_s) * x_s, as_tensor(np.log(1 - alpha), x_s))
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Timestep) -> Tensor:
         """x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) noise, a draw from DDPM eq. 4, in the dtype of original_samples."""
-        _check_shapes("noise", noise, original_samples)
-        x_0 = _upcast(original_samples)
+        check_shapes("noise", noise, original_samples)
+        x_0 = upcast(original_samples)
         signal, sigma = self._signal_and_sigma(timesteps, x_0)
-        return (signal * x_0 + sigma * _upcast(noise)).to(original_samples.dtype)
+        return (signal * x_0 + sigma * upcast(noise)).to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Timestep) -> Tensor:
         """v = √ᾱ_t noise - √(1 - ᾱ_t) x_0 (Salimans & Ho 2022, section 4), in the dtype of sample, which is x_0."""
-        _check_shapes("noise", noise, sample)
-        x_0 = _upcast(sample)
+        check_shapes("noise", noise, sample)
+        x_0 = upcast(sample)
         signal, sigma = self._signal_and_sigma(timesteps, x_0)
-        return (signal * _upcast(noise) - sigma * x_0).to(sample.dtype)
+        return (signal * upcast(noise) - sigma * x_0).to(sample.dtype)
 
     def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Timestep, s: Timestep | None = None) -> Gaussian:
         """q(x_s | x_t, x_0): DDPM eqs. 6-7, for any -1 <= s < t; with eta < 1, DDIM eq. 7.
@@ -351,8 +192,8 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         exact for s = -1 too (it is x_0); the log-variance there is not -∞ but that of the next step up the chain, as in
         the implementations of DDPM and iDDPM.
         """
-        _check_shapes("x_0", x_0, x_t)
-        return self._posterior(_upcast(x_0), _upcast(x_t), *self._pair(t, s))
+        check_shapes("x_0", x_0, x_t)
+        return self._posterior(upcast(x_0), upcast(x_t), *self._pair(t, s))
 
     # --- reverse process (DDPM section 3.2) -------------------------------------------------------------------------
 
@@ -367,7 +208,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
             t: one timestep, or one per sample.
         """
         output, variance_values = self._split(model_output, x_t)
-        x_t = _upcast(x_t)
+        x_t = upcast(x_t)
         signal, sigma = self._signal_and_sigma(t, x_t)
         kind = self.config["prediction_type"]
         if kind == "epsilon":
@@ -376,7 +217,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
             x_0, epsilon = output, (x_t - signal * output) / sigma
         else:
             x_0, epsilon = signal * x_t - sigma * output, signal * output + sigma * x_t
-        if self._limits_x_0:
+        if limits_x_0(self.config):
             x_0 = self._limit(x_0)
             epsilon = (x_t - signal * x_0) / sigma
         return Prediction(x_0, epsilon, variance_values)
@@ -387,7 +228,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         Where the optimal variance is used (see the class), it takes the place of that one. s is understood as in
         `q_posterior`.
         """
-        return self._reverse(self.predict(model_output, x_t, t), _upcast(x_t), *self._pair(t, s))
+        return self._reverse(self.predict(model_output, x_t, t), upcast(x_t), *self._pair(t, s))
 
     def step(
         self,
@@ -418,8 +259,8 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         t = self._one_timestep(timestep)
         s = self.previous_timestep(t)
         prediction = self.predict(model_output, sample, t)
-        reverse = self._reverse(prediction, _upcast(sample), *self._pair(t, s))
-        if self._optimal and self._limits_x_0 and s == 0:
+        reverse = self._reverse(prediction, upcast(sample), *self._pair(t, s))
+        if self._optimal and limits_x_0(self.config) and s == 0:
             most = 2 * math.log(LAST_NOISE * self.config["clip_sample_range"])
             reverse = reverse._replace(log_variance=reverse.log_variance.clamp(max=most))
         noiseless = s < 0 or (self._eta == 0 and not self._optimal)
@@ -433,10 +274,10 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         With angles φ, tan φ = √((1-ᾱ)/ᾱ), the step is a rotation by δ = φ_t - φ_s, x_s = cos δ x_t - sin δ v (Salimans
         & Ho 2022, appendix D), which is well conditioned from the data to pure noise.
         """
-        x_s = _upcast(x_s)
+        x_s = upcast(x_s)
         signal_t, sigma_t = self._signal_and_sigma(t, x_s)
         a_s = self._alpha_bar[self._index(s, least=-1)]
-        signal_s, sigma_s = _broadcast(np.sqrt(a_s), x_s), _broadcast(np.sqrt(1 - a_s), x_s)
+        signal_s, sigma_s = broadcast(np.sqrt(a_s), x_s), broadcast(np.sqrt(1 - a_s), x_s)
         v = signal_t * prediction.epsilon - sigma_t * prediction.x_0
         sine, cosine = sigma_t * signal_s - signal_t * sigma_s, signal_t * signal_s + sigma_t * sigma_s
         return (x_s + sine * v) / cosine
@@ -457,10 +298,10 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def simple_loss(self, model_output: Tensor, x_0: Tensor, noise: Tensor, t: Timestep) -> Tensor:
         """L_simple, DDPM eq. 14: [B], the squared error of the training target, mean over the dimensions."""
-        _check_shapes("noise", noise, x_0)
+        check_shapes("noise", noise, x_0)
         output, _ = self._split(model_output, x_0)
-        target = _upcast(self.training_target(_upcast(x_0), _upcast(noise), t))
-        return _mean_of_sample((output - target) ** 2)
+        target = upcast(self.training_target(upcast(x_0), upcast(noise), t))
+        return mean_of_sample((output - target) ** 2)
 
     def vlb_term(
         self, model_output: Tensor, x_0: Tensor, x_t: Tensor, t: Timestep, s: Timestep | None = None
@@ -475,19 +316,19 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         """
         if self._eta == 0:
             raise ValueError("The bound is infinite at eta=0, where q(x_s | x_t, x_0) is a point: take eta > 0.")
-        _check_shapes("x_0", x_0, x_t)
+        check_shapes("x_0", x_0, x_t)
         index, lower, upper = self._pair(t, s)
-        x_0, x_t = _upcast(x_0), _upcast(x_t)
+        x_0, x_t = upcast(x_0), upcast(x_t)
         reverse = self._reverse(self.predict(model_output, x_t, t), x_t, index, lower, upper)
         kl = self._posterior(x_0, x_t, index, lower, upper).kl(reverse)
         decoder = -reverse.discretized_log_prob(x_0)
         last = torch.as_tensor(lower < 0).reshape(-1, *(1,) * (x_0.ndim - 1)).to(x_0.device)
-        return _mean_of_sample(torch.where(last, decoder, kl))
+        return mean_of_sample(torch.where(last, decoder, kl))
 
     def prior_kl(self, x_0: Tensor) -> Tensor:
         """L_T = KL(q(x_T | x_0) || N(0, I)), DDPM eq. 5: [B], in nats per dimension."""
         q = self.q_marginal(x_0, len(self) - 1)
-        return _mean_of_sample(q.kl(Gaussian(torch.zeros_like(q.mean), torch.zeros_like(q.log_variance))))
+        return mean_of_sample(q.kl(Gaussian(torch.zeros_like(q.mean), torch.zeros_like(q.log_variance))))
 
     # --- the chain --------------------------------------------------------------------------------------------------
 
@@ -572,11 +413,11 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def _posterior(self, x_0: Tensor, x_t: Tensor, t: Index, s: Index, u: Index) -> Gaussian:
         log_variance = self._posterior_log_variance(t, s, u)
-        return Gaussian(self._posterior_mean(x_0, x_t, t, s), _tensor(log_variance + self._log_eta_squared, x_0))
+        return Gaussian(self._posterior_mean(x_0, x_t, t, s), as_tensor(log_variance + self._log_eta_squared, x_0))
 
     def _posterior_mean(self, x_0: Tensor, x_t: Tensor, t: Index, s: Index) -> Tensor:
         on_x_0, on_x_t, _ = self._coefficients(t, s)
-        return _broadcast(on_x_0, x_0) * x_0 + _broadcast(on_x_t, x_t) * x_t
+        return broadcast(on_x_0, x_0) * x_0 + broadcast(on_x_t, x_t) * x_t
 
     def _coefficients(self, t: Index, s: Index) -> tuple[Coefficient, Coefficient, Coefficient]:
         """Of q(x_s | x_t, x_0) = N(on_x_0 x_0 + on_x_t x_t, variance I), DDIM eqs. 7 and 16; at η = 1, DDPM eq. 7.
@@ -592,10 +433,6 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     def _log_eta_squared(self) -> float:
         return 2 * math.log(self._eta) if self._eta > 0 else -math.inf
 
-    @property
-    def _limits_x_0(self) -> bool:
-        return bool(self.config["thresholding"] or self.config["clip_sample"])
-
     def _posterior_log_variance(self, t: Index, s: Index, u: Index) -> Coefficient:
         """Log β̃ of t -> s; where s = -1, and β̃ is 0, that of u -> t, one step up the chain."""
         a_t = self._alpha_bar[np.where(s < 0, u, t)]
@@ -608,7 +445,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         log_variance = (
             self._optimal_log_variance(t, s) if self._optimal else self._typed_log_variance(prediction, t, s, u)
         )
-        return Gaussian(self._posterior_mean(prediction.x_0, x_t, t, s), _tensor(log_variance, x_t))
+        return Gaussian(self._posterior_mean(prediction.x_0, x_t, t, s), as_tensor(log_variance, x_t))
 
     def _optimal_log_variance(self, t: Index, s: Index) -> Coefficient:
         """The σ² that minimises the bound: what x_0 adds that x_t does not tell (Analytic-DPM eq. 11, theorem 1)."""
@@ -641,9 +478,9 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     def _split(self, model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The prediction, and the second half of the channels if there is one."""
         if model_output.shape == x.shape:
-            return _upcast(model_output), None
+            return upcast(model_output), None
         if x.ndim > 1 and model_output.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
-            output, variance_values = _upcast(model_output).split(x.shape[1], dim=1)
+            output, variance_values = upcast(model_output).split(x.shape[1], dim=1)
             return output, variance_values
         raise ValueError(
             f"model_output has shape {tuple(model_output.shape)}; a sample of shape {tuple(x.shape)} needs the same "
@@ -653,7 +490,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     def _signal_and_sigma(self, t: Timestep, x: Tensor) -> tuple[float | Tensor, float | Tensor]:
         """√ᾱ_t and √(1 - ᾱ_t), to multiply x, which is upcast."""
         alpha_bar = self._alpha_bar[self._index(t)]
-        return _broadcast(np.sqrt(alpha_bar), x), _broadcast(np.sqrt(1 - alpha_bar), x)
+        return broadcast(np.sqrt(alpha_bar), x), broadcast(np.sqrt(1 - alpha_bar), x)
 
     def _pair(self, t: Timestep, s: Timestep | None) -> tuple[Index, Index, Index]:
         """Indices of t, of s < t, and of u, the timestep above t in the same chain (see `q_posterior`)."""
@@ -674,7 +511,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return index.reshape(()) if index.size == 1 else index.reshape(-1)
 
     def _one_timestep(self, t: Timestep) -> int:
-        if isinstance(t, Tensor) and t.device.type != "cpu" and _is_entry(t, self._own_timesteps):
+        if isinstance(t, Tensor) and t.device.type != "cpu" and is_entry(t, self._own_timesteps):
             # Its place is known without its value, for which the host would wait.
             return int(self._host_timesteps[t.storage_offset()])
         index = self._index(t)

@@ -1,0 +1,46 @@
+"""Where coefficients of the host, in float64, meet tensors of any dtype and device, without a wait for the device."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Coefficient = np.ndarray  # on the host in float64: a scalar, or [B]
+
+
+def upcast(x: Tensor) -> Tensor:
+    """16-bit floats as float32; float32 and float64 as they are."""
+    if not x.is_floating_point():
+        raise ValueError(f"A tensor of dtype {x.dtype} is not allowed: pass floats (scale images to [-1, 1] first).")
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def broadcast(value: Coefficient, x: Tensor) -> float | Tensor:
+    """A host coefficient so that it multiplies x: a float, or a tensor [B, 1, ...] of x's dtype and device."""
+    if np.ndim(value) == 0:
+        return float(value)
+    if len(value) != x.shape[0]:
+        raise ValueError(f"{len(value)} timesteps for a batch of {x.shape[0]}: pass one, or one per sample.")
+    tensor = torch.as_tensor(value, dtype=x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+    return tensor.to(x.device, non_blocking=True)
+
+
+def as_tensor(value: Coefficient | Tensor, x: Tensor) -> Tensor:
+    """A coefficient, or a tensor, as a tensor that broadcasts over x. A scalar stays on the host, which is free."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(broadcast(value, x), dtype=x.dtype)
+
+
+def check_shapes(name: str, tensor: Tensor, x: Tensor) -> None:
+    """Raise ValueError unless tensor has the shape of x: broadcasting would share one noise among samples."""
+    if tensor.shape != x.shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must have that of the samples, {tuple(x.shape)}.")
+
+
+def is_entry(scalar: Tensor, vector: Tensor) -> bool:
+    """Whether scalar is a view of an entry of vector, such as iterating over it gives: they share a storage."""
+    same = scalar.dtype == vector.dtype and scalar.numel() == 1
+    return same and scalar.untyped_storage() is vector.untyped_storage()
+
+
+def mean_of_sample(x: Tensor) -> Tensor:
+    """[B, ...] -> [B]."""
+    return x.flatten(1).mean(1) if x.ndim > 1 else x

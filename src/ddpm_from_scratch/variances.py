@@ -1,0 +1,42 @@
+"""The variance of p(x_s | x_t) by name, as a table of small functions.
+
+Each gives log σ² from the log-variances of the posterior (small, β̃) and of the step (large, β), from where the chain
+ends (s = -1) and from the network's values. At the end β̃ is 0 and `small` is that of the next step up the chain; DDPM
+takes it for fixed_large there too. iDDPM: Nichol, Dhariwal 2021, https://arxiv.org/abs/2102.09672.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+
+from .tensors import Coefficient, broadcast
+
+
+def _small(small: Coefficient, large: Coefficient, last: np.ndarray, values: Tensor) -> Coefficient:
+    return small
+
+
+def _large(small: Coefficient, large: Coefficient, last: np.ndarray, values: Tensor) -> Coefficient:
+    return np.where(last, small, large)
+
+
+def _learned(small: Coefficient, large: Coefficient, last: np.ndarray, values: Tensor) -> Tensor:
+    return values
+
+
+def _learned_range(small: Coefficient, large: Coefficient, last: np.ndarray, values: Tensor) -> Tensor:
+    """iDDPM eq. 15: v in [-1, 1] spans log β̃ to log β."""
+    fraction = (values + 1) / 2
+    return fraction * broadcast(large, values) + (1 - fraction) * broadcast(small, values)
+
+
+REVERSE_LOG_VARIANCES: dict[str, Callable[..., Coefficient | Tensor]] = {
+    "fixed_small": _small,
+    "fixed_small_log": _small,
+    "fixed_large": _large,
+    "fixed_large_log": _large,
+    "learned": _learned,
+    "learned_range": _learned_range,
+}
+LEARNED_VARIANCES = ("learned", "learned_range")
