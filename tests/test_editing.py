@@ -77,6 +77,16 @@ def test_they_share_the_parts_and_save_the_one_pipeline(kind, conditional, tmp_p
     assert "Inpaint" not in (tmp_path / "other" / "pipeline.py").read_text()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_shared_network_keeps_its_precision(pipeline, dtype):
+    _, images = pictures(2)
+    pipeline.to(dtype)
+    for kind in PIPELINES:
+        assert made(kind, pipeline).unet.dtype == pipeline.unet.dtype == dtype
+    assert len(made(ScratchDDPMInpaintPipeline, pipeline)(images, LOWER_HALF, seeded(), 3, 1, 1).images) == 2
+    assert ScratchDDPMImg2ImgPipeline.from_pipe(pipeline, dtype=torch.float32).unet.dtype == torch.float32
+
+
 # --- inpainting ------------------------------------------------------------------------------------------------------
 
 
@@ -225,12 +235,12 @@ def test_inversion_and_sampling_return_the_image_the_better_the_more_iterations(
     editing = made(ScratchDDPMInterpolationPipeline, pipeline)
     images = smooth_images(1)
     errors = []
-    for iterations in (1, 3, 8):
-        noise = editing.invert(images, 50, iterations)
-        again = editing.generate(noise, 50, output_type="pt").images
+    for iterations in (1, 3, 6):
+        noise = editing.invert(images, 100, iterations)
+        again = editing.generate(noise, 100, output_type="pt").images
         errors.append(float((again - images).abs().max()))
     assert errors[0] > errors[1] > errors[2]
-    assert errors[2] < 1e-3
+    assert errors[2] < 5e-3
 
 
 def test_the_noise_of_gaussian_data_is_gaussian(pipeline):

@@ -1,8 +1,8 @@
 """Editing images with a model that was trained to generate them. Each pipeline is made from another by `from_pipe`.
 
 References: SDEdit (Meng et al. 2022, https://arxiv.org/abs/2108.01073); RePaint (Lugmayr et al. 2022,
-https://arxiv.org/abs/2201.09865); DDIM (Song et al. 2021, https://arxiv.org/abs/2010.02502), section 5.3 on inversion
-and interpolation; Salimans, Ho 2022 (https://arxiv.org/abs/2202.00512), appendix D, for DDIM as a rotation.
+https://arxiv.org/abs/2201.09865); DDIM (Song et al. 2021, https://arxiv.org/abs/2010.02502), sections 4.3, 5.3 and 5.4
+on inversion and interpolation; Salimans, Ho 2022 (https://arxiv.org/abs/2202.00512), appendix D, for DDIM as a rotation.
 """
 
 import itertools

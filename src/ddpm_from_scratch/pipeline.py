@@ -323,6 +323,13 @@ class ScratchDDPMPipeline(DiffusionPipeline):
     # --- loading and saving -----------------------------------------------------------------------------------------
 
     @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:  # noqa: ANN401
+        """As in diffusers, but the network, which both pipelines share, keeps its precision unless told otherwise."""
+        if not {"dtype", "torch_dtype"} & set(kwargs) and "unet" in pipeline.components:
+            kwargs["dtype"] = pipeline.unet.dtype
+        return super().from_pipe(pipeline, **kwargs)
+
+    @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:  # noqa: ANN401
         """As in diffusers, but this class is the one that loads, whichever the folder names: none of its code runs."""
         loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
