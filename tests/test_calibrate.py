@@ -57,9 +57,9 @@ def test_the_moments_are_those_of_the_training_images(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--num_images", "0"], "--num_images 0: from 1 to 10000"),
+        (["--num_images", "0"], "--num_images 0: it must be at least 1"),
         (["--num_images", "10001"], "from 1 to 10000"),
-        (["--num_timesteps", "1"], "num_timesteps=1"),
+        (["--num_timesteps", "1"], "--num_timesteps 1: it must be at least 2"),
         (["--dataset_name", "none.parquet"], "none.parquet"),
     ],
 )

@@ -202,7 +202,8 @@ def test_other_schedulers_start_in_the_middle_too(pipeline, scheduler):
 
 def test_labels_and_guidance_reach_the_network(conditional):
     _, images = pictures(2)
-    for kind, arguments in ((ScratchDDPMImg2ImgPipeline, {}), (ScratchDDPMInpaintPipeline, {"mask_image": LOWER_HALF})):
+    inpainting = {"mask_image": LOWER_HALF, "jump_length": 3, "jump_n_sample": 2}
+    for kind, arguments in ((ScratchDDPMImg2ImgPipeline, {}), (ScratchDDPMInpaintPipeline, inpainting)):
         editing = made(kind, conditional)
         outputs = [
             editing(images, generator=seeded(), num_inference_steps=10, output_type="np", **arguments, **labels).images
@@ -310,12 +311,12 @@ IMAGE = torch.zeros(1, 1, 8, 8)
         ([], "not list"),
         (torch.zeros(1, 1, 9, 8), r"shape \(1, 1, 9, 8\).*needs \(1, 8, 8\) each: resize or crop"),
         (torch.zeros(1, 3, 8, 8), r"\(1, 3, 8, 8\)"),
-        (torch.zeros(8, 8), r"\(8, 8\)"),
-        (np.zeros((8, 8)), r"\(8, 8\)"),
+        (torch.zeros(2, 8), r"\(1, 1, 2, 8\)"),
+        (np.zeros((9, 8)), r"\(1, 1, 9, 8\)"),
+        (torch.zeros(0, 1, 8, 8), "holds no image"),
         (torch.full((1, 1, 8, 8), -0.5), r"values from -0.5 to -0.5: pass uint8, or floats in \[0, 1\]"),
         (torch.full((1, 1, 8, 8), 200), "to 200.0"),
         (torch.full((1, 1, 8, 8), float("nan")), "to nan"),
-        (Image.new("RGB", (8, 8)), "of mode RGB; a network of 1 channels takes L or 1: convert"),
         (Image.new("L", (16, 16)), r"\(1, 1, 16, 16\)"),
     ],
 )
@@ -345,6 +346,7 @@ def test_wrong_images(pipeline, image, message):
         (ScratchDDPMInpaintPipeline, {"jump_length": 0}, "jump_length=0"),
         (ScratchDDPMInpaintPipeline, {"jump_n_sample": 0}, "jump_n_sample=0"),
         (ScratchDDPMInpaintPipeline, {"jump_n_sample": 1.5}, "jump_n_sample=1.5"),
+        (ScratchDDPMInpaintPipeline, {"num_inference_steps": 10}, "jump_length=10 leaves no room .* in 10 steps"),
         (ScratchDDPMInpaintPipeline, {"num_inference_steps": 0}, "num_inference_steps=0"),
         (ScratchDDPMInpaintPipeline, {"mask_image": [LOWER_HALF] * 3}, "3 masks for 1 images"),
         (ScratchDDPMInterpolationPipeline, {"num_frames": 1}, "num_frames=1"),
@@ -357,6 +359,55 @@ def test_wrong_arguments(pipeline, kind, arguments, message):
     more = {needed[kind]: IMAGE} if kind in needed else {}
     with pytest.raises(ValueError, match=message):
         made(kind, pipeline)(**{"image": IMAGE, **more, **arguments})
+
+
+def test_colours_for_a_gray_network(pipeline):
+    with pytest.raises(ValueError, match="image is of mode RGB; 1 channels are made of L or 1: convert it first"):
+        made(ScratchDDPMImg2ImgPipeline, pipeline)(Image.new("RGB", (8, 8)))
+
+
+def test_masks_of_any_mode_and_without_channels(pipeline):
+    editing = made(ScratchDDPMInpaintPipeline, pipeline)
+    array = np.asarray(LOWER_HALF)
+    forms = [LOWER_HALF, LOWER_HALF.convert("RGB"), [LOWER_HALF.convert("1")], array, torch.from_numpy(array)]
+    outputs = [editing(IMAGE, mask, seeded(), 3, 1, 1, "np").images for mask in forms]
+    for output in outputs[1:]:
+        np.testing.assert_array_equal(output, outputs[0])
+
+
+def test_a_call_that_is_refused_leaves_the_chain_as_it_was(pipeline):
+    before = pipeline.scheduler.timesteps.tolist()
+    with pytest.raises(ValueError, match="return_trajectory=99"):
+        pipeline(return_trajectory=99, num_inference_steps=5)
+    with pytest.raises(ValueError, match="less than one step"):
+        made(ScratchDDPMImg2ImgPipeline, pipeline)(IMAGE, 0.01, num_inference_steps=5)
+    assert pipeline.scheduler.timesteps.tolist() == before
+
+
+def test_steps_are_checked_for_every_scheduler(pipeline):
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    for wrong in (0, 2.0, True, 1001):
+        with pytest.raises(ValueError, match=f"num_inference_steps={wrong!r} must be a whole number from 1 to 1000"):
+            made(ScratchDDPMImg2ImgPipeline, pipeline)(IMAGE, num_inference_steps=wrong)
+
+
+def test_inpainting_takes_the_steps_that_a_short_chain_has(stock_unet):
+    pipeline = quiet(ScratchDDPMPipeline(stock_unet, DDPMScheduler(num_train_timesteps=20)))
+    calls = []
+    pipeline.unet.register_forward_pre_hook(lambda module, arguments: calls.append(int(arguments[1])))
+    made(ScratchDDPMInpaintPipeline, pipeline)(IMAGE, LOWER_HALF, jump_n_sample=1)
+    assert calls == list(range(19, -1, -1))
+
+
+def test_what_cannot_be_inverted(conditional_stock_unet, pipeline):
+    names = dict(enumerate("abcde"))
+    classes = quiet(ScratchDDPMPipeline(conditional_stock_unet, DDPMScheduler(), id2label=names))
+    with pytest.raises(ValueError, match="Inversion needs a null label"):
+        made(ScratchDDPMInterpolationPipeline, classes).invert(IMAGE)
+    process = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    pipeline.scheduler = ScratchDDPMScheduler(**process)
+    with pytest.raises(ValueError, match="goes from noise to data at once: take more steps"):
+        made(ScratchDDPMInterpolationPipeline, pipeline).invert(IMAGE, 1)
 
 
 def test_pipelines_that_need_our_scheduler_say_so(pipeline):

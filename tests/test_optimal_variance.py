@@ -162,11 +162,36 @@ def test_the_bounds_of_the_paper():
     assert variance(unclipped, 50, 20) == pytest.approx(expected, rel=1e-9)
 
 
+def test_the_bound_on_noise_leaves_what_the_posterior_has():
+    """In a short chain the noise of x_1 is large by itself."""
+    process = {"num_train_timesteps": 10, "beta_schedule": "squaredcos_cap_v2"}
+    scheduler = ScratchDDPMScheduler(**process, second_moments=[(0, 0.1), (9, 0.3)], optimal_variance=True)
+    alpha_bar = oracles.Chain(oracles.cosine_betas(10)).alpha_bar
+    scheduler.set_timesteps(10)
+    zero = torch.zeros(1, 100_000, dtype=torch.float64)
+    x = scheduler.step(zero, 1, zero, generator=torch.Generator().manual_seed(0)).prev_sample
+    posterior = (1 - alpha_bar[0]) / (1 - alpha_bar[1]) * (1 - alpha_bar[1] / alpha_bar[0])
+    assert float(x.std()) == pytest.approx(posterior**0.5, rel=0.01)
+    assert posterior**0.5 > 5 * 2 * 2 / 255
+
+
+def test_the_full_chain_does_not_depend_on_the_last_one_that_was_set():
+    scheduler = make(GAUSSIAN)
+    x, x_0 = oracles.randn(2, 3, 4)
+    before = [*scheduler.p_reverse(x, x, 500), *scheduler.q_posterior(x_0, x, 500)]
+    bound = scheduler.vlb_term(x, x_0, x, 500)
+    for count, eta in ((10, 0.0), (20, 0.5), (10, None)):
+        scheduler.set_timesteps(count, eta=eta)
+        after = [*scheduler.p_reverse(x, x, 500), *scheduler.q_posterior(x_0, x, 500)]
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+        assert torch.equal(scheduler.vlb_term(x, x_0, x, 500), bound)
+
+
 def test_noise_in_the_least_noisy_step_is_bounded_for_images_only():
     """At s = 0 its mean absolute value is at most 2 of 255 levels; p_reverse, of which the bound is made, keeps it."""
     noise = []
     for clip in (True, False):
-        scheduler = ScratchDDPMScheduler(second_moments=[(0, 0.2), (999, 0.2)], clip_sample=clip)
+        scheduler = ScratchDDPMScheduler(second_moments=[(0, 0.2), (999, 0.2)], clip_sample=clip)  # eta = 1
         scheduler.set_timesteps(timesteps=[200, 100, 0])
         zero = torch.zeros(1, 40_000, dtype=torch.float64)
         for t in (200, 100):
@@ -256,6 +281,7 @@ def test_a_real_network_of_any_kind_is_calibrated():
         ([], {}, "images is empty"),
         (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), {}, r"dtype torch.uint8.*floats \[N, C, H, W\] in \[-1, 1\]"),
         (torch.full((2, 1, 8, 8), 1.5), {}, "to 1.5: pass floats"),
+        (torch.full((2, 1, 8, 8), float("nan")), {}, "from nan to nan: pass floats"),
         (torch.zeros(2, 1, 8, 8), {"num_timesteps": 1}, "num_timesteps=1"),
         (torch.zeros(2, 1, 8, 8), {"batch_size": 0}, "batch_size=0"),
     ],
@@ -263,6 +289,62 @@ def test_a_real_network_of_any_kind_is_calibrated():
 def test_wrong_calibrations(images, options, message):
     with pytest.raises(ValueError, match=message):
         second_moments(ExactNetwork(), ScratchDDPMScheduler(), images, progress=False, **options)
+
+
+def test_networks_and_schedulers_that_cannot_be_calibrated(stock_unet):
+    images = torch.zeros(1, 1, 8, 8)
+    with pytest.raises(ValueError, match="in training mode"):
+        second_moments(stock_unet.train(), ScratchDDPMScheduler(), images)
+    with pytest.raises(ValueError, match=r"scheduler is a DDPMScheduler: pass ScratchDDPMScheduler\.from_config"):
+        second_moments(stock_unet.eval(), DDPMScheduler(), images)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eta": 1.5}, r"eta=1.5 .*\[0, 1\]"),
+        ({"eta": "1"}, "eta='1' must be a number"),
+        ({"eta": None}, "eta=None"),
+        ({"optimal_variance": "yes"}, "optimal_variance='yes' must be True, False or None"),
+        ({"optimal_variance": True}, "optimal_variance=True needs second_moments: estimate them"),
+        ({"timestep_choice": "likelihood"}, "timestep_choice='likelihood' needs second_moments"),
+        ({"timestep_choice": "quadratc"}, r"'quadratc' is not known. .*Did you mean 'quadratic'\?"),
+        ({"second_moments": []}, r"second_moments=\[\] must be pairs"),
+        ({"second_moments": 0.5}, "must be pairs"),
+        ({"second_moments": {"0": 1}}, "must be pairs"),
+        ({"second_moments": [[0, "a"]]}, "must be pairs"),
+        ({"second_moments": [[0, 1], [1]]}, "must be pairs"),
+        ({"second_moments": [(0, 0.0)]}, "with positive values"),
+        ({"second_moments": [(0, float("nan"))]}, "must be pairs"),
+        ({"second_moments": [(5, 0.1), (5, 0.2)]}, "must ascend within 0..999"),
+        ({"second_moments": [(0, 0.1), (1000, 0.2)]}, "must ascend within 0..999"),
+        ({"second_moments": [(0.5, 0.1)]}, "must ascend"),
+    ],
+)
+def test_wrong_configurations(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ScratchDDPMScheduler(**settings)
+
+
+def test_moments_may_be_an_array(tmp_path):
+    scheduler = ScratchDDPMScheduler(second_moments=np.array([[0, 0.01], [999, 0.3]]))
+    scheduler.save_pretrained(tmp_path)
+    assert ScratchDDPMScheduler.from_pretrained(tmp_path).config.second_moments == [[0, 0.01], [999, 0.3]]
+
+
+def test_timesteps_of_the_least_bound_at_zero_terminal_snr():
+    process = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    scheduler = ScratchDDPMScheduler(**process, second_moments=[(0, 0.01), (999, 0.3)], timestep_choice="likelihood")
+    scheduler.set_timesteps(10)
+    assert len(set(scheduler.timesteps.tolist())) == 10
+
+
+def test_the_bound_at_eta_0_is_refused():
+    scheduler = make(GAUSSIAN)
+    scheduler.set_timesteps(10, eta=0.0)
+    x = torch.zeros(1, 4)
+    with pytest.raises(ValueError, match="The bound is infinite at eta=0"):
+        scheduler.vlb_term(x, x, x, 999, 888)
 
 
 def test_a_calibrated_folder_loads_everywhere(tmp_path, stock_unet):
@@ -362,5 +444,7 @@ def test_quadratic_and_log_snr_are_what_they_say():
     scheduler = ScratchDDPMScheduler(timestep_choice="log_snr")
     scheduler.set_timesteps(10)
     alpha_bar = CHAIN.alpha_bar[scheduler.timesteps]
-    steps = np.diff(np.log(alpha_bar / (1 - alpha_bar)))
-    np.testing.assert_allclose(steps[:-2], steps.mean(), rtol=0.1)  # near t = 0 whole timesteps are too coarse
+    log_snr = np.log(alpha_bar / (1 - alpha_bar))
+    assert log_snr[1] == pytest.approx(-6, abs=0.1)  # after T - 1, from where x_t begins to tell of x_0
+    steps = np.diff(log_snr[1:-1])  # near t = 0 whole timesteps are too coarse
+    np.testing.assert_allclose(steps, steps.mean(), rtol=0.1)

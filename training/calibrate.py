@@ -37,7 +37,7 @@ def training_images(args: argparse.Namespace, channels: int, resolution: int) ->
     """Float [N, C, H, W] in [-1, 1], cropped at the centre."""
     config = TrainingConfig(dataset_name=args.dataset_name, train_data_dir=args.train_data_dir)
     images = load_data(config, channels, resolution).images
-    if not 1 <= args.num_images <= len(images):
+    if args.num_images > len(images):
         raise ValueError(f"--num_images {args.num_images}: from 1 to {len(images)} are allowed, as many as there are.")
     chosen = [images[index * len(images) // args.num_images] for index in range(args.num_images)]
     squares = [image[:, (h := (image.shape[1] - resolution) // 2) : h + resolution] for image in chosen]
@@ -55,6 +55,9 @@ def write_scheduler(scheduler: ScratchDDPMScheduler, path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Estimate and write."""
     args = parse(arguments)
+    for name, least in {"num_images": 1, "num_timesteps": 2, "batch_size": 1}.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)}: it must be at least {least}.")
     if not (args.model / SCHEDULER_FILE).is_file():
         raise FileNotFoundError(f"{args.model} has no {SCHEDULER_FILE}: pass the folder of a saved pipeline.")
     pipeline = ScratchDDPMPipeline.from_pretrained(args.model)
@@ -63,8 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{args.model} has a {type(pipeline.scheduler).__name__}, which has no variance to calibrate: save the "
             "model with a DDPMScheduler or ScratchDDPMScheduler."
         )
+    classes, size = pipeline.unet.config.num_class_embeds, pipeline.unet.config.sample_size
+    if classes is not None and classes - 1 in (pipeline.config.id2label or {}):
+        raise ValueError(f"{args.model}: each label of its network is a class, and none is null, which is measured.")
+    if not isinstance(size, int):
+        raise ValueError(f"{args.model}: sample_size={size!r}, and only square images can be taken.")
     unet = pipeline.unet.to("cuda" if torch.cuda.is_available() else "cpu")
-    images = training_images(args, unet.config.in_channels, unet.config.sample_size)
+    images = training_images(args, unet.config.in_channels, size)
     options = {"num_timesteps": args.num_timesteps, "batch_size": args.batch_size, "seed": args.seed}
     write_scheduler(calibrate(unet, pipeline.scheduler, images, **options), args.model / SCHEDULER_FILE)
     print(args.model)

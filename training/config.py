@@ -219,6 +219,8 @@ def check_labels(config: TrainingConfig) -> None:
     """Labels are only asked for where they are used."""
     if config.label_column is not None and not config.class_conditional:
         raise ValueError(f"label_column {config.label_column!r} needs --class_conditional")
+    if config.class_conditional and config.label_dropout == 0:
+        raise ValueError("label_dropout 0 would leave the null label untrained, which guidance needs: take 0.1 or so")
 
 
 def check_diffusion(config: TrainingConfig) -> None:

@@ -18,20 +18,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .checks import check_whole
+from .configuration import make_betas
 from .scheduler import ScratchDDPMScheduler
-from .schedules import log_snr, nearest_distinct
-
-FLAT = -6.0  # log SNR below which x_t tells next to nothing of x_0, and its variance changes no more
+from .schedules import evenly_in_log_snr
 
 
 def moment_timesteps(scheduler: ScratchDDPMScheduler, count: int) -> list[int]:
     """At most `count` timesteps from 0 to T - 1, evenly spaced in log SNR, along which the moments are smooth."""
-    noise = -log_snr(scheduler.alphas_cumprod.double().numpy())
-    steps = len(noise)
-    if steps <= count:
-        return list(range(steps))
-    targets = np.linspace(noise[0], min(noise[-1], -FLAT), count - 1)
-    return nearest_distinct(np.append(np.interp(targets, noise, np.arange(steps)), steps - 1), steps).tolist()
+    alpha_bar = np.cumprod(1 - make_betas(scheduler.config))
+    return evenly_in_log_snr(alpha_bar, None, min(count, len(alpha_bar))).tolist()
 
 
 @torch.no_grad()
@@ -64,8 +59,15 @@ def second_moments(
         Pairs (t, value) in ascending order, four digits each.
 
     Raises:
-        ValueError: no images, images out of [-1, 1], or a number that is not allowed.
+        ValueError: no images, images out of [-1, 1], a network in training mode, a scheduler that is not ours, or a
+            number that is not allowed.
     """
+    if not isinstance(scheduler, ScratchDDPMScheduler):
+        raise ValueError(
+            f"scheduler is a {type(scheduler).__name__}: pass ScratchDDPMScheduler.from_config(scheduler.config)."
+        )
+    if getattr(unet, "training", False):
+        raise ValueError("The network is in training mode, with dropout: call unet.eval() first.")
     check_whole("num_timesteps", num_timesteps, 2)
     check_whole("batch_size", batch_size)
     batches = images.split(batch_size) if isinstance(images, Tensor) else images
@@ -106,7 +108,7 @@ def _error(unet: Any, scheduler: ScratchDDPMScheduler, x_0: Tensor, noise: Tenso
 
 
 def _check_images(batch: Tensor) -> None:
-    if batch.numel() and (not batch.is_floating_point() or batch.ndim < 2 or batch.abs().max() > 1 + 1e-6):
+    if batch.numel() and (not batch.is_floating_point() or batch.ndim < 2 or not batch.abs().max() <= 1 + 1e-6):
         raise ValueError(
             f"images of dtype {batch.dtype}, shape {tuple(batch.shape)}, from {batch.min()} to {batch.max()}: pass "
             "floats [N, C, H, W] in [-1, 1], such as uint8 / 127.5 - 1."

@@ -2,7 +2,7 @@
 
 References: SDEdit (Meng et al. 2022, https://arxiv.org/abs/2108.01073); RePaint (Lugmayr et al. 2022,
 https://arxiv.org/abs/2201.09865); DDIM (Song et al. 2021, https://arxiv.org/abs/2010.02502), sections 4.3, 5.3 and 5.4
-on inversion and interpolation; Salimans, Ho 2022 (https://arxiv.org/abs/2202.00512), appendix D, for DDIM as a rotation.
+on inversion and interpolation; Salimans, Ho 2022 (https://arxiv.org/abs/2202.00512), appendix D, on DDIM as a rotation.
 """
 
 import itertools
@@ -30,7 +30,7 @@ def image_tensor(name: str, image: Any, channels: int, size: tuple[int, int]) ->
     Args:
         name: of the argument, for messages.
         image: a PIL image or a list of them; an array [H, W, C] or [B, H, W, C] of uint8, or of floats in [0, 1]; or a
-            tensor [C, H, W] or [B, C, H, W] of such values.
+            tensor [C, H, W] or [B, C, H, W] of such values. [H, W] will do for one channel.
         channels: C, as the network has it. Gray PIL images become colour ones; the other way round nothing is dropped.
         size: (H, W).
 
@@ -42,16 +42,19 @@ def image_tensor(name: str, image: Any, channels: int, size: tuple[int, int]) ->
     if isinstance(image, Sequence) and image and all(isinstance(one, Image.Image) for one in image):
         image = np.stack([_array(name, one, channels) for one in image])
     if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.ascontiguousarray(image))
-        image = image.movedim(-1, -3) if image.ndim in (3, 4) else image
+        image = torch.from_numpy(np.array(image, order="C"))  # a copy: arrays of PIL images are read-only
+        image = image.movedim(-1, -3) if image.ndim in (3, 4) else image  # [..., H, W, C] -> [..., C, H, W]
     if not isinstance(image, Tensor):
         raise ValueError(f"{name} must be PIL images, an array or a tensor, not {type(image).__name__}.")
+    image = image[None] if image.ndim == 2 and channels == 1 else image
     image = image[None] if image.ndim == 3 else image
     if image.ndim != 4 or tuple(image.shape[1:]) != (channels, *size):
         raise ValueError(
             f"{name} has shape {tuple(image.shape)} as [B, C, H, W]; the network needs {(channels, *size)} each: "
             "resize or crop it first."
         )
+    if len(image) == 0:
+        raise ValueError(f"{name} holds no image: pass at least one.")
     pixels = image.float() / 255 if image.dtype == torch.uint8 else image.float()
     if not bool((pixels >= 0).all() and (pixels <= 1).all()):
         raise ValueError(f"{name} has values from {pixels.min()} to {pixels.max()}: pass uint8, or floats in [0, 1].")
@@ -63,7 +66,7 @@ def _array(name: str, image: Image.Image, channels: int) -> np.ndarray:
     allowed = {1: ("L", "1"), 3: ("L", "1", "RGB")}.get(channels, ())
     if image.mode not in allowed:
         raise ValueError(
-            f"{name} is of mode {image.mode}; a network of {channels} channels takes {' or '.join(allowed) or 'none'}: "
+            f"{name} is of mode {image.mode}; {channels} channels are made of {' or '.join(allowed) or 'no mode'}: "
             "convert it first."
         )
     return np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(image.height, image.width, channels)
@@ -110,7 +113,7 @@ class ScratchDDPMImg2ImgPipeline(_EditingPipeline):
 
         Args:
             image: see `image_tensor`.
-            strength: how much of the chain is run, in (0, 1]: near 0 the image stays, at 1 next to nothing of it does.
+            strength: how much of the chain is run, up to 1: near 0 the image stays, at 1 next to nothing of it does.
             num_inference_steps: K of the whole chain, of which int(K * strength) steps are taken.
             generator: as in `ScratchDDPMPipeline`; so are all others.
             output_type: see there.
@@ -126,16 +129,16 @@ class ScratchDDPMImg2ImgPipeline(_EditingPipeline):
         """
         check_range("strength", strength, 0, 1)
         check_choice("output_type", output_type, OUTPUT_TYPES)
+        steps = self._check_steps(num_inference_steps)
+        if int(steps * strength) < 1:
+            raise ValueError(f"strength={strength!r} of {steps} steps is less than one step: raise one of the two.")
         x_0 = 2 * self._images("image", image) - 1
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
         condition, _ = self._check_labels(class_labels, len(x_0), guidance)
         check_generator(generator, len(x_0))
-        step_options = self._set_chain(num_inference_steps, eta, generator)
-        steps = self.scheduler.num_inference_steps
+        step_options = self._set_chain(steps, eta, generator)
         start = (steps - int(steps * strength)) * self.scheduler.order
         timesteps = self.scheduler.timesteps[start:]
-        if int(steps * strength) < 1:
-            raise ValueError(f"strength={strength!r} of {steps} steps is less than one step: raise one of the two.")
         if hasattr(self.scheduler, "set_begin_index"):  # schedulers that count their steps
             self.scheduler.set_begin_index(start)
         noise = randn_tensor(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
@@ -174,7 +177,7 @@ class ScratchDDPMInpaintPipeline(_EditingPipeline):
         image: ImageInput,
         mask_image: ImageInput,
         generator: Generators = None,
-        num_inference_steps: int = 250,
+        num_inference_steps: int | None = None,
         jump_length: int = 10,
         jump_n_sample: int = 10,
         output_type: str = "pil",
@@ -191,7 +194,7 @@ class ScratchDDPMInpaintPipeline(_EditingPipeline):
         Args:
             image: see `image_tensor`.
             mask_image: one channel, one for all images or one each: white (at least one half) is painted, black kept.
-            num_inference_steps: K.
+            num_inference_steps: K; if left out, 250 as in the paper, or T if that is less.
             jump_length: how many steps are undone at a time.
             jump_n_sample: how often each stretch is run through; 1 is no resampling.
             generator: as in `ScratchDDPMPipeline`; so are all others.
@@ -210,14 +213,24 @@ class ScratchDDPMInpaintPipeline(_EditingPipeline):
         check_choice("output_type", output_type, OUTPUT_TYPES)
         check_whole("jump_length", jump_length)
         check_whole("jump_n_sample", jump_n_sample)
+        paper = min(250, self.scheduler.config.num_train_timesteps)
+        steps = self._check_steps(paper if num_inference_steps is None else num_inference_steps)
+        if jump_n_sample > 1 and jump_length >= steps:
+            raise ValueError(
+                f"jump_length={jump_length!r} leaves no room for resampling in {steps} steps: take a shorter one, or "
+                "jump_n_sample=1."
+            )
         given = self._images("image", image)
-        paint = self._images("mask_image", mask_image, channels=1) >= 0.5
+        masks = [mask_image] if isinstance(mask_image, Image.Image) else mask_image
+        if isinstance(masks, Sequence) and all(isinstance(mask, Image.Image) for mask in masks):
+            masks = [mask.convert("L") for mask in masks]
+        paint = self._images("mask_image", masks, channels=1) >= 0.5
         if len(paint) not in (1, len(given)):
             raise ValueError(f"mask_image has {len(paint)} masks for {len(given)} images: pass one, or one each.")
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
         condition, _ = self._check_labels(class_labels, len(given), guidance)
         check_generator(generator, len(given))
-        step_options = self._set_chain(num_inference_steps, eta, generator)
+        step_options = self._set_chain(steps, eta, generator)
 
         x_0, timesteps = 2 * given - 1, scheduler.timesteps.tolist()
         on_device = scheduler.timesteps.to(x_0.device)
@@ -275,15 +288,17 @@ class ScratchDDPMInterpolationPipeline(_EditingPipeline):
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
         check_whole("num_frames", num_frames, 2)
+        check_whole("num_iterations", num_iterations)
         ends = [self._images(name, value) for name, value in (("image", image), ("other_image", other_image))]
         for name, end in zip(("image", "other_image"), ends, strict=True):
             if len(end) != 1:
                 raise ValueError(f"{name} holds {len(end)} images: pass one.")
         x_0 = 2 * torch.cat(ends) - 1
-        noise = self._invert(x_0, num_inference_steps, num_iterations)
-        lost = x_0 - self._generate(noise, num_inference_steps)
+        chain = self._chain(num_inference_steps)
+        noise = self._invert(x_0, chain, num_iterations)
+        lost = x_0 - self._generate(noise, chain)
         share = torch.linspace(0, 1, num_frames, device=x_0.device, dtype=x_0.dtype).reshape(-1, 1, 1, 1)
-        x = self._generate(slerp(noise[:1], noise[1:], share), num_inference_steps)
+        x = self._generate(slerp(noise[:1], noise[1:], share), chain)
         x = x + (1 - share) * lost[:1] + share * lost[1:]
         self.maybe_free_model_hooks()
         return self._output(x, [], output_type, return_dict)
@@ -295,14 +310,17 @@ class ScratchDDPMInterpolationPipeline(_EditingPipeline):
         Args:
             image: see `image_tensor`.
             num_inference_steps: K.
-            num_iterations: calls of the network per step. With 1 its output at the cleaner end of a step stands for
-                that at the noisier end (DDIM's own inversion); each further one corrects it by fixed-point iteration.
+            num_iterations: calls of the network per step. With 1 the cleaner end of a step stands for its noisier end
+                when the network is asked; each further one corrects that by fixed-point iteration, which converges
+                where steps are short enough for the network. Networks that predict epsilon are hard to invert near
+                pure noise: keep to 1 there.
 
         Raises:
-            ValueError: for an argument that does not fit.
+            ValueError: for an argument that does not fit, or if the iteration diverged.
         """
+        check_whole("num_iterations", num_iterations)
         x_0 = 2 * self._images("image", image) - 1
-        noise = self._invert(x_0, num_inference_steps, num_iterations)
+        noise = self._invert(x_0, self._chain(num_inference_steps), num_iterations)
         self.maybe_free_model_hooks()
         return noise
 
@@ -320,7 +338,7 @@ class ScratchDDPMInterpolationPipeline(_EditingPipeline):
         if not isinstance(noise, Tensor) or noise.ndim != 4 or tuple(noise.shape[1:]) != shape:
             raise ValueError(f"noise must be a tensor [B, {', '.join(map(str, shape))}], such as `invert` returns.")
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
-        x = self._generate(noise.to(self._execution_device, dtype), num_inference_steps)
+        x = self._generate(noise.to(self._execution_device, dtype), self._chain(num_inference_steps))
         self.maybe_free_model_hooks()
         return self._output(x, [], output_type, return_dict)
 
@@ -328,12 +346,11 @@ class ScratchDDPMInterpolationPipeline(_EditingPipeline):
         """The deterministic scheduler, whose predictions are not limited."""
         plain = {"clip_sample": False, "thresholding": False, "optimal_variance": False}
         scheduler = ScratchDDPMScheduler.from_config(self._own_scheduler().config, **plain)
-        scheduler.set_timesteps(num_inference_steps, eta=0.0)
+        scheduler.set_timesteps(self._check_steps(num_inference_steps), eta=0.0)
         return scheduler
 
-    def _invert(self, x_0: Tensor, num_inference_steps: int, num_iterations: int) -> Tensor:
-        check_whole("num_iterations", num_iterations)
-        scheduler, condition = self._chain(num_inference_steps), self._null_condition(len(x_0))
+    def _invert(self, x_0: Tensor, scheduler: ScratchDDPMScheduler, num_iterations: int) -> Tensor:
+        condition = self._null_condition(len(x_0))
         times, on_device = scheduler.timesteps.tolist(), scheduler.timesteps.to(x_0.device)
         x_s = x_0
         for i in self.progress_bar(range(len(times) - 1, -1, -1)):
@@ -342,10 +359,12 @@ class ScratchDDPMInterpolationPipeline(_EditingPipeline):
                 output = self._predict(x_t, scheduler.timesteps[i], on_device[i], times[i], condition)
                 x_t = scheduler.undo_ddim(scheduler.predict(output, x_t, times[i]), x_s, times[i], s)
             x_s = x_t
+        if not bool(x_s.isfinite().all()):
+            raise ValueError("The inversion diverged: take more steps, or num_iterations=1.")
         return x_s
 
-    def _generate(self, x: Tensor, num_inference_steps: int) -> Tensor:
-        scheduler, condition = self._chain(num_inference_steps), self._null_condition(len(x))
+    def _generate(self, x: Tensor, scheduler: ScratchDDPMScheduler) -> Tensor:
+        condition = self._null_condition(len(x))
         on_device = scheduler.timesteps.to(x.device)
         for i, t in enumerate(self.progress_bar(scheduler.timesteps.tolist())):
             output = self._predict(x, scheduler.timesteps[i], on_device[i], t, condition)
@@ -353,6 +372,9 @@ class ScratchDDPMInterpolationPipeline(_EditingPipeline):
         return x
 
     def _null_condition(self, batch_size: int) -> Condition | None:
+        classes = self.unet.config.get("num_class_embeds")
+        if classes is not None and classes - 1 in (self.config.get("id2label") or {}):
+            raise ValueError("Inversion needs a null label, and each label of this network is a class.")
         return self._check_labels(None, batch_size, Guidance())[0]
 
 

@@ -179,7 +179,10 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         shape = self._check_shape(batch_size)
         check_generator(generator, batch_size)
         _check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        step_options = self._set_chain(num_inference_steps, eta, generator)
+        steps = self._check_steps(num_inference_steps)
+        if return_trajectory is not None and not (is_whole(return_trajectory) and 1 <= return_trajectory <= steps):
+            raise ValueError(f"return_trajectory={return_trajectory!r} must be a number of frames, from 1 to {steps}.")
+        step_options = self._set_chain(steps, eta, generator)
         kept = _kept_steps(return_trajectory, len(self.scheduler.timesteps))
 
         device = self._execution_device
@@ -197,7 +200,15 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return self._output(x, frames, output_type, return_dict)
 
-    def _set_chain(self, num_inference_steps: int | None, eta: float | None, generator: Generators) -> dict[str, Any]:
+    def _check_steps(self, num_inference_steps: int | None) -> int:
+        """K, by default T."""
+        most = self.scheduler.config.num_train_timesteps
+        steps = most if num_inference_steps is None else num_inference_steps
+        if not (is_whole(steps) and 1 <= steps <= most):
+            raise ValueError(f"num_inference_steps={steps!r} must be a whole number from 1 to {most}.")
+        return steps
+
+    def _set_chain(self, steps: int, eta: float | None, generator: Generators) -> dict[str, Any]:
         """Set the scheduler's timesteps; the options that each of its steps is to get."""
         accepted = inspect.signature(self.scheduler.step).parameters
         own = isinstance(self.scheduler, ScratchDDPMScheduler)
@@ -205,7 +216,6 @@ class ScratchDDPMPipeline(DiffusionPipeline):
             raise ValueError(f"eta={eta!r} was passed, but {type(self.scheduler).__name__} has no eta: leave it out.")
         if eta is not None:
             check_range("eta", eta, 0, 1)
-        steps = num_inference_steps if num_inference_steps is not None else self.scheduler.config.num_train_timesteps
         self.scheduler.set_timesteps(steps, **({"eta": eta} if own else {}))
         offered = {"generator": generator, "eta": eta} if eta is not None else {"generator": generator}
         return {name: value for name, value in offered.items() if name in accepted}
@@ -327,6 +337,11 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         """As in diffusers, but the network, which both pipelines share, keeps its precision unless told otherwise."""
         if not {"dtype", "torch_dtype"} & set(kwargs) and "unet" in pipeline.components:
             kwargs["dtype"] = pipeline.unet.dtype
+            if type(pipeline.unet).__module__.startswith("diffusers_modules"):
+                raise ValueError(
+                    "This pipeline was loaded as remote code, whose classes are not this package's: load it with "
+                    f"{cls.__name__}.from_pretrained."
+                )
         return super().from_pipe(pipeline, **kwargs)
 
     @classmethod
@@ -402,6 +417,4 @@ def _kept_steps(frames: int | None, steps: int) -> list[int]:
     """Which of the steps to keep, the first and the last among them; for one frame, the last."""
     if frames is None:
         return []
-    if not (is_whole(frames) and 1 <= frames <= steps):
-        raise ValueError(f"return_trajectory={frames!r} must be a number of frames, from 1 to the {steps} steps.")
     return [steps - 1] if frames == 1 else np.linspace(0, steps - 1, frames).round().astype(int).tolist()

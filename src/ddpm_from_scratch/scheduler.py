@@ -40,8 +40,8 @@ from .variances import LEARNED_VARIANCES, REVERSE_LOG_VARIANCES
 Timestep = int | Tensor
 Index = np.ndarray  # on the host, timesteps as whole numbers: a scalar, or [B]
 
-# Noise in p(x_0 | x_1), with the paper's indices, of which a pixel shows E|noise| ≤ 2 of its 255 levels (Analytic-DPM,
-# appendix on sampling): larger noise would never be taken out again. For images in [-1, 1].
+# Standard deviation of noise in p(x_1 | x_2), with the paper's indices, of which a pixel in [-1, 1] shows E|noise| = 2
+# of its 255 levels: more than that would hardly be taken out again (Analytic-DPM, appendix on sampling).
 LAST_NOISE = 2 * (2 / 255) * math.sqrt(math.pi / 2)
 
 
@@ -55,6 +55,20 @@ class Prediction(NamedTuple):
     x_0: Tensor
     epsilon: Tensor
     variance_values: Tensor | None
+
+
+def _log_square(x: float) -> float:
+    return 2 * math.log(x) if x > 0 else -math.inf
+
+
+class Transition(NamedTuple):
+    """A step t -> s of a chain, on the host; u is the timestep above t in it (see `q_posterior`)."""
+
+    t: Index
+    s: Index
+    u: Index
+    eta: float
+    optimal: bool  # whether the reverse variance is the optimal one
 
 
 class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
@@ -86,7 +100,8 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
             eq. 16). `set_timesteps` may choose another one for a chain.
         second_moments: E‖x_0 - x̂_0(x_t)‖² / d at some timesteps, as pairs [t, value] in ascending order, which
             `ddpm_from_scratch.calibration` estimates. The variance of p(x_s | x_t) that is optimal for the bound, and
-            right for samples, follows from them. In between, their logarithm is interpolated along log SNR.
+            right for samples, follows from them. In between, their logarithm is interpolated along log SNR. They hold
+            for one network, schedule and clipping.
         optimal_variance: use that variance instead of `variance_type`. None: where second_moments are given, for
             chains of fewer than T steps with eta > 0.
         timestep_choice: which K < T timesteps, instead of timestep_spacing: "quadratic" (DDIM, appendix D.2),
@@ -153,7 +168,9 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write the configuration under the name of the stock class, whose keys these are: either class loads it."""
-        default = [name for name, value in OWN_KEYS.items() if self.config[name] == value]
+        given = {name: self.config[name] for name in OWN_KEYS}
+        arrays = {name for name, value in given.items() if isinstance(value, np.ndarray)}
+        default = [name for name in OWN_KEYS if name not in arrays and given[name] == OWN_KEYS[name]]
         write_config(self.to_json_string(), json_file_path, without=default, _class_name=DDPMScheduler.__name__)
 
     # --- forward process (DDPM section 2) ---------------------------------------------------------------------------
@@ -167,8 +184,8 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     def q_transition(self, x_s: Tensor, t: Timestep, s: Timestep) -> Gaussian:
         """q(x_t | x_s) = N(√(ᾱ_t/ᾱ_s) x_s, (1 - ᾱ_t/ᾱ_s) I) for -1 <= s < t: DDPM eq. 2, one step or many."""
         x_s = upcast(x_s)
-        at, below, _ = self._pair(t, s)
-        alpha = self._alpha_bar[at] / self._alpha_bar[below]
+        step = self._transition(t, s)
+        alpha = self._alpha_bar[step.t] / self._alpha_bar[step.s]
         return Gaussian(broadcast(np.sqrt(alpha), x_s) * x_s, as_tensor(np.log(1 - alpha), x_s))
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Timestep) -> Tensor:
@@ -188,12 +205,12 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Timestep, s: Timestep | None = None) -> Gaussian:
         """q(x_s | x_t, x_0): DDPM eqs. 6-7, for any -1 <= s < t; with eta < 1, DDIM eq. 7.
 
-        With s left out the chain is the full one, s = t - 1; with s given it is that of `set_timesteps`. The mean is
-        exact for s = -1 too (it is x_0); the log-variance there is not -∞ but that of the next step up the chain, as in
-        the implementations of DDPM and iDDPM.
+        With s left out the chain is the full one, s = t - 1, with the configuration's eta; with s given it is that of
+        `set_timesteps`. The mean is exact for s = -1 too (it is x_0); the log-variance there is not -∞ but that of the
+        next step up the chain, as in the implementations of DDPM and iDDPM.
         """
         check_shapes("x_0", x_0, x_t)
-        return self._posterior(upcast(x_0), upcast(x_t), *self._pair(t, s))
+        return self._posterior(upcast(x_0), upcast(x_t), self._transition(t, s))
 
     # --- reverse process (DDPM section 3.2) -------------------------------------------------------------------------
 
@@ -228,7 +245,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         Where the optimal variance is used (see the class), it takes the place of that one. s is understood as in
         `q_posterior`.
         """
-        return self._reverse(self.predict(model_output, x_t, t), upcast(x_t), *self._pair(t, s))
+        return self._reverse(self.predict(model_output, x_t, t), upcast(x_t), self._transition(t, s))
 
     def step(
         self,
@@ -240,8 +257,8 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         """One step of DDPM algorithm 2: draw x_s from p(x_s | x_t), s being next in `timesteps`; no noise at s = -1.
 
-        The noise of an optimal variance in the least noisy x_s of all, s = 0, is bounded (see LAST_NOISE) where x_0 is
-        clipped.
+        What an optimal variance adds to that of the posterior in the least noisy x_s of all, s = 0, is bounded by
+        LAST_NOISE where x_0 is clipped.
 
         Args:
             model_output: [B, C, ...], or [B, 2 C, ...] (see `predict`).
@@ -259,11 +276,12 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         t = self._one_timestep(timestep)
         s = self.previous_timestep(t)
         prediction = self.predict(model_output, sample, t)
-        reverse = self._reverse(prediction, upcast(sample), *self._pair(t, s))
-        if self._optimal and limits_x_0(self.config) and s == 0:
-            most = 2 * math.log(LAST_NOISE * self.config["clip_sample_range"])
-            reverse = reverse._replace(log_variance=reverse.log_variance.clamp(max=most))
-        noiseless = s < 0 or (self._eta == 0 and not self._optimal)
+        transition = self._transition(t, s)
+        reverse = self._reverse(prediction, upcast(sample), transition)
+        if transition.optimal and limits_x_0(self.config) and s == 0:
+            most = max((LAST_NOISE * self.config["clip_sample_range"]) ** 2, float(self._coefficients(transition)[2]))
+            reverse = reverse._replace(log_variance=reverse.log_variance.clamp(max=math.log(most)))
+        noiseless = s < 0 or (transition.eta == 0 and not transition.optimal)
         x_s = reverse.mean if noiseless else reverse.sample(generator, dtype=sample.dtype)
         x_s, x_0 = x_s.to(sample.dtype), prediction.x_0.to(sample.dtype)
         return DDPMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
@@ -272,7 +290,10 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         """The x_t from which DDIM's step at eta = 0 leads to x_s, if `prediction` is what the network says of that x_t.
 
         With angles φ, tan φ = √((1-ᾱ)/ᾱ), the step is a rotation by δ = φ_t - φ_s, x_s = cos δ x_t - sin δ v (Salimans
-        & Ho 2022, appendix D), which is well conditioned from the data to pure noise.
+        & Ho 2022, appendix D). For networks that predict v it is well conditioned from the data to pure noise.
+
+        Raises:
+            ValueError: for a step from pure noise to data, of which nothing can be undone.
         """
         x_s = upcast(x_s)
         signal_t, sigma_t = self._signal_and_sigma(t, x_s)
@@ -280,6 +301,8 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         signal_s, sigma_s = broadcast(np.sqrt(a_s), x_s), broadcast(np.sqrt(1 - a_s), x_s)
         v = signal_t * prediction.epsilon - sigma_t * prediction.x_0
         sine, cosine = sigma_t * signal_s - signal_t * sigma_s, signal_t * signal_s + sigma_t * sigma_s
+        if isinstance(cosine, float) and abs(cosine) < 1e-6:
+            raise ValueError(f"The step from t={t} to s={s} goes from noise to data at once: take more steps.")
         return (x_s + sine * v) / cosine
 
     def scale_model_input(self, sample: Tensor, timestep: Timestep | None = None) -> Tensor:
@@ -314,15 +337,15 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: for eta = 0, where q has no variance and the divergence is infinite, or shapes that do not fit.
         """
-        if self._eta == 0:
+        transition = self._transition(t, s)
+        if transition.eta == 0:
             raise ValueError("The bound is infinite at eta=0, where q(x_s | x_t, x_0) is a point: take eta > 0.")
         check_shapes("x_0", x_0, x_t)
-        index, lower, upper = self._pair(t, s)
         x_0, x_t = upcast(x_0), upcast(x_t)
-        reverse = self._reverse(self.predict(model_output, x_t, t), x_t, index, lower, upper)
-        kl = self._posterior(x_0, x_t, index, lower, upper).kl(reverse)
+        reverse = self._reverse(self.predict(model_output, x_t, t), x_t, transition)
+        kl = self._posterior(x_0, x_t, transition).kl(reverse)
         decoder = -reverse.discretized_log_prob(x_0)
-        last = torch.as_tensor(lower < 0).reshape(-1, *(1,) * (x_0.ndim - 1)).to(x_0.device)
+        last = torch.as_tensor(transition.s < 0).reshape(-1, *(1,) * (x_0.ndim - 1)).to(x_0.device)
         return mean_of_sample(torch.where(last, decoder, kl))
 
     def prior_kl(self, x_0: Tensor) -> Tensor:
@@ -411,49 +434,44 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     # --- inner workings: tensors upcast, timesteps as host indices ---------------------------------------------------
 
-    def _posterior(self, x_0: Tensor, x_t: Tensor, t: Index, s: Index, u: Index) -> Gaussian:
-        log_variance = self._posterior_log_variance(t, s, u)
-        return Gaussian(self._posterior_mean(x_0, x_t, t, s), as_tensor(log_variance + self._log_eta_squared, x_0))
+    def _posterior(self, x_0: Tensor, x_t: Tensor, step: Transition) -> Gaussian:
+        log_variance = self._posterior_log_variance(step) + _log_square(step.eta)
+        return Gaussian(self._posterior_mean(x_0, x_t, step), as_tensor(log_variance, x_0))
 
-    def _posterior_mean(self, x_0: Tensor, x_t: Tensor, t: Index, s: Index) -> Tensor:
-        on_x_0, on_x_t, _ = self._coefficients(t, s)
+    def _posterior_mean(self, x_0: Tensor, x_t: Tensor, step: Transition) -> Tensor:
+        on_x_0, on_x_t, _ = self._coefficients(step)
         return broadcast(on_x_0, x_0) * x_0 + broadcast(on_x_t, x_t) * x_t
 
-    def _coefficients(self, t: Index, s: Index) -> tuple[Coefficient, Coefficient, Coefficient]:
+    def _coefficients(self, step: Transition) -> tuple[Coefficient, Coefficient, Coefficient]:
         """Of q(x_s | x_t, x_0) = N(on_x_0 x_0 + on_x_t x_t, variance I), DDIM eqs. 7 and 16; at η = 1, DDPM eq. 7.
 
         The variance is η²β̃. What noise it leaves of the 1 - ᾱ_s in x_s is that of x_t, scaled.
         """
-        a_t, a_s = self._alpha_bar[t], self._alpha_bar[s]
-        fresh = self._eta**2 * (1 - a_t / a_s) / (1 - a_t)
+        a_t, a_s = self._alpha_bar[step.t], self._alpha_bar[step.s]
+        fresh = step.eta**2 * (1 - a_t / a_s) / (1 - a_t)
         on_x_t = np.sqrt((1 - fresh) * (1 - a_s) / (1 - a_t))
         return np.sqrt(a_s) - on_x_t * np.sqrt(a_t), on_x_t, fresh * (1 - a_s)
 
-    @property
-    def _log_eta_squared(self) -> float:
-        return 2 * math.log(self._eta) if self._eta > 0 else -math.inf
-
-    def _posterior_log_variance(self, t: Index, s: Index, u: Index) -> Coefficient:
+    def _posterior_log_variance(self, step: Transition) -> Coefficient:
         """Log β̃ of t -> s; where s = -1, and β̃ is 0, that of u -> t, one step up the chain."""
-        a_t = self._alpha_bar[np.where(s < 0, u, t)]
-        a_s = self._alpha_bar[np.where(s < 0, t, s)]
+        last = step.s < 0
+        a_t = self._alpha_bar[np.where(last, step.u, step.t)]
+        a_s = self._alpha_bar[np.where(last, step.t, step.s)]
         # α is 0 where ᾱ_s is: pure noise (zero terminal SNR) stays pure noise.
         alpha = np.divide(a_t, a_s, out=np.zeros_like(a_t), where=a_s > 0)
         return np.log((1 - a_s) / (1 - a_t) * (1 - alpha))
 
-    def _reverse(self, prediction: Prediction, x_t: Tensor, t: Index, s: Index, u: Index) -> Gaussian:
-        log_variance = (
-            self._optimal_log_variance(t, s) if self._optimal else self._typed_log_variance(prediction, t, s, u)
-        )
-        return Gaussian(self._posterior_mean(prediction.x_0, x_t, t, s), as_tensor(log_variance, x_t))
+    def _reverse(self, prediction: Prediction, x_t: Tensor, step: Transition) -> Gaussian:
+        log_variance = self._optimal_log_variance(step) if step.optimal else self._typed_log_variance(prediction, step)
+        return Gaussian(self._posterior_mean(prediction.x_0, x_t, step), as_tensor(log_variance, x_t))
 
-    def _optimal_log_variance(self, t: Index, s: Index) -> Coefficient:
-        """The σ² that minimises the bound: what x_0 adds that x_t does not tell (Analytic-DPM eq. 11, theorem 1)."""
+    def _optimal_log_variance(self, step: Transition) -> Coefficient:
+        """The σ² that minimises the bound: q's own, and what of x_0 is not known from x_t (Analytic-DPM theorem 1)."""
         assert self._x_0_variance is not None  # checked on construction
-        on_x_0, _, variance = self._coefficients(t, s)
-        return np.log(variance + on_x_0**2 * self._x_0_variance[t])
+        on_x_0, _, variance = self._coefficients(step)
+        return np.log(variance + on_x_0**2 * self._x_0_variance[step.t])
 
-    def _typed_log_variance(self, prediction: Prediction, t: Index, s: Index, u: Index) -> Coefficient | Tensor:
+    def _typed_log_variance(self, prediction: Prediction, step: Transition) -> Coefficient | Tensor:
         """By `variance_type`."""
         learned = self.variance_type in LEARNED_VARIANCES
         if learned and prediction.variance_values is None:
@@ -461,10 +479,10 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
                 f"variance_type={self.variance_type!r} needs a network with twice the channels of its input, half of "
                 "them for the variance. Use such a network, or variance_type='fixed_small' or 'fixed_large'."
             )
-        small = self._posterior_log_variance(t, s, u)
-        large = np.log(1 - self._alpha_bar[t] / self._alpha_bar[s])
-        log_variance = REVERSE_LOG_VARIANCES[self.variance_type](small, large, s < 0, prediction.variance_values)
-        return log_variance + self._log_eta_squared
+        small = self._posterior_log_variance(step)
+        large = np.log(1 - self._alpha_bar[step.t] / self._alpha_bar[step.s])
+        log_variance = REVERSE_LOG_VARIANCES[self.variance_type](small, large, step.s < 0, prediction.variance_values)
+        return log_variance + _log_square(step.eta)
 
     def _limit(self, x_0: Tensor) -> Tensor:
         """Clipped to ±clip_sample_range, or dynamically thresholded (Imagen section 2.3)."""
@@ -492,15 +510,15 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         alpha_bar = self._alpha_bar[self._index(t)]
         return broadcast(np.sqrt(alpha_bar), x), broadcast(np.sqrt(1 - alpha_bar), x)
 
-    def _pair(self, t: Timestep, s: Timestep | None) -> tuple[Index, Index, Index]:
-        """Indices of t, of s < t, and of u, the timestep above t in the same chain (see `q_posterior`)."""
+    def _transition(self, t: Timestep, s: Timestep | None) -> Transition:
+        """The step t -> s of the chain of `set_timesteps`; with s left out, t -> t - 1 of the full one."""
         at = self._index(t)
         if s is None:
-            return at, at - 1, at + 1
+            return Transition(at, at - 1, at + 1, self.config["eta"], self.config["optimal_variance"] is True)
         below = self._index(s, least=-1)
         if np.any(below >= at):
             raise ValueError(f"s={s} must be smaller than t={t}: a reverse step goes from t down to s.")
-        return at, below, self._above[at]
+        return Transition(at, below, self._above[at], self._eta, self._optimal)
 
     def _index(self, t: Timestep, least: int = 0) -> Index:
         """Timesteps on the host; ValueError outside least..T-1."""

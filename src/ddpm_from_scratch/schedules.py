@@ -87,6 +87,9 @@ TIMESTEP_SPACINGS: dict[str, Callable[[int, int], np.ndarray]] = {
 # --- chosen timesteps: (ᾱ [T], E‖x_0 - x̂_0‖² / d [T] or None, K) -> K timesteps, ascending, T - 1 the last ----------
 
 
+FLAT = -6.0  # log SNR below which the variance of x_0 given x_t hardly changes any more
+
+
 def log_snr(alpha_bar: np.ndarray) -> np.ndarray:
     """log(ᾱ / (1 - ᾱ)), kept finite where nothing of the data is left."""
     return np.log(np.maximum(alpha_bar, 1e-12)) - np.log(1 - alpha_bar)
@@ -98,7 +101,10 @@ def interpolate_moments(moments: Sequence[tuple[int, float]], alpha_bar: np.ndar
     Raises:
         ValueError: the pairs are not that.
     """
-    pairs = np.asarray(moments, dtype=np.float64)
+    try:
+        pairs = np.asarray(moments, dtype=np.float64)
+    except (TypeError, ValueError):  # not numbers, or not in pairs
+        pairs = np.empty(0)
     if pairs.ndim != 2 or pairs.shape[1] != 2 or not np.all(np.isfinite(pairs)) or np.any(pairs[:, 1] <= 0):
         raise ValueError(f"second_moments={moments!r} must be pairs [t, value] with positive values.")
     t = pairs[:, 0]
@@ -121,11 +127,12 @@ def _quadratic(alpha_bar: np.ndarray, variance: np.ndarray | None, count: int) -
     return nearest_distinct(np.linspace(0, last**0.5, count) ** 2 if count > 1 else np.array([last]), last + 1)
 
 
-def _log_snr(alpha_bar: np.ndarray, variance: np.ndarray | None, count: int) -> np.ndarray:
-    """Even steps of log SNR."""
+def evenly_in_log_snr(alpha_bar: np.ndarray, variance: np.ndarray | None, count: int) -> np.ndarray:
+    """T - 1, and even steps of log SNR down to where x_t tells next to nothing of x_0."""
+    last = len(alpha_bar) - 1
     noise = -log_snr(alpha_bar)
-    targets = np.linspace(noise[0], noise[-1], count) if count > 1 else noise[-1:]
-    return nearest_distinct(np.interp(targets, noise, np.arange(len(alpha_bar))), len(alpha_bar))
+    targets = np.linspace(noise[0], min(noise[-1], -FLAT), count - 1)
+    return nearest_distinct(np.append(np.interp(targets, noise, np.arange(last + 1)), last), last + 1)
 
 
 def bound_costs(alpha_bar: np.ndarray, variance: np.ndarray) -> np.ndarray:
@@ -136,7 +143,7 @@ def bound_costs(alpha_bar: np.ndarray, variance: np.ndarray) -> np.ndarray:
     """
     a_s, a_t = alpha_bar[:, None], alpha_bar[None, :]
     below = np.tri(len(alpha_bar), k=-1, dtype=bool).T
-    one_minus_alpha = np.where(below, 1 - a_t / a_s, 1.0)
+    one_minus_alpha = 1 - np.divide(a_t, a_s, out=np.zeros(below.shape), where=below)
     small = (1 - a_s) / (1 - a_t) * one_minus_alpha
     from_x_0 = a_s * (one_minus_alpha / (1 - a_t)) ** 2 * variance[None, :]
     return np.where(below, 0.5 * np.log1p(from_x_0 / small), np.inf)
@@ -163,6 +170,6 @@ def _likelihood(alpha_bar: np.ndarray, variance: np.ndarray | None, count: int) 
 
 TIMESTEP_CHOICES: dict[str, Callable[[np.ndarray, np.ndarray | None, int], np.ndarray]] = {
     "quadratic": _quadratic,
-    "log_snr": _log_snr,
+    "log_snr": evenly_in_log_snr,
     "likelihood": _likelihood,
 }
