@@ -305,6 +305,7 @@ def test_resume_refuses_other_labels(inputs, whole_run, tmp_path, monkeypatch, f
 WRONG_CALLS = [
     (("--class_conditional", "false", "--label_column", "kind"), "label_column 'kind' needs --class_conditional"),
     (("--label_dropout", "1"), "label_dropout must be in [0, 1), got 1"),
+    (("--label_dropout", "0"), "label_dropout 0 would leave the null label untrained"),
     (("--label_dropout", "-0.1"), "label_dropout must be in [0, 1), got -0.1"),
     (("--label_dropout", "nan"), "label_dropout"),
     (("--label_column", "kid"), "no label_column 'kid'; did you mean 'kind'?; its columns: picture, kind, shade"),

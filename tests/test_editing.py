@@ -368,7 +368,7 @@ def test_colours_for_a_gray_network(pipeline):
 
 def test_masks_of_any_mode_and_without_channels(pipeline):
     editing = made(ScratchDDPMInpaintPipeline, pipeline)
-    array = np.asarray(LOWER_HALF)
+    array = np.array(LOWER_HALF)
     forms = [LOWER_HALF, LOWER_HALF.convert("RGB"), [LOWER_HALF.convert("1")], array, torch.from_numpy(array)]
     outputs = [editing(IMAGE, mask, seeded(), 3, 1, 1, "np").images for mask in forms]
     for output in outputs[1:]:
