@@ -4,7 +4,8 @@
 
 Images go to --samples_dir; those that are there already are not sampled again, so that a stopped run goes on. (Delete
 those of `optimal` and `analytic_ddim` after another calibration of the same network.) The results are written after
-every cell, and `python docs/make_few_steps.py` makes docs/few_steps.md of them.
+every cell, beside those of earlier runs on as many images of the same model, and `python docs/make_few_steps.py` makes
+docs/few_steps.md of them.
 """
 
 import argparse
@@ -217,6 +218,15 @@ def measure_bounds(unet: ScratchUNet2DModel, config: Mapping[str, Any], images: 
     return rows
 
 
+def earlier(path: Path, results: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows and bounds of an earlier run that measured the same: the same model, numbers of images and features."""
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    same = all(found.get(key) == results[key] for key in ("unet_sha256", "num_images", "features", "precision"))
+    return {key: found[key] for key in ("rows", "num_bound_images", "bounds") if same and key in found}
+
+
 def describe(model: Path, pipeline: ScratchDDPMPipeline) -> dict[str, Any]:
     """The model's name and size; how long it was trained, if the training script says so beside it."""
     results = model / "results.json"
@@ -266,7 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unet, config = pipeline.unet, pipeline.scheduler.config
     data = load_data(TrainingConfig(), unet.config.in_channels, unet.config.sample_size)
     check(args.num_images, len(data.images), args.steps, config["num_train_timesteps"])
-    claim(args.samples_dir, identity(args.model, config))
+    model = identity(args.model, config)
+    claim(args.samples_dir, model)
 
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
@@ -293,8 +304,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "precision": str(PRECISION).removeprefix("torch."),
         "versions": versions(),
         "model": describe(args.model, pipeline),
+        "unet_sha256": model["unet_sha256"],
         "rows": [],
     }
+    results |= earlier(args.results, results)
     if not args.no_bounds:
         test_set = TrainingConfig(dataset_name=str(EMBEDDED_DATA.with_name("fashion_mnist_test.parquet")))
         tests = load_data(test_set, unet.config.in_channels, unet.config.sample_size).images
@@ -316,7 +329,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             **distances(efficientnet_lite0_features(images, SIZE), reference),
             "seconds": seconds,
         }
-        results["rows"].append(row)
+        kept = [other for other in results["rows"] if (other["method"], other["steps"]) != (method, steps)]
+        results["rows"] = sorted([*kept, row], key=lambda r: (r["steps"], list(METHODS).index(r["method"])))
         replace_json(args.results, results)
         print(json.dumps(row), flush=True)
 

@@ -126,6 +126,16 @@ def test_every_method_is_measured_and_sampled_once(run, benchmark, tmp_path):
     assert strip[0] == strip[1]
 
 
+def test_cells_of_earlier_runs_are_kept_if_they_are_of_the_same_model(run, tmp_path):
+    run("--steps", "3", "--methods", "ddim", "unipc")
+    both = run("--steps", "2", "--methods", "ddim")
+    assert [(row["method"], row["steps"]) for row in both["rows"]] == [("ddim", 2), ("ddim", 3), ("unipc", 3)]
+    again = run("--steps", "3", "--methods", "ddim")
+    assert [row["method"] for row in again["rows"]] == ["ddim", "ddim", "unipc"]
+    (tmp_path / "results.json").write_text(json.dumps({**again, "num_images": 21}))
+    assert len(run("--steps", "2", "--methods", "ddim")["rows"]) == 1
+
+
 def test_images_are_those_of_the_pipeline_with_one_generator_each(run, tmp_path):
     run("--steps", "3", "--methods", "fixed_large")
     pipeline = ScratchDDPMPipeline.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
