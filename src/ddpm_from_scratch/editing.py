@@ -365,11 +365,7 @@ class ScratchDDPMInterpolationPipeline(_EditingPipeline):
 
     def _generate(self, x: Tensor, scheduler: ScratchDDPMScheduler) -> Tensor:
         condition = self._null_condition(len(x))
-        on_device = scheduler.timesteps.to(x.device)
-        for i, t in enumerate(self.progress_bar(scheduler.timesteps.tolist())):
-            output = self._predict(x, scheduler.timesteps[i], on_device[i], t, condition)
-            x, _ = scheduler.step(output, t, x, return_dict=False)
-        return x
+        return self._denoise(x, scheduler.timesteps, condition, {}, scheduler=scheduler)[0]
 
     def _null_condition(self, batch_size: int) -> Condition | None:
         classes = self.unet.config.get("num_class_embeds")

@@ -38,10 +38,10 @@ class Guidance(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """The labels of a batch, the label that stands for none, and the guidance."""
+    """The labels of a batch; they and, after them, as many null labels, for one call with both; and the guidance."""
 
     labels: Tensor  # [B]
-    null: int
+    labels_and_null: Tensor  # [2 B]
     guidance: Guidance
 
 

@@ -229,8 +229,11 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         kept: Sequence[int] = (),
         callback: Callback | None = None,
         callback_tensors: Sequence[str] = ("sample",),
+        scheduler: SchedulerMixin | None = None,
     ) -> tuple[Tensor, list[tuple[float, Tensor, Tensor | None]]]:
         """Algorithm 2 from x at the first timestep on: the final sample, and (t, x_t, x̂_0) of the kept steps.
+
+        The steps are the pipeline's scheduler's, unless another one is given.
 
         Timesteps stay on the host, where the scheduler looks them up; the network gets copies that were made before the
         loop. So nothing in it waits for the device.
@@ -239,7 +242,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         times, on_device = timesteps.tolist(), timesteps.to(x.device)
         for i, t in enumerate(self.progress_bar(timesteps)):
             output = self._predict(x, t, on_device[i], times[i], condition)
-            result = self.scheduler.step(output, t, x, **step_options)
+            result = (scheduler or self.scheduler).step(output, t, x, **step_options)
             prediction = getattr(result, "pred_original_sample", None)
             if i in kept:
                 frames.append((times[i], x, prediction))
@@ -258,8 +261,8 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         elif not condition.guidance.acts(time / self.scheduler.config.num_train_timesteps):
             output = self.unet(model_input, t_on_device, class_labels=condition.labels).sample.to(x.dtype)
         else:
-            labels = torch.cat([condition.labels, torch.full_like(condition.labels, condition.null)])
-            both = self.unet(torch.cat([model_input] * 2), t_on_device, class_labels=labels).sample.to(x.dtype)
+            doubled = torch.cat([model_input] * 2)
+            both = self.unet(doubled, t_on_device, class_labels=condition.labels_and_null).sample.to(x.dtype)
             output, unconditional = both.chunk(2)
             channels = x.shape[1]
             guided = guide(output[:, :channels], unconditional[:, :channels], condition.guidance)
@@ -319,7 +322,8 @@ class ScratchDDPMPipeline(DiffusionPipeline):
             )
         if batch_size not in (None, len(labels)):
             raise ValueError(f"batch_size={batch_size!r} differs from the number of class_labels, {len(labels)}.")
-        return Condition(labels.to(self._execution_device), null, guidance), len(labels)
+        labels = labels.to(self._execution_device)
+        return Condition(labels, torch.cat([labels, torch.full_like(labels, null)]), guidance), len(labels)
 
     def _check_shape(self, batch_size: Any) -> tuple[int, ...]:  # noqa: ANN401
         """The shape of the samples, [B, C, H, W]."""
