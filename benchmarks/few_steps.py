@@ -23,10 +23,11 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
 from tqdm import tqdm
 
-from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel
+from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel, likelihood
 from ddpm_from_scratch.calibration import calibrate
 from ddpm_from_scratch.configuration import OWN_KEYS
-from ddpm_from_scratch.metrics import efficientnet_lite0_features, frechet_distance, kernel_distance
+from ddpm_from_scratch.features import efficientnet_lite0_features
+from ddpm_from_scratch.metrics import frechet_distance, kernel_distance_with_error
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "training"))
@@ -181,27 +182,19 @@ def to_unit_range(images: np.ndarray) -> torch.Tensor:
 
 def distances(features: np.ndarray, reference: np.ndarray) -> Distances:
     """Of two sets of N features; the standard error of the kernel distance from disjoint subsets of both."""
-    pairs = zip(np.array_split(features, SUBSETS), np.array_split(reference, SUBSETS), strict=True)
-    parts = [kernel_distance(a, b) for a, b in pairs]
+    # No seed: the rows are in no order, or the classes take turns.
+    kernel = kernel_distance_with_error(features, reference, num_subsets=SUBSETS, seed=None)
     return {
-        "kernel_distance": kernel_distance(features, reference),
-        "kernel_distance_error": float(np.std(parts, ddof=1) / SUBSETS**0.5),
+        "kernel_distance": kernel.value,
+        "kernel_distance_error": kernel.error,
         "frechet_distance": frechet_distance(features, reference),
     }
 
 
-@torch.no_grad()
 def bits_per_dim(unet: ScratchUNet2DModel, scheduler: ScratchDDPMScheduler, images: torch.Tensor) -> torch.Tensor:
-    """The variational bound of a scheduler's chain, DDPM eq. 5, in bits per dimension: [N]; one draw of each x_t."""
-    generator = torch.Generator().manual_seed(0)
-    total = scheduler.prior_kl(images)
-    for t in tqdm(scheduler.timesteps.tolist(), desc="bound"):
-        noise = torch.randn(images.shape, generator=generator).to(images.device)
-        x_t = scheduler.add_noise(images, noise, t)
-        batches = x_t.to(unet.dtype).split(BATCH)
-        output = torch.cat([unet(batch, torch.tensor(t, device=unet.device)).sample for batch in batches])
-        total += scheduler.vlb_term(output.to(x_t.dtype), images, x_t, t, scheduler.previous_timestep(t))
-    return total / np.log(2)
+    """The variational bound of a scheduler's chain in bits per dimension: [N], float32."""
+    chain = scheduler.timesteps.tolist()
+    return likelihood.bits_per_dim(unet.eval(), scheduler, images, timesteps=chain, batch_size=BATCH).total.float()
 
 
 def measure_bounds(unet: ScratchUNet2DModel, config: Mapping[str, Any], images: torch.Tensor) -> list[dict[str, Any]]:

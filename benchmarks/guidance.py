@@ -34,8 +34,8 @@ from tqdm import tqdm
 from config import EMBEDDED_DATA, TrainingConfig
 from data import load_data
 from ddpm_from_scratch import ScratchDDPMPipeline
+from ddpm_from_scratch.features import efficientnet_lite0_features
 from ddpm_from_scratch.guidance import Guidance
-from ddpm_from_scratch.metrics import efficientnet_lite0_features
 from report import device_name, versions
 
 TEST_DATA = EMBEDDED_DATA.with_name("fashion_mnist_test.parquet")

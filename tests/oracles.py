@@ -199,3 +199,62 @@ def randn(*shape, seed=0, dtype=torch.float64):
 def grid_data(*shape, seed=0):
     """8-bit images as floats in [-1, 1]."""
     return torch.randint(256, shape, generator=torch.Generator().manual_seed(seed)).double() / 127.5 - 1
+
+
+# --- the bound ------------------------------------------------------------------------------------------------------
+
+
+def bound(
+    chain: Chain,
+    network,
+    x_0: np.ndarray,
+    noise: np.ndarray,
+    *,
+    variance_type: str,
+    prediction_type: str,
+    clip: float | None,
+    x_0_variance: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """DDPM eq. 5 for images [B, C, ...] and one noise for each step, [K, B, C, ...]: L_T [B] and L_0.. [B, K].
+
+    In bits per dimension. network(x_t, k) is the output at the chain's place k; clip is the range of x_0. With
+    E (x_0 - x̂_0)² at each step, x_0_variance, the variance is that of Analytic-DPM.
+    """
+    axes = tuple(range(1, x_0.ndim))
+    bits = 1 / math.log(2)
+    top = chain.alpha_bar[-1]
+    prior = normal_kl(np.sqrt(top) * x_0, 1 - top, np.zeros_like(x_0), 1.0).mean(axes) * bits
+    terms = np.empty((len(x_0), len(noise)))
+    for k, epsilon in enumerate(noise):
+        signal, sigma = np.sqrt(chain.alpha_bar[k]), np.sqrt(1 - chain.alpha_bar[k])
+        x_t = signal * x_0 + sigma * epsilon  # eq. 4
+        output = network(x_t, k)
+        output, values = output[:, : x_0.shape[1]], output[:, x_0.shape[1] :]
+        if prediction_type == "epsilon":
+            predicted = (x_t - sigma * output) / signal  # eq. 15
+        elif prediction_type == "sample":
+            predicted = output
+        else:
+            predicted = signal * x_t - sigma * output
+        if clip is not None:
+            predicted = np.clip(predicted, -clip, clip)
+        if x_0_variance is not None:
+            log_variance = np.log(analytic_variance(chain, k, x_0_variance[k]))
+        else:
+            log_variance = chain.log_variance(variance_type, np.broadcast_to(values, (len(noise), *values.shape)))[k]
+        mean = chain.on_x_0[k] * predicted + chain.on_x_t[k] * x_t  # eq. 7
+        if k == 0:
+            mass = np.vectorize(log_bin_mass)(x_0, mean, log_variance)  # eq. 13
+            terms[:, k] = -mass.mean(axes) * bits
+        else:
+            right = chain.on_x_0[k] * x_0 + chain.on_x_t[k] * x_t
+            kl = normal_kl(right, chain.posterior_variance[k], mean, np.exp(log_variance))
+            terms[:, k] = kl.mean(axes) * bits
+    return prior, terms
+
+
+def analytic_variance(chain: Chain, k: int, x_0_variance: float) -> float:
+    """Analytic-DPM eq. 11, with E‖ε̂‖² / d of an exact network, which is 1 - x_0_variance ᾱ / (1 - ᾱ)."""
+    a_t, a_s, lam = chain.alpha_bar[k], chain.alpha_bar_prev[k], chain.posterior_variance[k]
+    root = math.sqrt((1 - a_t) / chain.alpha[k]) - math.sqrt(max(1 - a_s - lam, 0))
+    return lam + root**2 * x_0_variance * a_t / (1 - a_t)

@@ -15,7 +15,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel
-from ddpm_from_scratch.metrics import efficientnet_lite0_features
+from ddpm_from_scratch.features import efficientnet_lite0_features
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

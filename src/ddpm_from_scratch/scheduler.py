@@ -348,9 +348,12 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         last = torch.as_tensor(transition.s < 0).reshape(-1, *(1,) * (x_0.ndim - 1)).to(x_0.device)
         return mean_of_sample(torch.where(last, decoder, kl))
 
-    def prior_kl(self, x_0: Tensor) -> Tensor:
-        """L_T = KL(q(x_T | x_0) || N(0, I)), DDPM eq. 5: [B], in nats per dimension."""
-        q = self.q_marginal(x_0, len(self) - 1)
+    def prior_kl(self, x_0: Tensor, t: Timestep | None = None) -> Tensor:
+        """L_T = KL(q(x_T | x_0) || N(0, I)), DDPM eq. 5: [B], in nats per dimension.
+
+        t is the timestep from which a chain starts with pure noise: T - 1 if left out.
+        """
+        q = self.q_marginal(x_0, len(self) - 1 if t is None else t)
         return mean_of_sample(q.kl(Gaussian(torch.zeros_like(q.mean), torch.zeros_like(q.log_variance))))
 
     # --- the chain --------------------------------------------------------------------------------------------------
