@@ -225,7 +225,7 @@ def test_whether_a_label_is_dropped_follows_from_seed_and_position():
 def test_stream_gives_the_labels_of_its_images(inputs):
     stream = data.ImageStream(load(inputs.parquet), 0, center_crop=False, random_flip=True, label_dropout=DROPOUT)
     count = 2000  # many epochs
-    images, labels = stream.__getitems__(range(count))
+    images, labels, _ = stream.__getitems__(range(count))
     dropped = labels == NULL
     assert abs(int(dropped.sum()) - DROPOUT * count) < 4.5 * (DROPOUT * (1 - DROPOUT) * count) ** 0.5
     assert torch.equal(labels[~dropped], label_of(images)[~dropped])
@@ -245,6 +245,7 @@ def test_processes_together_see_the_rows_of_one(inputs, world_size, workers):
     for whole, *parts in zip(batches(0, 1), *(batches(r, world_size) for r in range(world_size)), strict=True):
         assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
         assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+        assert torch.equal(torch.cat([part.noise for part in parts]), whole.noise)
 
 
 def test_network_is_told_the_labels_of_the_images_it_sees(inputs, tmp_path, monkeypatch):

@@ -657,7 +657,7 @@ WRONG_CALLS = [
     (("--prediction_type", "epsilom"), "epsilon, sample, v_prediction, got 'epsilom'; did you mean 'epsilon'"),
     (("--ddpm_beta_schedule", "squaredcos"), "did you mean 'squaredcos_cap_v2'"),
     (("--ddpm_variance_type", "fixed_larg"), "did you mean 'fixed_large'"),
-    (("--ddpm_variance_type", "learned_range"), "cannot be trained with L_simple"),
+    (("--ddpm_variance_type", "learned_range"), "cannot be trained with the loss 'simple'"),
     (("--ddpm_timestep_spacing", "trailling"), "did you mean 'trailing'"),
     (("--sample_scheduler", "dpm"), "did you mean 'ddpm'"),
     (("--logger", "tensorbord"), "did you mean 'tensorboard'"),
@@ -680,7 +680,7 @@ WRONG_CALLS = [
     (("--model.block_out_chanels", "[8, 8]"), "did you mean 'block_out_channels'"),
     (("--model.block_out_channels", "8"), "must be a list"),
     (("--model.num_class_embeds", "10"), "class-conditional"),
-    (("--model.out_channels", "2", "--model.in_channels", "1"), "must be equal"),
+    (("--model.out_channels", "2", "--model.in_channels", "1"), "a learned variance takes twice"),
     (("--model.in_channels", "2"), "2 channels"),
     (("--model", "null"), "no network"),
     (("--dataset_name", "no/such/set.parquet"), "no file or folder"),
@@ -766,7 +766,7 @@ def test_presets_are_valid_and_build(preset, capsys):
     config, _ = cli.parse([str(preset)])
     resolution, channels = (32, 3) if preset.stem == "cifar10" else (28, 1)
     with torch.device("meta"):
-        unet = networks.build_unet(networks.network_config(config), channels, resolution)
+        unet = networks.build_unet(networks.network_config(config), config, channels, resolution)
     assert networks.build_scheduler(config).config.prediction_type == config.prediction_type
     if preset.stem == "cifar10":
         assert unet.num_parameters() == 35_746_307  # that of google/ddpm-cifar10-32
@@ -901,7 +901,7 @@ def test_fine_tuning_refuses_another_process(inputs, whole_run, tmp_path):
 
 def test_a_config_file_describes_a_new_network(inputs, whole_run, tmp_path):
     config, _ = cli.parse([inputs.preset, "--model_config_name_or_path", str(whole_run / "unet" / "config.json")])
-    unet = networks.build_unet(networks.network_config(config), 1, SIZE)
+    unet = networks.build_unet(networks.network_config(config), config, 1, SIZE)
     trained = ScratchUNet2DModel.from_pretrained(whole_run / "unet")
     assert unet.num_parameters() == trained.num_parameters()
     assert networks.load_trained(config, networks.build_scheduler(config)) is None

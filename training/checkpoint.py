@@ -42,7 +42,8 @@ def load_optimizer_tensors(
     for key, tensor in tensors.items():
         name, entry = key.rsplit("/", 1)
         parameter = by_name[name]
-        like = torch.empty_like(parameter, dtype=tensor.dtype) if tensor.ndim else torch.empty_like(tensor)
+        # Fused kernels want the count of steps beside the parameter too.
+        like = torch.empty_like(parameter if tensor.ndim else tensor, dtype=tensor.dtype, device=parameter.device)
         optimizer.state[parameter][entry] = like.copy_(tensor)
 
 

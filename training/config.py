@@ -16,8 +16,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from ddpm_from_scratch import ScratchUNet2DModel
 from ddpm_from_scratch.configuration import PREDICTION_TYPES
+from ddpm_from_scratch.objectives import LOSS_WEIGHTINGS, LOSSES, check_trains_variance
 from ddpm_from_scratch.schedules import BETA_SCHEDULES, TIMESTEP_SPACINGS
-from ddpm_from_scratch.variances import LEARNED_VARIANCES, REVERSE_LOG_VARIANCES
+from ddpm_from_scratch.variances import REVERSE_LOG_VARIANCES
 
 T = TypeVar("T")
 
@@ -30,8 +31,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mixed_precision": ("auto", "no", "bf16", "fp16"),
     "prediction_type": PREDICTION_TYPES,
     "ddpm_beta_schedule": tuple(BETA_SCHEDULES),
-    "ddpm_variance_type": tuple(name for name in REVERSE_LOG_VARIANCES if name not in LEARNED_VARIANCES),
+    "ddpm_variance_type": tuple(REVERSE_LOG_VARIANCES),
     "ddpm_timestep_spacing": tuple(TIMESTEP_SPACINGS),
+    "loss": LOSSES,
+    "loss_weighting": LOSS_WEIGHTINGS,
+    "timestep_sampling": ("uniform", "loss_aware"),
     "sample_scheduler": ("ddpm", "ddim", "dpmsolver++"),
     "logger": ("none", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "aim", "clearml", "dvclive", "swanlab"),
 }
@@ -55,7 +59,18 @@ AT_LEAST: dict[str, int] = {
     "checkpoints_total_limit": 1,
     "seed": 0,
 }
-POSITIVE = ("learning_rate", "adam_epsilon", "ema_inv_gamma", "ema_power", "max_grad_norm", "ddpm_beta_start")
+POSITIVE = (
+    "learning_rate",
+    "adam_epsilon",
+    "ema_inv_gamma",
+    "ema_power",
+    "max_grad_norm",
+    "ddpm_beta_start",
+    "snr_gamma",
+    "p2_gamma",
+    "p2_k",
+    "vlb_weight",
+)
 UNIT_INTERVAL = ("label_dropout", "adam_beta1", "adam_beta2", "ema_max_decay")  # [0, 1)
 
 NOT_SAVED = ("hub_token",)  # a secret stays out of every file and log
@@ -98,6 +113,7 @@ class TrainingConfig:
     model_config_name_or_path: str | None = knob(
         None, "a JSON file with a network's config, or a trained model (folder or Hub name) to fine-tune; beats `model`"
     )
+    compile: bool = knob(False, "compile the network: a minute or more at the start, less time for every step")
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, more time")
 
     # Diffusion process
@@ -110,6 +126,19 @@ class TrainingConfig:
     ddpm_variance_type: str = knob("fixed_large", "variance of the sampler (paper: fixed_large on CIFAR-10)")
     ddpm_clip_sample: bool = knob(True, "clip the predicted x_0 to [-1, 1] in the sampler (paper: true)")
     ddpm_timestep_spacing: str = knob("leading", "how samplers with fewer steps choose their timesteps")
+
+    # Objective
+    loss: str = knob("simple", "simple, vlb (the bound), or hybrid: both, for a learned variance (paper: simple)")
+    loss_weighting: str = knob(
+        "target",
+        "of the simple loss: target (the error of what the network predicts), or the same for every prediction type: "
+        "epsilon (L_simple), min_snr, p2 (paper: epsilon, which it predicts)",
+    )
+    snr_gamma: float = knob(5.0, "gamma of the min_snr weighting")
+    p2_gamma: float = knob(1.0, "gamma of the p2 weighting")
+    p2_k: float = knob(1.0, "k of the p2 weighting")
+    vlb_weight: float = knob(0.001, "lambda of the hybrid loss (Nichol & Dhariwal: 0.001)")
+    timestep_sampling: str = knob("uniform", "uniform, or loss_aware: by the recent losses of each t, for the loss vlb")
 
     # Optimisation
     train_batch_size: int = knob(16, "images per process and backward pass (paper: 128)")
@@ -174,6 +203,7 @@ class TrainingConfig:
             check_ranges,
             check_labels,
             check_diffusion,
+            check_objective,
             check_network,
             check_paths,
             check_services,
@@ -192,11 +222,6 @@ def check_choices(config: TrainingConfig) -> None:
     """Every field with a fixed set of values has one of them."""
     for name, allowed in CHOICES.items():
         value = getattr(config, name)
-        if name == "ddpm_variance_type" and value in LEARNED_VARIANCES:
-            raise ValueError(
-                f"ddpm_variance_type {value!r} cannot be trained with L_simple, which gives no gradient for it: "
-                f"choose one of {', '.join(allowed)}"
-            )
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{suggestion(value, allowed)}")
 
@@ -240,6 +265,17 @@ def check_diffusion(config: TrainingConfig) -> None:
             f"ddpm_num_inference_steps ({config.ddpm_num_inference_steps}) exceeds ddpm_num_steps "
             f"({config.ddpm_num_steps})"
         )
+
+
+def check_objective(config: TrainingConfig) -> None:
+    """The loss trains what there is to train, and its options belong to it."""
+    check_trains_variance(config.loss, config.ddpm_variance_type)
+    if config.loss == "vlb" and config.loss_weighting != "target":
+        raise ValueError(
+            f"loss_weighting {config.loss_weighting!r} is for the losses simple and hybrid: vlb has its own"
+        )
+    if config.timestep_sampling == "loss_aware" and config.loss != "vlb":
+        raise ValueError(f"timestep_sampling 'loss_aware' is for the loss vlb, got {config.loss!r}: take 'uniform'")
 
 
 def check_network(config: TrainingConfig) -> None:

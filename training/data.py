@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from config import EMBEDDED_DATA, TrainingConfig, suggestion
-from draws import batch_positions, dropped_labels, generator, image_index
+from draws import batch_positions, dropped_labels, generator, image_index, noise_rows
 
 IN_MEMORY_BYTES = 2**30  # sets that decode to less are decoded once
 SURVEYED_ROWS = 20_000  # of larger sets, this many rows, evenly spaced, are looked at before the run
@@ -364,6 +364,7 @@ class Batch(NamedTuple):
 
     images: Tensor  # uint8 [B, C, resolution, resolution]
     labels: Tensor | None  # int64 [B], some of them the null label; None for unconditional training
+    noise: Tensor  # float32, of the images' shape
 
 
 @dataclass(frozen=True)
@@ -380,6 +381,8 @@ class ImageStream(torch.utils.data.Dataset[Tensor]):
         """The image at a position of the stream: uint8 [C, resolution, resolution]."""
         image = self.data.images[image_index(self.seed, position, len(self.data.images))]
         size = self.data.resolution
+        if image.shape[1:] == (size, size) and not self.random_flip:
+            return image
         top, left, flip = torch.rand(3, generator=generator(self.seed, "augment", position)).tolist()
         if self.center_crop:
             top = left = 0.5
@@ -397,8 +400,9 @@ class ImageStream(torch.utils.data.Dataset[Tensor]):
         return labels.of_images[indices].masked_fill(dropped, labels.null)
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
-        """The images at these positions with their labels."""
-        return Batch(torch.stack([self[position] for position in positions]), self.labels_at(positions))
+        """The images at these positions with their labels and their noise."""
+        images = torch.stack([self[position] for position in positions])
+        return Batch(images, self.labels_at(positions), noise_rows(self.seed, positions, images.shape[1:]))
 
 
 @dataclass(frozen=True)

@@ -43,20 +43,30 @@ def batch_positions(micro_step: int, rank: int, world_size: int, batch_size: int
     return range(first, first + batch_size)
 
 
-def stratified_timesteps(seed: int, step: int, global_batch_size: int, num_train_timesteps: int) -> Tensor:
-    """Timesteps of one optimiser step: each uniform on its own, together spread evenly over the chain.
+def stratified_uniforms(seed: int, step: int, global_batch_size: int) -> Tensor:
+    """Numbers for the timesteps of one optimiser step: each uniform on its own, together spread evenly over [0, 1).
 
-    Row i of a random permutation draws from the i-th of global_batch_size equal parts of [0, T), which lowers the
+    Row i of a random permutation draws from the i-th of global_batch_size equal parts of [0, 1), which lowers the
     variance of the loss without a bias (low-discrepancy sampling, Kingma et al. 2021, appendix I.1).
 
     Returns:
-        Long tensor [global_batch_size] with values in 0 .. num_train_timesteps - 1.
+        float64 [global_batch_size].
     """
     rng = generator(seed, "timesteps", step)
     part = torch.randperm(global_batch_size, generator=rng)
     within = torch.rand(global_batch_size, generator=rng, dtype=torch.float64)
+    return (part + within) / global_batch_size
+
+
+def stratified_timesteps(seed: int, step: int, global_batch_size: int, num_train_timesteps: int) -> Tensor:
+    """Timesteps of one optimiser step, uniform over the chain.
+
+    Returns:
+        Long tensor [global_batch_size] with values in 0 .. num_train_timesteps - 1.
+    """
     # The largest double below 1 times T may round up to T, hence the clamp.
-    return ((part + within) / global_batch_size * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
+    t = (stratified_uniforms(seed, step, global_batch_size) * num_train_timesteps).long()
+    return t.clamp(max=num_train_timesteps - 1)
 
 
 def dropped_labels(seed: int, positions: Sequence[int], rate: float) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from config import TrainingConfig, check_model_keys
 from data import Labels
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel
+from ddpm_from_scratch.objectives import Objective
+from ddpm_from_scratch.variances import LEARNED_VARIANCES
 
 # The default schedule's parameters, for the message that tells how to continue a trained model.
 PROCESS_FLAGS = {
@@ -25,11 +27,25 @@ SAMPLER_FLAGS = {
     "ddpm_timestep_spacing": "timestep_spacing",
 }
 
+OBJECTIVE_FLAGS = {
+    "loss": "loss",
+    "loss_weighting": "weighting",
+    "snr_gamma": "snr_gamma",
+    "p2_gamma": "p2_gamma",
+    "p2_k": "p2_k",
+    "vlb_weight": "vlb_weight",
+}
+
 
 def build_scheduler(config: TrainingConfig) -> ScratchDDPMScheduler:
     """The forward process, the objective and the sampler's variance."""
     keys = {**PROCESS_FLAGS, **SAMPLER_FLAGS}
     return ScratchDDPMScheduler(**{key: getattr(config, flag) for flag, key in keys.items()})
+
+
+def build_objective(config: TrainingConfig, scheduler: ScratchDDPMScheduler) -> Objective:
+    """What training minimises."""
+    return Objective(scheduler, **{key: getattr(config, flag) for flag, key in OBJECTIVE_FLAGS.items()})
 
 
 def network_config(config: TrainingConfig) -> dict[str, Any]:
@@ -45,13 +61,30 @@ def network_config(config: TrainingConfig) -> dict[str, Any]:
         saved = json.loads(Path(config.model_config_name_or_path).expanduser().read_text())
         keys = {key: value for key, value in saved.items() if not key.startswith("_")}
         check_model_keys(keys, config.class_conditional)
-    channels = {keys[key] for key in ("in_channels", "out_channels") if key in keys}
-    if len(channels) > 1:
+    if "out_channels" in keys:
+        factor = outputs_per_channel(config)
+        channels = keys.setdefault("in_channels", keys["out_channels"] // factor)
+        check_outputs("the network", channels, keys["out_channels"], config)
+    return keys
+
+
+def outputs_per_channel(config: TrainingConfig) -> int:
+    """Channels of the network's output for each of its input: a learned variance takes a second one."""
+    return 2 if config.ddpm_variance_type in LEARNED_VARIANCES else 1
+
+
+def check_outputs(name: str, in_channels: int, out_channels: int, config: TrainingConfig) -> None:
+    """Refuse a network whose outputs are not those that the variance needs.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if out_channels != outputs_per_channel(config) * in_channels:
         raise ValueError(
-            f"in_channels ({keys['in_channels']}) and out_channels ({keys['out_channels']}) must be equal to train "
-            f"with L_simple"
+            f"{name} has in_channels {in_channels} and out_channels {out_channels}; ddpm_variance_type "
+            f"{config.ddpm_variance_type!r} needs {outputs_per_channel(config) * in_channels} outputs: a learned "
+            f"variance takes twice the channels, a fixed one as many as there are"
         )
-    return keys | {key: count for count in channels for key in ("in_channels", "out_channels")}
 
 
 class Trained(NamedTuple):
@@ -83,8 +116,7 @@ def load_trained(config: TrainingConfig, scheduler: ScratchDDPMScheduler) -> Tra
         raise ValueError(f"{name} is class-conditional: fine-tune it with --class_conditional")
     if unet.config.num_class_embeds is None and config.class_conditional:
         raise ValueError(f"{name} is not class-conditional: leave out --class_conditional, or train a new network")
-    if unet.config.in_channels != unet.config.out_channels:
-        raise ValueError(f"{name} has learned variances, which L_simple cannot train")
+    check_outputs(name, unet.config.in_channels, unet.config.out_channels, config)
     return Trained(unet.float().train().requires_grad_(True), id2label)
 
 
@@ -134,11 +166,12 @@ def check_classes(num_class_embeds: int | None, id2label: dict[int, str] | None,
         )
 
 
-def build_unet(keys: dict[str, Any], channels: int, resolution: int) -> ScratchUNet2DModel:
-    """A new network for images of this form.
+def build_unet(keys: dict[str, Any], config: TrainingConfig, channels: int, resolution: int) -> ScratchUNet2DModel:
+    """A new network for images of this form, with the outputs that the variance needs.
 
     Raises:
         ValueError: its keys contradict each other.
     """
-    form = {"in_channels": channels, "out_channels": channels, "sample_size": resolution}
+    outputs = outputs_per_channel(config) * channels
+    form = {"in_channels": channels, "out_channels": outputs, "sample_size": resolution}
     return ScratchUNet2DModel(**{**keys, **form})

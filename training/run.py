@@ -24,14 +24,26 @@ from checkpoint import (
 from config import TrainingConfig, check_halvings
 from data import TrainingData, load_data
 from ddpm_from_scratch import ScratchDDPMScheduler, ScratchUNet2DModel
+from ddpm_from_scratch.objectives import LossAwareSampler, Objective
 from draws import derived_seed
 from ema import EMA
-from networks import PROCESS_FLAGS, build_scheduler, build_unet, check_classes, load_trained, network_config
+from networks import (
+    OBJECTIVE_FLAGS,
+    PROCESS_FLAGS,
+    build_objective,
+    build_scheduler,
+    build_unet,
+    check_classes,
+    load_trained,
+    network_config,
+)
 from optimization import build_optimizer, learning_rate, resolve_precision, use_all_cores
 from report import device_name, final_loss, versions
 
 # The layout in which a device's convolutions are fast; activations take that of the weights.
 MEMORY_FORMAT = {"cpu": torch.contiguous_format, "cuda": torch.channels_last}
+# How a network is compiled: CUDA graphs spare a GPU the wait for the host, which starts hundreds of kernels a step.
+COMPILE_MODE = {"cuda": "reduce-overhead"}
 
 
 @dataclass
@@ -46,6 +58,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     ema: EMA | None
     progress: Progress
+    objective: Objective
+    sampler: LossAwareSampler | None  # of timesteps; None for uniform ones
 
     @cached_property
     def global_batch_size(self) -> int:
@@ -82,7 +96,7 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, or it would be another run."""
         config = self.config
-        same = ("seed", "center_crop", "random_flip", "use_ema", *PROCESS_FLAGS)
+        same = ("seed", "center_crop", "random_flip", "use_ema", *PROCESS_FLAGS, *OBJECTIVE_FLAGS)
         model = {f"model.{k}": v for k, v in self.trained_unet.config.items() if not k.startswith("_")}
         return {
             **{name: getattr(config, name) for name in same},
@@ -122,15 +136,19 @@ def build(config: TrainingConfig) -> Run:
     if data.labels:
         check_classes(keys.get("num_class_embeds"), trained.id2label if trained else None, data.labels)
         keys["num_class_embeds"] = data.labels.num_class_embeds
-    unet = trained.unet if trained else build_unet(keys, data.channels, data.resolution)
+    unet = trained.unet if trained else build_unet(keys, config, data.channels, data.resolution)
     unet.register_to_config(sample_size=data.resolution)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     unet.to(accelerator.device, memory_format=MEMORY_FORMAT.get(accelerator.device.type, torch.preserve_format))
     ema = EMA(unet, config.ema_inv_gamma, config.ema_power, config.ema_max_decay) if config.use_ema else None
     optimizer = build_optimizer(unet.parameters(), config, accelerator.device)
+    if config.compile:
+        unet.compile(mode=COMPILE_MODE.get(accelerator.device.type, "default"))
     prepared_unet, optimizer = accelerator.prepare(unet, optimizer)
-    run = Run(config, accelerator, data, scheduler, prepared_unet, optimizer, ema, Progress())
+    objective = build_objective(config, scheduler)
+    sampler = LossAwareSampler(config.ddpm_num_steps) if config.timestep_sampling == "loss_aware" else None
+    run = Run(config, accelerator, data, scheduler, prepared_unet, optimizer, ema, Progress(), objective, sampler)
     checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir, "checkpoints"))
     if checkpoint is not None:
         load(run, checkpoint)
@@ -147,6 +165,7 @@ def save(run: Run) -> None:
         "unet": run.trained_unet.state_dict(),
         "optimizer": optimizer_tensors(run.optimizer, run.parameter_names),
         **({"ema": run.ema.network.state_dict()} if run.ema else {}),
+        **({"sampler": run.sampler.state_dict()} if run.sampler else {}),
     }
     state = {"progress": vars(progress), "identity": run.identity(), "config": run.config.to_dict()}
     folder = Path(run.config.output_dir, "checkpoints", f"step_{progress.step:08d}")
@@ -168,6 +187,8 @@ def load(run: Run, checkpoint: Path) -> None:
     load_optimizer_tensors(run.optimizer, run.parameter_names, read_tensors(checkpoint, "optimizer"))
     if run.ema:
         run.ema.network.load_state_dict(read_tensors(checkpoint, "ema"))
+    if run.sampler:
+        run.sampler.load_state_dict(read_tensors(checkpoint, "sampler"))
     if run.accelerator.scaler is not None and run.progress.gradient_scaler:
         run.accelerator.scaler.load_state_dict(run.progress.gradient_scaler)
 

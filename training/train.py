@@ -16,7 +16,8 @@ from tqdm import tqdm
 from cli import parse
 from data import Batch, ImageStream, StreamBatches, build_loader
 from ddpm_from_scratch import ScratchDDPMPipeline
-from draws import batch_positions, derived_seed, noise_rows, stratified_timesteps
+from ddpm_from_scratch.objectives import LossAwareSampler
+from draws import batch_positions, derived_seed, stratified_timesteps, stratified_uniforms
 from dry_run import dry_run
 from ema import ema_decay
 from optimization import learning_rate, set_learning_rate
@@ -36,32 +37,58 @@ def descend(run: Run, batches: Iterator[Batch], step: int) -> Tensor:
         The mean loss over this process's images, on the device: reading it would make the host wait.
     """
     config, accelerator, scheduler, unet = run.config, run.accelerator, run.scheduler, run.unet
+    to_device = partial(moved, device=accelerator.device)
     rank, world_size, passes = accelerator.process_index, accelerator.num_processes, config.gradient_accumulation_steps
     torch.manual_seed(derived_seed(config.seed, "dropout", step, rank))
-    all_t = stratified_timesteps(config.seed, step, run.global_batch_size, config.ddpm_num_steps)
-    losses = []
+    all_t, all_weights = timesteps(run, step)
+    seen, losses = [], []
     for micro_step in range(step * passes, (step + 1) * passes):
         positions = batch_positions(micro_step, rank, world_size, config.train_batch_size)
-        first = positions.start - step * run.global_batch_size
+        rows = slice(first := positions.start - step * run.global_batch_size, first + len(positions))
         with accelerator.accumulate(unet):
-            images, labels = next(batches)
-            x_0 = to_unit_range(to_device(images, accelerator.device))  # x_0 ~ q(x_0)
-            y = None if labels is None else to_device(labels, accelerator.device)  # its class, or the null label
-            t = all_t[first : first + len(positions)]  # t ~ Uniform({1, ..., T}), counted from 0
-            noise = to_device(noise_rows(config.seed, positions, x_0.shape[1:]), accelerator.device)  # ε ~ N(0, I)
+            batch = next(batches)
+            x_0 = to_unit_range(to_device(batch.images))  # x_0 ~ q(x_0)
+            y = None if batch.labels is None else to_device(batch.labels)  # its class, or the null label
+            t = all_t[rows]  # t ~ Uniform({1, ..., T}), counted from 0
+            noise = to_device(batch.noise)  # ε ~ N(0, I)
             x_t = scheduler.add_noise(x_0, noise, t)  # √ᾱ_t x_0 + √(1 - ᾱ_t) ε, in float32
-            output = unet(x_t, to_device(t, accelerator.device), class_labels=y).sample  # ε_θ(x_t, t, y)
-            loss = scheduler.simple_loss(output, x_0, noise, t).mean()  # ‖ε - ε_θ(x_t, t, y)‖²
+            output = unet(x_t, to_device(t), class_labels=y).sample  # ε_θ(x_t, t, y)
+            loss_of_image = run.objective(output, x_0, noise, x_t, t)  # ‖ε - ε_θ(x_t, t, y)‖², or as configured
+            loss = (to_device(all_weights[rows]) * loss_of_image).mean()
             accelerator.backward(loss)  # ∇_θ
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
             run.optimizer.step()
             run.optimizer.zero_grad()
+        seen.append(loss_of_image.detach())
         losses.append(loss.detach())
+    if run.sampler is not None:
+        remember(run, run.sampler, all_t, seen)
     return torch.stack(losses).mean()
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+def timesteps(run: Run, step: int) -> tuple[Tensor, Tensor]:
+    """Timesteps of the global batch, and the weights of their losses, which undo that not all are drawn alike.
+
+    Returns:
+        Long and float32, [global_batch_size] each.
+    """
+    if run.sampler is None:
+        t = stratified_timesteps(run.config.seed, step, run.global_batch_size, run.config.ddpm_num_steps)
+        return t, torch.ones(len(t))
+    t, weights = run.sampler.draw(stratified_uniforms(run.config.seed, step, run.global_batch_size))
+    return t, weights.float()
+
+
+def remember(run: Run, sampler: LossAwareSampler, all_t: Tensor, losses: list[Tensor]) -> None:
+    """Tell the sampler the losses of the global batch, which every process gets; the host waits for them."""
+    by_process = run.accelerator.gather(torch.stack(losses)).cpu()  # [processes x passes, B]
+    # Rows of the global batch run over the passes first, then over the processes.
+    by_pass = by_process.reshape(run.accelerator.num_processes, len(losses), -1).transpose(0, 1)
+    sampler.update(all_t, by_pass.reshape(-1))
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on the device; a GPU copies pinned memory while the host goes on."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
