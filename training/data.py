@@ -61,8 +61,8 @@ class Survey:
         return smallest[0]
 
 
-def open_rows(config: TrainingConfig) -> datasets.Dataset:
-    """The data set with all its columns, undecoded.
+def open_rows(config: TrainingConfig, split: str = "train") -> datasets.Dataset:
+    """A split of the data set with all its columns, undecoded; a single parquet file is a split of its own.
 
     Raises:
         ValueError: it is empty.
@@ -71,17 +71,17 @@ def open_rows(config: TrainingConfig) -> datasets.Dataset:
     path = Path(name).expanduser() if name else None
     if path is None:
         rows = datasets.load_dataset(
-            "imagefolder", data_dir=config.train_data_dir, split="train", cache_dir=config.cache_dir
+            "imagefolder", data_dir=config.train_data_dir, split=split, cache_dir=config.cache_dir
         )
     elif path.suffix == ".parquet":
         rows = datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(path)))  # no copy in the cache
     elif (path / "state.json").is_file():
         rows = datasets.load_from_disk(str(path))
     elif (path / "dataset_dict.json").is_file():
-        rows = datasets.load_from_disk(str(path))["train"]
+        rows = datasets.load_from_disk(str(path))[split]
     else:
         rows = datasets.load_dataset(
-            str(path) if path.exists() else name, config.dataset_config_name, split="train", cache_dir=config.cache_dir
+            str(path) if path.exists() else name, config.dataset_config_name, split=split, cache_dir=config.cache_dir
         )
     if len(rows) == 0:
         raise ValueError(f"{name or config.train_data_dir} holds no images")
@@ -329,18 +329,21 @@ class TrainingData:
         }
 
 
-def load_data(config: TrainingConfig, channels: int | None, resolution: int | None) -> TrainingData:
+def load_data(
+    config: TrainingConfig, channels: int | None, resolution: int | None, split: str = "train"
+) -> TrainingData:
     """Open, survey and, if small, decode the training images; read their labels for class-conditional training.
 
     Args:
         config: says where the images are.
         channels: what the network takes (1 or 3); the images' own if None.
         resolution: what the network takes; the images' own if None.
+        split: of the data set.
 
     Raises:
         ValueError: the images or labels cannot be read, or not in this form.
     """
-    every_column = open_rows(config)
+    every_column = open_rows(config, split)
     rows = image_rows(every_column)
     labels = None
     if config.class_conditional:
