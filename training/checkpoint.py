@@ -22,6 +22,7 @@ class Progress:
     step: int = 0  # optimiser steps done
     seconds: float = 0.0  # spent in training, without sampling and saving
     losses: list[tuple[int, float]] = field(default_factory=list)  # (step, mean loss since the entry before)
+    evaluations: list[dict[str, float]] = field(default_factory=list)  # of --eval_steps
     gradient_scaler: dict[str, float] = field(default_factory=dict)  # fp16's loss scale and its counters
 
 
@@ -36,14 +37,16 @@ def load_optimizer_tensors(
 ) -> None:
     """Put back what `optimizer_tensors` gave.
 
-    Each tensor takes the memory layout of its parameter, since fused kernels walk both in memory order.
+    Each tensor takes the memory layout of its parameter, since fused kernels walk both in memory order. They want the
+    count of steps beside the parameter too; others read it on the host.
     """
     by_name = {name: parameter for parameter, name in names.items()}
+    fused = optimizer.defaults["fused"]
     for key, tensor in tensors.items():
         name, entry = key.rsplit("/", 1)
         parameter = by_name[name]
-        # Fused kernels want the count of steps beside the parameter too.
-        like = torch.empty_like(parameter if tensor.ndim else tensor, dtype=tensor.dtype, device=parameter.device)
+        device = parameter.device if tensor.ndim or fused else tensor.device
+        like = torch.empty_like(parameter if tensor.ndim else tensor, dtype=tensor.dtype, device=device)
         optimizer.state[parameter][entry] = like.copy_(tensor)
 
 

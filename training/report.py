@@ -26,6 +26,11 @@ SAMPLERS: dict[str, Callable[[ScratchDDPMScheduler], SchedulerMixin]] = {
     ),
 }
 PACKAGES = ("ddpm-from-scratch", "torch", "diffusers", "accelerate", "datasets", "numpy", "pillow")
+LOSS_LABELS = {
+    "simple": r"$L_\mathrm{simple}$",
+    "vlb": r"$L_\mathrm{vlb}$, bits per dimension",
+    "hybrid": r"$L_\mathrm{hybrid}$",
+}
 TINY = 64  # pixels; smaller images are enlarged so that a grid can be looked at
 FINAL_PART = 0.1  # of the run, over which the final loss is averaged
 
@@ -71,14 +76,14 @@ def smoothed(values: Sequence[float], horizon: int) -> list[float]:
     return result
 
 
-def plot_losses(losses: Sequence[tuple[int, float]], path: Path) -> None:
-    """The loss over optimiser steps, as logged and smoothed."""
+def plot_losses(losses: Sequence[tuple[int, float]], label: str, path: Path) -> None:
+    """The loss, called `label`, over optimiser steps, as logged and smoothed."""
     steps, values = [step for step, _ in losses], [loss for _, loss in losses]
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")  # draws without a display
     axes = figure.subplots()
     axes.plot(steps, values, color="tab:blue", alpha=0.3, label="logged")
     axes.plot(steps, smoothed(values, max(1, len(values) // 20)), color="tab:blue", label="smoothed")
-    axes.set(xlabel="optimiser step", ylabel=r"$L_\mathrm{simple}$", yscale="log")
+    axes.set(xlabel="optimiser step", ylabel=label, yscale="log")
     axes.legend()
     figure.savefig(path, dpi=120)
 

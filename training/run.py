@@ -96,7 +96,9 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, or it would be another run."""
         config = self.config
-        same = ("seed", "center_crop", "random_flip", "use_ema", *PROCESS_FLAGS, *OBJECTIVE_FLAGS)
+        same = ["seed", "center_crop", "random_flip", "use_ema", *PROCESS_FLAGS, *OBJECTIVE_FLAGS, "timestep_sampling"]
+        if config.loss != "simple":  # the bound is that of a variance
+            same.append("ddpm_variance_type")
         model = {f"model.{k}": v for k, v in self.trained_unet.config.items() if not k.startswith("_")}
         return {
             **{name: getattr(config, name) for name in same},
@@ -205,6 +207,7 @@ def results(run: Run) -> dict[str, Any]:
         "epochs": images / len(run.data.images),
         "seconds": progress.seconds,
         "images_per_second": images / progress.seconds,
+        **({"evaluations": progress.evaluations} if progress.evaluations else {}),
         "seed": run.config.seed,
         "num_parameters": run.trained_unet.num_parameters(),
         "dataset": run.data.describe(run.config),

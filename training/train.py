@@ -21,7 +21,8 @@ from draws import batch_positions, derived_seed, stratified_timesteps, stratifie
 from dry_run import dry_run
 from ema import ema_decay
 from optimization import learning_rate, set_learning_rate
-from report import config_with_header, image_grid, plot_losses, sample_images, write_json
+from periodic import Yardstick, build_yardstick, evaluate_run, is_best, keep_best
+from report import LOSS_LABELS, config_with_header, image_grid, plot_losses, sample_images, write_json
 from run import Run, build, results, save
 from upload import push_to_hub
 
@@ -108,8 +109,13 @@ def batches_from(run: Run, step: int) -> Iterator[Batch]:
     return iter(build_loader(stream, batches, config.dataloader_num_workers, accelerator.device.type == "cuda"))
 
 
-def train(run: Run) -> None:
-    """Algorithm 1: repeat until converged, here for a fixed number of optimiser steps."""
+def train(run: Run, yardstick: Yardstick | None) -> None:
+    """Algorithm 1: repeat until converged, here for a fixed number of optimiser steps.
+
+    Args:
+        run: as built.
+        yardstick: for the evaluations on the way; None for a run without.
+    """
     config, progress, total = run.config, run.progress, run.total_steps
     batches = batches_from(run, progress.step)
     bar = tqdm(total=total, initial=progress.step, unit="step", disable=not run.accelerator.is_main_process)
@@ -126,8 +132,11 @@ def train(run: Run) -> None:
         last = progress.step == total
         saving = config.checkpointing_steps and (last or progress.step % config.checkpointing_steps == 0)
         sampling = config.sample_steps and progress.step % config.sample_steps == 0
-        if saving or sampling or last or progress.step % config.log_steps == 0:
+        evaluating = config.eval_steps is not None and (last or progress.step % config.eval_steps == 0)
+        if saving or sampling or evaluating or last or progress.step % config.log_steps == 0:
             log(run, bar, unread, time.perf_counter() - clock)
+            if evaluating and yardstick is not None:
+                compare(run, yardstick)
             if saving:
                 save(run)
             if sampling:
@@ -158,6 +167,16 @@ def log(run: Run, bar: "tqdm[Any]", unread: list[Tensor], seconds: float) -> Non
     bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {images_per_second:.0f} images/s")
 
 
+def compare(run: Run, yardstick: Yardstick) -> None:
+    """Evaluate the network as it is now, and keep it if it is the best so far."""
+    figures = evaluate_run(run, yardstick)
+    run.progress.evaluations.append(figures)
+    run.accelerator.log({f"eval/{name}": value for name, value in figures.items()}, step=run.progress.step)
+    if run.accelerator.is_main_process and is_best(run.progress.evaluations):
+        keep_best(run, figures)
+    run.accelerator.wait_for_everyone()
+
+
 def draw_grid(run: Run, path: Path) -> None:
     """Sample with the network as it is now; one process does."""
     if not run.accelerator.is_main_process:
@@ -178,7 +197,7 @@ def finish(run: Run) -> None:
     pipeline = ScratchDDPMPipeline(unet=run.final_unet, scheduler=run.scheduler, id2label=run.id2label)
     pipeline.save_pretrained(folder)
     draw_grid(run, folder / "samples.png")
-    plot_losses(run.progress.losses, folder / "loss.png")
+    plot_losses(run.progress.losses, LOSS_LABELS[run.config.loss], folder / "loss.png")
     write_json(results(run), folder / "results.json")
 
 
@@ -209,8 +228,9 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     if only_dry:
         dry_run(run, partial(descend, run, batches_from(run, run.progress.step)))
         return None
+    yardstick = build_yardstick(config, run.data) if config.eval_steps else None
     start_output(run)
-    train(run)
+    train(run, yardstick)
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
         finish(run)

@@ -1,0 +1,106 @@
+"""The small evaluation in the course of a training run, and the best model so far."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from config import EMBEDDED_DATA, TrainingConfig
+from data import TrainingData, load_data
+from ddpm_from_scratch import ScratchDDPMPipeline
+from ddpm_from_scratch.features import Features, extract
+from ddpm_from_scratch.likelihood import bits_per_dim
+from ddpm_from_scratch.metrics import kernel_distance_with_error
+from evaluation import Options, generate, to_array
+from report import write_json
+from run import Run
+
+BEST = "best"  # folder of the best model, inside output_dir
+NUM_BOUND_IMAGES = 32
+NUM_TERMS = 32  # of the bound, for each image
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What the network is measured against, the same at every evaluation."""
+
+    reference: Features  # of as many training images as are generated
+    held_out: torch.Tensor | None  # uint8 [N, C, H, W]; None: nobody named any
+
+
+def build_yardstick(config: TrainingConfig, data: TrainingData) -> Yardstick:
+    """Read the real images, and the features of those to compare samples with.
+
+    Raises:
+        ValueError: there are fewer training images than are to be generated, or the held-out ones cannot be read.
+    """
+    if config.eval_num_images > len(data.images):
+        raise ValueError(
+            f"eval_num_images {config.eval_num_images} exceeds the {len(data.images)} training images it takes to "
+            f"compare with"
+        )
+    chosen = np.linspace(0, len(data.images) - 1, config.eval_num_images).round().astype(int).tolist()
+    reference = extract(to_array([data.images[index] for index in chosen], data.resolution))
+    embedded = config.dataset_name is None and config.train_data_dir is None
+    test_set = config.test_set or (str(EMBEDDED_DATA.with_name("fashion_mnist_test.parquet")) if embedded else None)
+    if test_set is None:
+        return Yardstick(reference, None)
+    tests = load_data(TrainingConfig(dataset_name=test_set), data.channels, data.resolution).images
+    first = [tests[index] for index in range(min(NUM_BOUND_IMAGES, len(tests)))]
+    return Yardstick(reference, torch.from_numpy(to_array(first, data.resolution)).permute(0, 3, 1, 2).contiguous())
+
+
+def evaluate_run(run: Run, yardstick: Yardstick) -> dict[str, float]:
+    """Figures of the network as it is now, the average if there is one; the same on every process.
+
+    The kernel distance is that of few images, of which the standard error beside it tells; the bound, where there are
+    held-out images, is an unbiased estimate from some of its terms.
+    """
+    config, unet = run.config, run.final_unet
+    pipeline = ScratchDDPMPipeline(unet=unet, scheduler=run.scheduler, id2label=run.id2label)
+    pipeline.set_progress_bar_config(disable=True)
+    options = Options(config.eval_num_images, batch_size=config.eval_batch_size, seed=config.seed)
+    was_training = unet.training
+    unet.eval()
+    figures: dict[str, float] = {"step": run.progress.step}
+    with run.accelerator.autocast():
+        images = generate(pipeline, config.ddpm_num_inference_steps, options, run.accelerator, progress=False)
+        kernel = kernel_distance_with_error(extract(images).values, yardstick.reference.values)
+        figures |= {"kernel_distance": kernel.value, "kernel_distance_error": kernel.error}
+        if yardstick.held_out is not None:
+            bits = bits_per_dim(
+                unet,
+                run.scheduler,
+                yardstick.held_out,
+                num_terms=min(NUM_TERMS, config.ddpm_num_steps),
+                seed=config.seed,
+                progress=False,
+                accelerator=run.accelerator,
+            )
+            error = bits.standard_error().total
+            figures |= {"bits_per_dim": float(bits.mean().total), "bits_per_dim_error": float(error)}
+    unet.train(was_training)
+    return figures
+
+
+def is_best(evaluations: list[dict[str, float]]) -> bool:
+    """Whether the last evaluation has the smallest kernel distance."""
+    return min(evaluations, key=lambda figures: figures["kernel_distance"]) is evaluations[-1]
+
+
+def keep_best(run: Run, figures: dict[str, Any]) -> None:
+    """Put the model into the folder of the best one, whole, with its figures; one process does."""
+    folder = Path(run.config.output_dir, BEST)
+    unfinished, old = (folder.with_name(f".{word}-{BEST}") for word in ("unfinished", "old"))
+    for leftover in (unfinished, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    pipeline = ScratchDDPMPipeline(unet=run.final_unet, scheduler=run.scheduler, id2label=run.id2label)
+    pipeline.save_pretrained(unfinished)
+    write_json(figures, unfinished / "evaluation.json")
+    if folder.exists():
+        folder.rename(old)
+    unfinished.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
