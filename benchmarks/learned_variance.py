@@ -1,0 +1,148 @@
+"""Measure what a learned variance gives: a model trained with L_hybrid beside one trained with L_simple alone.
+
+    python training/train.py training/presets/fashion_mnist_quick.yaml --output_dir outputs/fixed
+    python training/train.py training/presets/fashion_mnist_quick.yaml --output_dir outputs/learned \
+        --loss hybrid --ddpm_variance_type learned_range
+    python benchmarks/learned_variance.py outputs/fixed outputs/learned
+
+Bits per dimension of held-out images under chains of T and of fewer steps, and kernel distances of samples; the model
+with fixed variances is measured with each of them, and with the optimal one after calibration.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from few_steps import (  # which also makes the modules of training/ importable
+    ROOT,
+    SIZE,
+    describe,
+    distances,
+    replace,
+    replace_json,
+    sample,
+    scratch,
+    to_unit_range,
+)
+
+from config import EMBEDDED_DATA, TrainingConfig
+from data import load_data
+from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
+from ddpm_from_scratch.calibration import calibrate
+from ddpm_from_scratch.features import efficientnet_lite0_features
+from ddpm_from_scratch.likelihood import bits_per_dim
+from report import device_name, versions
+
+# By the model that they are measured on.
+VARIANCES: dict[str, dict[str, Callable[[Mapping[str, Any]], ScratchDDPMScheduler]]] = {
+    "fixed": {
+        "fixed_small": partial(scratch, variance_type="fixed_small", optimal_variance=False),
+        "fixed_large": partial(scratch, variance_type="fixed_large", optimal_variance=False),
+        "optimal": partial(scratch, optimal_variance=True),
+    },
+    "learned": {"learned_range": partial(scratch, optimal_variance=False)},
+}
+CALIBRATION_IMAGES = 512
+
+
+def load(folder: Path, precision: torch.dtype) -> ScratchDDPMPipeline:
+    """A model on the device, compiled where that pays within minutes."""
+    pipeline = ScratchDDPMPipeline.from_pretrained(folder, dtype=precision)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.unet.to(memory_format=torch.channels_last)
+    pipeline.unet.compile(mode="reduce-overhead" if pipeline.device.type == "cuda" else "default")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def images_of(name: str | None, count: int, channels: int, resolution: int) -> np.ndarray:
+    """The first images of a data set: uint8 [N, H, W, C]."""
+    images = load_data(TrainingConfig(dataset_name=name), channels, resolution).images
+    return torch.stack([images[index] for index in range(count)]).permute(0, 2, 3, 1).numpy()
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("fixed", type=Path, help="folder of a model trained with L_simple")
+    parser.add_argument("learned", type=Path, help="folder of a model trained with L_hybrid, for as many steps")
+    parser.add_argument("--dataset_name", help="training images, as for train.py; without it: the embedded ones")
+    parser.add_argument("--test_set", default=str(EMBEDDED_DATA.with_name("fashion_mnist_test.parquet")))
+    parser.add_argument("--num_images", type=int, default=1000, help="generated, and real ones as reference")
+    parser.add_argument("--num_bound_images", type=int, default=64, help="held-out images whose bound is measured")
+    parser.add_argument("--bound_steps", type=int, nargs="+", default=(100, 1000))
+    parser.add_argument("--sample_steps", type=int, nargs="+", default=(100,))
+    parser.add_argument("--precision", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--batch_size", type=int, default=64, help="images in a call of the network, for the bound")
+    parser.add_argument("--samples_dir", type=Path, default=ROOT / "outputs" / "learned_variance")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results" / "learned_variance.json")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure each variance on its model."""
+    args = parse(arguments)
+    results: dict[str, Any] = {
+        "num_images": args.num_images,
+        "num_bound_images": args.num_bound_images,
+        "features": {"network": "EfficientNet-Lite0", "size": SIZE},
+        "precision": args.precision,
+        "versions": versions(),
+        "models": {},
+        "rows": [],
+    }
+    for kind, folder in (("fixed", args.fixed), ("learned", args.learned)):
+        pipeline = load(folder, getattr(torch, args.precision))
+        form = pipeline.unet.config.in_channels, pipeline.unet.config.sample_size
+        tests = to_unit_range(images_of(args.test_set, args.num_bound_images, *form))
+        real = images_of(args.dataset_name, max(2 * args.num_images, CALIBRATION_IMAGES), *form)
+        reference, others = np.split(efficientnet_lite0_features(real[: 2 * args.num_images], SIZE), 2)
+        results |= {"device": device_name(pipeline.device), "floor": distances(others, reference)}
+        results["models"][kind] = describe(folder, pipeline)
+        config = pipeline.scheduler.config
+        if kind == "fixed":
+            config = calibrate(pipeline.unet, pipeline.scheduler, to_unit_range(real[:CALIBRATION_IMAGES])).config
+        for name, make in VARIANCES[kind].items():
+            row: dict[str, Any] = {"variance": name, "bounds": [], "samples": []}
+            pipeline.scheduler = make(config)
+            for steps in args.bound_steps:
+                bits = bits_per_dim(
+                    pipeline.unet,
+                    make(dict(config) | {"timestep_spacing": "linspace"}),
+                    tests,
+                    num_inference_steps=steps,
+                    batch_size=args.batch_size,
+                )
+                mean, error = bits.mean(), bits.standard_error()
+                row["bounds"].append(
+                    {
+                        "steps": steps,
+                        "bits_per_dim": float(mean.total),
+                        "error": float(error.total),
+                        "prior": float(mean.prior),
+                        "terms": mean.terms.tolist(),
+                        "timesteps": mean.timesteps.tolist(),
+                    }
+                )
+                print(kind, name, steps, f"{mean.total:.4f} ± {error.total:.4f} bits/dim", flush=True)
+            for steps in args.sample_steps:
+                start = time.perf_counter()
+                images = sample(pipeline, steps, args.num_images, f"{name}-{steps}")
+                seconds = time.perf_counter() - start
+                path = args.samples_dir / f"{name}-{steps}.npz"
+                replace(path, partial(np.savez_compressed, images=images))
+                found = distances(efficientnet_lite0_features(images, SIZE), reference)
+                row["samples"].append({"steps": steps, **found, "seconds": seconds})
+                print(kind, name, steps, json.dumps(found), flush=True)
+            results["rows"].append(row)
+            replace_json(args.results, results)
+
+
+if __name__ == "__main__":
+    main()
