@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from .checks import check_whole
 from .configuration import make_betas
+from .interchange import altered
 from .scheduler import ScratchDDPMScheduler
 from .schedules import evenly_in_log_snr
 
@@ -95,7 +96,8 @@ def calibrate(
 ) -> ScratchDDPMScheduler:
     """The scheduler with the `second_moments` of the network in its configuration; options as there."""
     moments = second_moments(unet, scheduler, images, **options)
-    return ScratchDDPMScheduler.from_config(scheduler.config, second_moments=moments)
+    calibrated: ScratchDDPMScheduler = altered(scheduler, second_moments=moments)
+    return calibrated
 
 
 def _error(unet: Any, scheduler: ScratchDDPMScheduler, x_0: Tensor, noise: Tensor, t: int) -> Tensor:  # noqa: ANN401

@@ -30,6 +30,12 @@ def check_range(name: str, value: object, least: float, most: float) -> None:
         raise ValueError(f"{name}={value!r} must be a number and {span}.")
 
 
+def check_positive(name: str, value: object) -> None:
+    """Value is a finite number above 0."""
+    if not (is_number(value) and 0 < value < float("inf")):
+        raise ValueError(f"{name}={value!r} must be a number, above 0 and finite.")
+
+
 def is_whole(value: object) -> TypeGuard[int]:
     """A whole number, and not a truth value."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)

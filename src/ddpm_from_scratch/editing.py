@@ -18,6 +18,7 @@ from torch import Tensor
 from .checks import check_choice, check_generator, check_range, check_whole
 from .gaussian import Generators
 from .guidance import Condition, Guidance
+from .interchange import altered
 from .pipeline import OUTPUT_TYPES, ScratchDDPMPipeline, ScratchDDPMPipelineOutput
 from .scheduler import ScratchDDPMScheduler
 
@@ -345,7 +346,7 @@ class ScratchDDPMInterpolationPipeline(_EditingPipeline):
     def _chain(self, num_inference_steps: int) -> ScratchDDPMScheduler:
         """The deterministic scheduler, whose predictions are not limited."""
         plain = {"clip_sample": False, "thresholding": False, "optimal_variance": False}
-        scheduler = ScratchDDPMScheduler.from_config(self._own_scheduler().config, **plain)
+        scheduler: ScratchDDPMScheduler = altered(self._own_scheduler(), **plain)
         scheduler.set_timesteps(self._check_steps(num_inference_steps), eta=0.0)
         return scheduler
 

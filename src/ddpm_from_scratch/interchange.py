@@ -1,8 +1,28 @@
-"""Configurations on disk in the name of the stock classes, so that diffusers alone can read what this package saves."""
+"""Configurations between this package and diffusers: rebuilt in another class or with changes, and on disk.
 
+On disk they bear the names of the stock classes, so that diffusers alone can read what this package saves.
+"""
+
+import inspect
 import json
 import os
 from collections.abc import Collection
+from typing import Any
+
+from diffusers import ConfigMixin
+
+
+def altered(part: ConfigMixin, kind: type[ConfigMixin] | None = None, /, **changes: object) -> Any:  # noqa: ANN401
+    """A new scheduler or network with the configuration of part and some changes, of its class or of `kind`.
+
+    It is `kind.from_config(part.config, **changes)`, but that takes arguments that were passed by position for left out
+    and drops their values: `from_config` of DDPMScheduler(12) has 1000 steps. Here they stay. What was really left out
+    counts so in the new one too.
+    """
+    config, parameters = part.config, inspect.signature(type(part).__init__).parameters
+    # The value of an argument that was left out is the very object in the signature.
+    left_out = [name for name in config.get("_use_default_values", ()) if config[name] is parameters[name].default]
+    return (kind or type(part)).from_config({**config, "_use_default_values": left_out}, **changes)
 
 
 def write_config(json_text: str, path: str | os.PathLike[str], without: Collection[str] = (), **names: object) -> None:

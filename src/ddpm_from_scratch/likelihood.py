@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from .checks import check_range, check_whole, is_whole
 from .configuration import make_betas
 from .guidance import label_numbers
+from .interchange import altered
 from .scheduler import ScratchDDPMScheduler
 
 BITS = 1 / math.log(2)  # in a nat
@@ -148,8 +149,7 @@ def _chain(
     if clip_sample not in (None, True, False):
         raise ValueError(f"clip_sample={clip_sample!r} must be True, False or None, which is as configured.")
     limits = {} if clip_sample is None else {"clip_sample": clip_sample, "thresholding": False}
-    # Without this, from_config would take arguments that were passed by position for defaults.
-    chain = ScratchDDPMScheduler.from_config({**scheduler.config, "_use_default_values": []}, **limits)
+    chain: ScratchDDPMScheduler = altered(scheduler, **limits)
     if count is None and timesteps is None:
         timesteps = range(len(chain))[::-1]  # T spaced ones could be pushed out of the range by an offset
     chain.set_timesteps(count, timesteps=None if timesteps is None else list(timesteps))

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_range
+from .checks import check_choice, check_positive, check_range
 from .configuration import make_betas
+from .interchange import altered
 from .scheduler import ScratchDDPMScheduler
 from .tensors import as_tensor
 from .variances import LEARNED_VARIANCES
@@ -57,7 +58,8 @@ class Objective:
     - "hybrid": L_simple + vlb_weight L_vlb, iDDPM eq. 16, where the second term trains the variance alone: the mean is
       detached in it. Needs a learned variance.
 
-    The bound is that of the network as it is: x̂_0 is not clipped here, since a clipped value has no gradient.
+    The bound is that of the network as it is: x̂_0 is not clipped here, since a clipped value has no gradient, and the
+    variance is that of `variance_type`, since second moments are those of the network as it was.
 
     Args:
         scheduler: the process, the prediction type and the variance.
@@ -69,7 +71,8 @@ class Objective:
         vlb_weight: λ of the hybrid loss.
 
     Raises:
-        ValueError: for a value that is not allowed, or a loss that cannot train the scheduler's variance.
+        ValueError: for a value that is not allowed, a loss that cannot train the scheduler's variance, or the bound at
+            eta = 0, where it is infinite.
     """
 
     scheduler: ScratchDDPMScheduler
@@ -79,22 +82,23 @@ class Objective:
     p2_gamma: float = 1.0
     p2_k: float = 1.0
     vlb_weight: float = 0.001
-    _unclipped: ScratchDDPMScheduler = field(init=False, repr=False)
-    _snr: np.ndarray = field(init=False, repr=False)  # [T], float64
+    _plain: ScratchDDPMScheduler = field(init=False, repr=False, compare=False)  # for the bound
+    _snr: np.ndarray = field(init=False, repr=False, compare=False)  # [T], float64
 
     def __post_init__(self) -> None:
         """Check."""
         check_choice("loss", self.loss, LOSSES)
         check_choice("weighting", self.weighting, LOSS_WEIGHTINGS)
-        for name in ("snr_gamma", "p2_k"):
-            check_range(name, getattr(self, name), math.ulp(0.0), math.inf)
-        for name in ("p2_gamma", "vlb_weight"):
-            check_range(name, getattr(self, name), 0, math.inf)
+        for name in ("snr_gamma", "p2_k", "vlb_weight"):
+            check_positive(name, getattr(self, name))
+        check_range("p2_gamma", self.p2_gamma, 0, math.inf)
         check_trains_variance(self.loss, self.scheduler.variance_type)
         if self.loss == "vlb" and self.weighting != "target":
             raise ValueError(f"weighting={self.weighting!r} is for the simple loss; the bound has weights of its own.")
-        changes = {"clip_sample": False, "thresholding": False}
-        object.__setattr__(self, "_unclipped", ScratchDDPMScheduler.from_config(self.scheduler.config, **changes))
+        if self.loss != "simple" and self.scheduler.config["eta"] == 0:
+            raise ValueError(f"loss={self.loss!r} is infinite at eta=0: pass a scheduler with eta=1.0.")
+        plain = {"clip_sample": False, "thresholding": False, "optimal_variance": False}
+        object.__setattr__(self, "_plain", altered(self.scheduler, **plain))
         alpha_bar = np.cumprod(1 - make_betas(self.scheduler.config))
         object.__setattr__(self, "_snr", alpha_bar / (1 - alpha_bar))
 
@@ -110,24 +114,25 @@ class Objective:
         """
         if self.loss == "vlb":
             return self.vlb(model_output, x_0, x_t, t)
-        simple = self.weights(t, x_0) * self.scheduler.simple_loss(model_output, x_0, noise, t)
+        simple = self.scheduler.simple_loss(model_output, x_0, noise, t)
+        simple = self.weights(t, simple) * simple
         if self.loss == "simple":
             return simple
-        prediction, variance_values = model_output.split(x_0.shape[1], dim=1)
-        frozen = torch.cat([prediction.detach(), variance_values], dim=1)
+        channels = x_0.shape[1]
+        frozen = torch.cat([model_output[:, :channels].detach(), model_output[:, channels:]], dim=1)
         return simple + self.vlb_weight * self.vlb(frozen, x_0, x_t, t)
 
     def vlb(self, model_output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """T L_t in bits per dimension: [B]."""
-        return self._unclipped.vlb_term(model_output, x_0, x_t, t) * (len(self.scheduler) / math.log(2))
+        return self._plain.vlb_term(model_output, x_0, x_t, t) * (len(self.scheduler) / math.log(2))
 
     def weights(self, t: Tensor, like: Tensor) -> Tensor | float:
-        """The factor of the target's squared error: [B], or 1; finite at zero SNR too."""
+        """The factor of the target's squared error, in the form of `like` [B], or 1; finite at zero SNR too."""
         if self.weighting == "target":
             return 1.0
         snr = self._snr[t.numpy()]
         per_x_0_error = PER_X_0_ERROR[self.scheduler.config["prediction_type"]](snr)
-        return as_tensor(WEIGHTINGS[self.weighting](snr, self) / per_x_0_error, like).reshape(-1)
+        return as_tensor(WEIGHTINGS[self.weighting](snr, self) / per_x_0_error, like)
 
 
 def check_trains_variance(loss: str, variance_type: str) -> None:

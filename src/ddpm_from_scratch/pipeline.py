@@ -20,7 +20,7 @@ from .checks import check_choice, check_generator, check_range, check_whole, is_
 from .configuration import check_config
 from .gaussian import Gaussian, Generators
 from .guidance import Condition, Guidance, guide, label_numbers
-from .interchange import write_config
+from .interchange import altered, write_config
 from .scheduler import ScratchDDPMScheduler
 from .schedules import rescale_to_zero_terminal_snr
 from .tensors import broadcast
@@ -119,7 +119,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         if type(unet) is UNet2DModel:
             unet = ScratchUNet2DModel.from_stock(unet)
         if type(scheduler) is DDPMScheduler:
-            scheduler = ScratchDDPMScheduler.from_config(scheduler.config)
+            scheduler = altered(scheduler, ScratchDDPMScheduler)
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(id2label=_check_names(id2label, unet.config.get("num_class_embeds")))
 

@@ -18,7 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from .interchange import write_config
+from .interchange import altered, write_config
 
 # On a CPU the fused attention kernel loses to plain matrix products on short sequences.
 SHORT_SEQUENCE = 256
@@ -332,7 +332,7 @@ class ScratchUNet2DModel(UNet2DModel):
             ValueError: if its configuration is one that this class refuses.
         """
         with torch.device("meta"):
-            own = cls.from_config(unet.config)
+            own: Self = altered(unet, cls)
         own.load_state_dict(unet.state_dict(keep_vars=True), strict=True, assign=True)
         if unet.is_gradient_checkpointing:
             own.enable_gradient_checkpointing()
