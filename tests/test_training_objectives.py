@@ -624,6 +624,19 @@ def test_the_sampler_may_change_its_fixed_variance_where_the_loss_has_none(input
     assert (run_main(inputs, tmp_path / "model", *again) / "model_index.json").exists()
 
 
+def test_resume_takes_a_checkpoint_from_before_there_were_objectives(inputs, tmp_path):  # noqa: F811
+    common = ("--checkpointing_steps", "2", "--lr_scheduler", "constant_with_warmup")
+    folder = run_main(inputs, tmp_path / "run", *common, "--max_train_steps", "2")
+    state = folder / "checkpoints" / "step_00000002" / "state.json"
+    content = json.loads(state.read_text())
+    for name in (*networks.OBJECTIVE_FLAGS, "timestep_sampling"):
+        del content["identity"][name]
+    state.write_text(json.dumps(content))
+    run_main(inputs, folder, *common, "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
+    with pytest.raises(ValueError, match="loss_weighting: 'target' in the checkpoint, 'min_snr' now"):
+        run_main(inputs, folder, *common, "--loss_weighting", "min_snr", "--resume_from_checkpoint", str(state.parent))
+
+
 def test_fine_tuning_refuses_a_network_without_a_variance(inputs, tmp_path):  # noqa: F811
     trained = run_main(inputs, tmp_path / "trained", *SHORT_RUN, "--max_train_steps", "1")
     flags = (*SHORT_RUN, "--loss", "hybrid", *LEARNED, "--model_config_name_or_path", trained)

@@ -181,7 +181,8 @@ def load(run: Run, checkpoint: Path) -> None:
         ValueError: the checkpoint is of another run, or further than this run is to go.
     """
     state = read_state(checkpoint)
-    check_same_run(state["identity"], run.identity())
+    older = {name: getattr(TrainingConfig(), name) for name in (*OBJECTIVE_FLAGS, "timestep_sampling")}
+    check_same_run({**older, **state["identity"]}, run.identity())  # version 0.1.0 had no other objective
     run.progress = Progress(**state["progress"])
     if run.progress.step > run.total_steps:
         raise ValueError(f"{checkpoint} has done {run.progress.step} steps, the run has {run.total_steps}")
