@@ -5,16 +5,21 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 # For example PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" for PyTorch without CUDA.
 PIP_FLAGS ?=
-# For train: a preset, flags, or both; ARGS="--help" lists them.
+# For train: a preset, flags, or both; for evaluate: flags. ARGS="--help" lists them.
 ARGS ?=
+# For evaluate: a model's folder or Hub name.
+MODEL ?= outputs/ddpm-fashion-mnist-quick
 
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --constraint $(CONSTRAINTS)
 
-.PHONY: train test lint format test-oldest clean
+.PHONY: train evaluate test lint format test-oldest clean
 
 train: $(VENV)/.train
 	$(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no training/train.py $(ARGS)
+
+evaluate: $(VENV)/.metrics
+	$(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no training/evaluate.py $(MODEL) $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n auto
@@ -40,6 +45,10 @@ $(BIN)/python:
 
 $(VENV)/.train: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(INSTALL) --editable ".[train]"
+	touch $@
+
+$(VENV)/.metrics: $(VENV)/.train
+	$(INSTALL) --editable ".[train,metrics]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.train

@@ -23,7 +23,7 @@ def blocks(kind):
 
 
 def test_every_python_block_is_tested():
-    assert README.count("```python") == len(blocks("with")) + len(blocks("without")) == 8
+    assert README.count("```python") == len(blocks("with")) + len(blocks("without")) == 9
 
 
 @pytest.mark.parametrize("kind", ["with", "without"])

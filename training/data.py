@@ -62,10 +62,10 @@ class Survey:
 
 
 def open_rows(config: TrainingConfig, split: str = "train") -> datasets.Dataset:
-    """A split of the data set with all its columns, undecoded; a single parquet file is a split of its own.
+    """A split of the data set with all its columns, undecoded; a single parquet file is the split "train".
 
     Raises:
-        ValueError: it is empty.
+        ValueError: it is empty, or there is no such split.
     """
     name = config.dataset_name or (None if config.train_data_dir else str(EMBEDDED_DATA))
     path = Path(name).expanduser() if name else None
@@ -74,11 +74,12 @@ def open_rows(config: TrainingConfig, split: str = "train") -> datasets.Dataset:
             "imagefolder", data_dir=config.train_data_dir, split=split, cache_dir=config.cache_dir
         )
     elif path.suffix == ".parquet":
-        rows = datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(path)))  # no copy in the cache
+        table = datasets.table.InMemoryTable(pyarrow.parquet.read_table(path))  # no copy in the cache
+        rows = pick_split({"train": datasets.Dataset(table)}, split, path)
     elif (path / "state.json").is_file():
-        rows = datasets.load_from_disk(str(path))
+        rows = pick_split({"train": datasets.load_from_disk(str(path))}, split, path)
     elif (path / "dataset_dict.json").is_file():
-        rows = datasets.load_from_disk(str(path))[split]
+        rows = pick_split(datasets.load_from_disk(str(path)), split, path)
     else:
         rows = datasets.load_dataset(
             str(path) if path.exists() else name, config.dataset_config_name, split=split, cache_dir=config.cache_dir
@@ -86,6 +87,17 @@ def open_rows(config: TrainingConfig, split: str = "train") -> datasets.Dataset:
     if len(rows) == 0:
         raise ValueError(f"{name or config.train_data_dir} holds no images")
     return rows
+
+
+def pick_split(splits: Mapping[str, datasets.Dataset], split: str, path: Path) -> datasets.Dataset:
+    """The split of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if split not in splits:
+        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(splits)}")
+    return splits[split]
 
 
 def image_rows(rows: datasets.Dataset) -> datasets.Dataset:

@@ -13,11 +13,11 @@ The model is a folder or a Hub name of any pipeline of diffusers that draws pixe
 
 import argparse
 import json
-import logging
 import os
 import sys
+import zipfile
+import zlib
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +25,33 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
+from diffusers import DiffusionPipeline
 
-from config import EMBEDDED_DATA, TrainingConfig
+from config import EMBEDDED_DATA, TrainingConfig, looks_local
 from data import load_data
+from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
 from ddpm_from_scratch.features import CACHE_DIR, EXTRACTORS
 from evaluation import (
     LEAST_IMAGES,
+    Drawn,
+    Evaluated,
     Options,
     RealImages,
-    draw_bound,
-    draw_neighbors,
-    draw_samples,
+    check_enough,
+    check_options,
+    describe_chain,
     evaluate,
     generate,
-    image_form,
-    load_pipeline,
     to_array,
 )
+from models import image_form, load_pipeline
 from optimization import resolve_precision, use_all_cores
+from pictures import draw_bound, draw_neighbors, draw_samples
 from report import write_json
 from run import COMPILE_MODE
 
-logger = logging.getLogger("evaluate")
-
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RESULTS = "results.json"
 EMBEDDED_TEST_SET = EMBEDDED_DATA.with_name("fashion_mnist_test.parquet")
 
 
@@ -76,7 +79,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     samples.add_argument("--balanced_labels", action="store_true", help="the classes in turn, not the null label")
     samples.add_argument("--images", type=Path, help="measure the images of this .npz instead (see --save_images)")
-    samples.add_argument("--save_images", type=Path, help="write them to this .npz: `images`, uint8 [N, H, W, C]")
+    samples.add_argument(
+        "--save_images",
+        type=Path,
+        help="write them to this .npz: `images`, uint8 [N, H, W, C], and how they came about",
+    )
     samples.add_argument("--extractor", default="efficientnet-lite0", choices=tuple(EXTRACTORS))
     samples.add_argument("--size", type=int, help="side in pixels to which the extractor's images are scaled")
     samples.add_argument("--cache_dir", type=Path, default=CACHE_DIR, help="of the features of real images")
@@ -88,7 +95,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--batch_size", type=int, default=64)
     run.add_argument(
-        "--mixed_precision", default="auto", choices=("auto", *PRECISIONS), help="of the network's weights"
+        "--mixed_precision", default="auto", choices=("auto", *PRECISIONS), help="of our pipeline's network"
     )
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile the network")
     run.add_argument("--stock", action="store_true", help="diffusers' own pipeline for DDPM models, instead of ours")
@@ -102,8 +109,28 @@ def check(args: argparse.Namespace) -> None:
 
     Raises:
         ValueError: a number or combination is not allowed.
-        FileNotFoundError: a file is missing.
+        FileNotFoundError: a file or folder is missing.
     """
+    check_numbers(args)
+    check_paths(args)
+    if len(args.num_inference_steps) > 1 and (args.images or args.save_images):
+        raise ValueError("--images and --save_images hold the images of one --num_inference_steps: give one number.")
+    if args.images and args.balanced_labels:
+        raise ValueError("--balanced_labels is about images that are to be drawn, and --images holds some: give one.")
+    if args.test_set and args.test_split:
+        raise ValueError("--test_set and --test_split both name the held-out images: give one.")
+    if args.dataset_name and args.train_data_dir:
+        raise ValueError("--dataset_name and --train_data_dir both name the training images: give one.")
+    if args.dataset_config_name and not args.dataset_name:
+        raise ValueError("--dataset_config_name needs --dataset_name.")
+    if args.test_split and not (args.dataset_name or args.train_data_dir):
+        raise ValueError("--test_split names a split of --dataset_name or --train_data_dir: give one of them.")
+    if args.revision and Path(args.model).is_dir():
+        raise ValueError(f"--revision is of a Hub model, and {args.model} is a folder: leave it out.")
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Every number is large enough."""
     least = {"num_images": LEAST_IMAGES, "num_bound_images": 0, "batch_size": 1, "seed": 0, "num_terms": 2, "size": 1}
     for name, smallest in least.items():
         value = getattr(args, name)
@@ -112,73 +139,149 @@ def check(args: argparse.Namespace) -> None:
     wrong = [steps for steps in args.num_inference_steps if steps < 1]
     if wrong:
         raise ValueError(f"--num_inference_steps {wrong[0]}: it must be at least 1.")
-    if len(args.num_inference_steps) > 1 and (args.images or args.save_images):
-        raise ValueError("--images and --save_images hold the images of one --num_inference_steps: give one number.")
-    if args.test_set and args.test_split:
-        raise ValueError("--test_set and --test_split both name the held-out images: give one.")
-    if args.dataset_name and args.train_data_dir:
-        raise ValueError("--dataset_name and --train_data_dir both name the training images: give one.")
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    """What can only be local is there, and results can be written."""
+    for name in ("model", "dataset_name", "test_set"):
+        value = getattr(args, name)
+        if value and looks_local(value) and not Path(value).expanduser().exists():
+            raise FileNotFoundError(f"{name}: no file or folder {value}")
+    if args.train_data_dir and not Path(args.train_data_dir).is_dir():
+        raise FileNotFoundError(f"--train_data_dir: no folder {args.train_data_dir}")
     if args.images and not args.images.is_file():
         raise FileNotFoundError(f"--images: no file {args.images}")
+    if args.save_images and args.save_images.suffix != ".npz":
+        raise ValueError(f"--save_images {args.save_images}: its name must end in .npz.")
+    folder = output_dir(args)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file.")
+    read_results(folder / RESULTS)
 
 
 def real_images(args: argparse.Namespace, channels: int, size: int) -> RealImages:
     """The training images, and the held-out ones if there are any."""
-    named = {"dataset_config_name": args.dataset_config_name, "train_data_dir": args.train_data_dir}
-    config = TrainingConfig(dataset_name=args.dataset_name, **named)
-    training = load_data(config, channels, size)
-    facts: dict[str, Any] = {"training": public(training.describe(config))}
-    embedded = args.dataset_name is None and args.train_data_dir is None
-    test_set = str(EMBEDDED_TEST_SET) if embedded and not args.test_split else args.test_set
-    held_out = None
-    if args.test_split:
-        held_out = load_data(config, channels, size, args.test_split)
-    elif args.test_set or test_set:
-        config = TrainingConfig(dataset_name=args.test_set or test_set)
-        held_out = load_data(config, channels, size)
-    if held_out is not None:
-        facts["held_out"] = public(held_out.describe(config)) | ({"split": args.test_split} if args.test_split else {})
-    return RealImages(
-        to_array(training.images, size), None if held_out is None else to_array(held_out.images, size), facts
+    config = TrainingConfig(
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        train_data_dir=args.train_data_dir,
     )
+    data = load_data(config, channels, size)
+    training, facts = to_array(data.images, size), {"training": public(data.describe(config))}
+    embedded = args.dataset_name is None and args.train_data_dir is None
+    test_set = args.test_set or (str(EMBEDDED_TEST_SET) if embedded else None)
+    if test_set:
+        config = TrainingConfig(dataset_name=test_set)
+    elif not args.test_split:
+        return RealImages(training, None, facts)
+    held_out = load_data(config, channels, size, args.test_split or "train")
+    facts["held_out"] = public(held_out.describe(config)) | ({"split": args.test_split} if args.test_split else {})
+    return RealImages(training, to_array(held_out.images, size), facts)
 
 
 def public(facts: dict[str, Any]) -> dict[str, Any]:
-    """A local path is nobody else's business: its last part says enough, beside the fingerprint."""
-    path = Path(facts["name"])
-    return facts | {"name": path.name} if path.exists() else facts
+    """What is known of a data set without its local path; beside the fingerprint, the last part says enough."""
+    return facts | {"name": public_name(facts["name"])}
+
+
+def public_name(name: str) -> str:
+    """A Hub name as it is, or the last part of a local path, which is nobody else's business."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.exists() else name
 
 
 def output_dir(args: argparse.Namespace) -> Path:
     """Where the results go."""
     if args.output_dir is not None:
         return Path(args.output_dir)
-    return Path(args.model) if Path(args.model).is_dir() else Path("outputs", "evaluation", args.model.split("/")[-1])
+    return Path(args.model) if Path(args.model).is_dir() else Path("outputs", "evaluation", args.model)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What is in a results file; nothing if there is none.
+
+    Raises:
+        ValueError: it is not such a file.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): mend it or move it away.") from error
+    if not isinstance(results, dict):
+        raise ValueError(f"{path} does not hold results by name: move it away.")
+    return results
 
 
 def merge_results(path: Path, evaluation: dict[str, Any]) -> None:
     """Put the evaluation into a results file, which is whole at any time, beside what else is in it."""
-    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     unfinished = path.with_name(f".unfinished-{path.name}")
-    write_json({**results, "evaluation": evaluation}, unfinished)
-    os.replace(unfinished, path)
+    try:
+        write_json({**read_results(path), "evaluation": evaluation}, unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
-def read_images(path: Path, form: tuple[int, ...]) -> np.ndarray:
-    """The images of an .npz: uint8 [N, H, W, C].
+def read_images(path: Path, form: tuple[int, ...]) -> Drawn:
+    """The images of an .npz, uint8 [N, H, W, C] or gray [N, H, W]; and how they came about, if `save_images` wrote it.
 
     Raises:
         ValueError: they are not such images.
     """
-    with np.load(path, allow_pickle=False) as archive:
-        images: np.ndarray = archive["images"]
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            images: np.ndarray = archive["images"]
+            facts = {"file": path.name, **(json.loads(str(archive["facts"])) if "facts" in archive else {})}
+    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"--images {path} cannot be read: {error}") from error
     images = images[..., None] if images.ndim == 3 else images
     if images.dtype != np.uint8 or images.shape[1:] != form or len(images) < LEAST_IMAGES:
         raise ValueError(
             f"--images {path} holds {images.dtype} {list(images.shape)}; uint8 [N, {', '.join(map(str, form))}] with "
             f"N >= {LEAST_IMAGES} is needed."
         )
-    return images
+    return Drawn(images, facts)
+
+
+def save_images(path: Path, drawn: Drawn) -> None:
+    """Write an .npz for `read_images`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, images=drawn.images, facts=np.array(json.dumps(drawn.facts)))
+
+
+def load(args: argparse.Namespace, accelerator: Accelerator) -> DiffusionPipeline:
+    """The model, in its precision.
+
+    Raises:
+        ValueError: it cannot be evaluated, or not in this precision.
+        FileNotFoundError: there is no such model.
+    """
+    pipeline = load_pipeline(
+        args.model,
+        dtype=PRECISIONS[resolve_precision(args.mixed_precision, accelerator.device)],
+        stock=args.stock,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    if args.mixed_precision in ("bf16", "fp16") and not isinstance(pipeline, ScratchDDPMPipeline):
+        raise ValueError(
+            f"--mixed_precision {args.mixed_precision} is for ScratchDDPMPipeline, which keeps the chain itself in "
+            f"float32; {args.model} is drawn from by {type(pipeline).__name__}: leave it out."
+        )
+    return pipeline
+
+
+def prepare(pipeline: DiffusionPipeline, device: torch.device, compiled: bool) -> None:
+    """Bring it to the device, in the form in which it computes fast there."""
+    pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.unet.to(memory_format=torch.channels_last)
+    if compiled:
+        # A CUDA graph's output is overwritten by the next call, and multistep schedulers keep several.
+        one_step = isinstance(pipeline.scheduler, ScratchDDPMScheduler)
+        pipeline.unet.compile(mode=COMPILE_MODE.get(device.type, "default") if one_step else "default")
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -193,61 +296,55 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     if on_cpu:
         use_all_cores()
     accelerator = Accelerator(cpu=on_cpu)
-    precision = PRECISIONS[resolve_precision(args.mixed_precision, accelerator.device)]
     with accelerator.main_process_first():  # downloads happen once
-        pipeline = load_pipeline(
-            args.model,
-            dtype=precision,
-            stock=args.stock,
-            revision=args.revision,
-            trust_remote_code=args.trust_remote_code,
-        )
+        pipeline = load(args, accelerator)
         channels, size = image_form(pipeline)
         given = read_images(args.images, (size, size, channels)) if args.images else None
-        real = real_images(args, channels, size)
-    num_images = args.num_images if given is None else len(given)
-    if 2 * num_images > len(real.training):
-        raise ValueError(
-            f"{num_images} images need as many training images as reference and for the floor, and there are "
-            f"{len(real.training)}: take at most {len(real.training) // 2}."
+        same = ("num_inference_steps", "balanced_labels", "extractor", "size", "num_bound_images", "num_terms")
+        options = Options(
+            num_images=len(given.images) if given else args.num_images,
+            **{name: getattr(args, name) for name in (*same, "batch_size", "seed", "cache_dir")},
         )
-    pipeline.to(accelerator.device)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.unet.to(memory_format=torch.channels_last)
-    if args.compile:
-        pipeline.unet.compile(mode=COMPILE_MODE.get(accelerator.device.type, "default"))
-    same = ("num_inference_steps", "balanced_labels", "extractor", "size", "num_bound_images", "num_terms")
-    options = Options(
-        num_images=num_images,
-        **{name: getattr(args, name) for name in (*same, "batch_size", "seed", "cache_dir")},
-    )
-    draw = partial(generate, pipeline, options=options, accelerator=accelerator) if given is None else lambda _: given
-    found, images = evaluate(pipeline, real, options, accelerator, draw)
-    folder = output_dir(args)
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        merge_results(folder / "results.json", {"model": Path(args.model).name, "revision": args.revision, **found})
-        write_pictures(folder, found, images, real)
-        if args.save_images:
-            args.save_images.parent.mkdir(parents=True, exist_ok=True)
-            np.savez_compressed(args.save_images, images=images)
-        print(folder / "results.json", flush=True)
+        check_options(pipeline, options)
+        real = real_images(args, channels, size)
+    check_enough(real, options.num_images)
+    prepare(pipeline, accelerator.device, args.compile)
+
+    def draw(steps: int) -> Drawn:
+        if given:
+            return given
+        images = generate(pipeline, steps, options, accelerator)
+        drawn = Drawn(images, describe_chain(pipeline, steps, options))
+        if args.save_images and accelerator.is_main_process:  # now: they took long, and all that follows may fail
+            save_images(args.save_images, drawn)
+        return drawn
+
+    evaluated = evaluate(pipeline, real, options, accelerator, draw)
+    path = output_dir(args) / RESULTS
+    if evaluated is not None:
+        write(path, {"model": public_name(args.model), "revision": args.revision}, evaluated, real)
+        print(path, flush=True)
     accelerator.end_training()
-    return folder / "results.json"
+    return path
 
 
-def write_pictures(folder: Path, found: dict[str, Any], images: np.ndarray, real: RealImages) -> None:
-    """All figures."""
-    draw_samples(images, folder / "samples.png")
-    draw_neighbors(images, real.training, folder / "neighbors.png")
-    if "terms" in found.get("bound", {}):
-        draw_bound(found["bound"], folder / "bound.png")
+def write(path: Path, model: dict[str, Any], evaluated: Evaluated, real: RealImages) -> None:
+    """The results, and all pictures beside them."""
+    folder = path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    merge_results(path, {**model, **evaluated.results})
+    draw_samples(evaluated.images, folder / "samples.png")
+    draw_neighbors(evaluated.images, real.training, evaluated.neighbors, folder / "neighbors.png")
+    bound = evaluated.results.get("bound", {})
+    if "terms" in bound:
+        draw_bound(bound, folder / "bound.png")
+    else:  # that of an earlier evaluation would be taken for this one's
+        (folder / "bound.png").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from config import EMBEDDED_DATA, TrainingConfig
@@ -14,7 +13,7 @@ from ddpm_from_scratch import ScratchDDPMPipeline
 from ddpm_from_scratch.features import Features, extract
 from ddpm_from_scratch.likelihood import bits_per_dim
 from ddpm_from_scratch.metrics import kernel_distance_with_error
-from evaluation import Options, generate, to_array
+from evaluation import Options, evenly, generate, to_array
 from report import write_json
 from run import Run
 
@@ -42,15 +41,15 @@ def build_yardstick(config: TrainingConfig, data: TrainingData) -> Yardstick:
             f"eval_num_images {config.eval_num_images} exceeds the {len(data.images)} training images it takes to "
             f"compare with"
         )
-    chosen = np.linspace(0, len(data.images) - 1, config.eval_num_images).round().astype(int).tolist()
-    reference = extract(to_array([data.images[index] for index in chosen], data.resolution))
+    chosen = [data.images[index] for index in evenly(config.eval_num_images, len(data.images)).tolist()]
+    reference = extract(to_array(chosen, data.resolution))
     embedded = config.dataset_name is None and config.train_data_dir is None
     test_set = config.test_set or (str(EMBEDDED_DATA.with_name("fashion_mnist_test.parquet")) if embedded else None)
     if test_set is None:
         return Yardstick(reference, None)
     tests = load_data(TrainingConfig(dataset_name=test_set), data.channels, data.resolution).images
-    first = [tests[index] for index in range(min(NUM_BOUND_IMAGES, len(tests)))]
-    return Yardstick(reference, torch.from_numpy(to_array(first, data.resolution)).permute(0, 3, 1, 2).contiguous())
+    some = [tests[index] for index in evenly(NUM_BOUND_IMAGES, len(tests)).tolist()]
+    return Yardstick(reference, torch.from_numpy(to_array(some, data.resolution)).permute(0, 3, 1, 2).contiguous())
 
 
 def evaluate_run(run: Run, yardstick: Yardstick) -> dict[str, float]:

@@ -12,6 +12,8 @@ UPLOADED = (
     "unet/*",
     "scheduler/*",
     "samples.png",
+    "neighbors.png",
+    "bound.png",
     "loss.png",
     "results.json",
     "training_config.yaml",
