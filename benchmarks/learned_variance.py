@@ -61,6 +61,14 @@ def load(folder: Path, precision: torch.dtype) -> ScratchDDPMPipeline:
     return pipeline
 
 
+def training_facts(folder: Path, pipeline: ScratchDDPMPipeline) -> dict[str, Any]:
+    """The model's name and size, and how it was trained, if the training script says so beside it."""
+    results = folder / "results.json"
+    said = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    told = {key: said[key] for key in ("images_seen", "device", "seconds") if key in said}
+    return {**describe(folder, pipeline), **told, "training_images": said.get("dataset", {}).get("num_images")}
+
+
 def images_of(name: str | None, count: int, channels: int, resolution: int) -> np.ndarray:
     """The first images of a data set: uint8 [N, H, W, C]."""
     images = load_data(TrainingConfig(dataset_name=name), channels, resolution).images
@@ -104,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         real = images_of(args.dataset_name, max(2 * args.num_images, CALIBRATION_IMAGES), *form)
         reference, others = np.split(efficientnet_lite0_features(real[: 2 * args.num_images], SIZE), 2)
         results |= {"device": device_name(pipeline.device), "floor": distances(others, reference)}
-        results["models"][kind] = describe(folder, pipeline)
+        results["models"][kind] = training_facts(folder, pipeline)
         config = pipeline.scheduler.config
         if kind == "fixed":
             config = calibrate(pipeline.unet, pipeline.scheduler, to_unit_range(real[:CALIBRATION_IMAGES])).config

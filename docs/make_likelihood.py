@@ -99,7 +99,8 @@ def learned_facts(results: Numbers) -> str:
     features = results["features"]
     facts = {
         "Models": f"{fixed['parameters']:,} and {learned['parameters']:,} parameters, {fixed['training_steps']:,} and "
-        f"{learned['training_steps']:,} training steps of L_simple and of L_hybrid, alike in everything else",
+        f"{learned['training_steps']:,} training steps of L_simple and of L_hybrid, alike in everything else: "
+        f"{fixed['images_seen']:,} of {fixed['training_images']:,} images, {fixed['device']}",
         "Bound": f"{results['num_bound_images']} held-out images",
         "Kernel distance": f"N = {results['num_images']:,}, floor {shown(results['floor'], 'kernel_distance')}, "
         f"features of {features['network']} at {features['size']} pixels",
