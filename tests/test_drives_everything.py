@@ -308,7 +308,7 @@ def test_any_scheduler_generates_with_labels_and_guidance(name, variance_type):
     expected = own_loop(unet, fresh, scale=2.0)
     assert pipeline.scheduler is scheduler
     np.testing.assert_allclose(got, expected, atol=1e-4)
-    assert np.mean((expected > 0) & (expected < 1)) > 0.4
+    assert np.mean((expected > 0) & (expected < 1)) > 0.3
     unguided = generate(pipeline, class_labels=LABELS, num_inference_steps=5)
     assert np.abs(unguided - got).max() > 0.01
 
