@@ -22,7 +22,7 @@ from few_steps import BATCH, ROOT, describe, replace, replace_json  # also makes
 from PIL import Image
 from tqdm import tqdm
 
-from config import EMBEDDED_DATA, TrainingConfig
+from config import EMBEDDED_TEST_SET, TrainingConfig
 from data import load_data
 from ddpm_from_scratch import ScratchDDPMPipeline
 from ddpm_from_scratch.editing import (
@@ -34,7 +34,6 @@ from ddpm_from_scratch.pipeline import Frame
 from ddpm_from_scratch.previews import write_gif
 from report import device_name, versions
 
-TEST_DATA = EMBEDDED_DATA.with_name("fashion_mnist_test.parquet")
 LEAST = 4  # images, of which the figure and the interpolations are made
 
 INVERSION_STEPS = (10, 20, 50, 100)
@@ -290,7 +289,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise FileNotFoundError(f"{args.model} has no model_index.json: pass the folder of a saved pipeline.")
     pipeline = ScratchDDPMPipeline.from_pretrained(args.model)
     unet = pipeline.unet
-    data = load_data(TrainingConfig(dataset_name=str(TEST_DATA)), unet.config.in_channels, unet.config.sample_size)
+    data = load_data(
+        TrainingConfig(dataset_name=str(EMBEDDED_TEST_SET)), unet.config.in_channels, unet.config.sample_size
+    )
     if not LEAST <= args.num_images <= len(data.images):
         raise ValueError(f"--num_images {args.num_images}: from {LEAST} to {len(data.images)} are allowed.")
     images = torch.stack([data.images[index] for index in range(args.num_images)]).permute(0, 2, 3, 1).numpy()

@@ -32,7 +32,7 @@ from ddpm_from_scratch.metrics import frechet_distance, kernel_distance_with_err
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "training"))
 
-from config import EMBEDDED_DATA, TrainingConfig  # noqa: E402
+from config import EMBEDDED_TEST_SET, TrainingConfig  # noqa: E402
 from data import load_data  # noqa: E402
 from report import device_name, versions  # noqa: E402
 
@@ -302,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     results |= earlier(args.results, results)
     if not args.no_bounds:
-        test_set = TrainingConfig(dataset_name=str(EMBEDDED_DATA.with_name("fashion_mnist_test.parquet")))
+        test_set = TrainingConfig(dataset_name=str(EMBEDDED_TEST_SET))
         tests = load_data(test_set, unet.config.in_channels, unet.config.sample_size).images
         held_out = torch.stack([tests[index] for index in range(BOUND_IMAGES)]).float() / 127.5 - 1
         bounds = measure_bounds(unet, config, held_out.to(pipeline.device))

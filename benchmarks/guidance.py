@@ -31,14 +31,13 @@ from few_steps import (  # which also makes the modules of training/ importable
 from torch import nn
 from tqdm import tqdm
 
-from config import EMBEDDED_DATA, TrainingConfig
+from config import EMBEDDED_DATA, EMBEDDED_TEST_SET, TrainingConfig
 from data import load_data
 from ddpm_from_scratch import ScratchDDPMPipeline
 from ddpm_from_scratch.features import efficientnet_lite0_features
 from ddpm_from_scratch.guidance import Guidance
 from report import device_name, versions
 
-TEST_DATA = EMBEDDED_DATA.with_name("fashion_mnist_test.parquet")
 PRESET = "training/presets/fashion_mnist_conditional_quick.yaml"
 SCALES = (1.0, 1.5, 2.0, 4.0, 8.0)
 VARIED = (Guidance(4.0, rescale=0.7), Guidance(4.0, interval=(0.2, 0.8)))  # measured besides the scales
@@ -225,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_numbers(args, int(np.bincount(labels).min()), pipeline.scheduler.config.num_train_timesteps)
     classes, count = len(names), args.images_per_class * len(names)
 
-    test_images, test_labels, _ = embedded(TEST_DATA, unet.config.in_channels, unet.config.sample_size)
+    test_images, test_labels, _ = embedded(EMBEDDED_TEST_SET, unet.config.in_channels, unet.config.sample_size)
     classifier = train_classifier(images, labels)
     ceiling = accuracy(classifier, test_images, test_labels)
     print(json.dumps({"classifier": ceiling}), flush=True)

@@ -31,7 +31,7 @@ from few_steps import (  # which also makes the modules of training/ importable
     to_unit_range,
 )
 
-from config import EMBEDDED_DATA, TrainingConfig
+from config import EMBEDDED_TEST_SET, TrainingConfig
 from data import load_data
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
 from ddpm_from_scratch.calibration import calibrate
@@ -81,7 +81,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("fixed", type=Path, help="folder of a model trained with L_simple")
     parser.add_argument("learned", type=Path, help="folder of a model trained with L_hybrid, for as many steps")
     parser.add_argument("--dataset_name", help="training images, as for train.py; without it: the embedded ones")
-    parser.add_argument("--test_set", default=str(EMBEDDED_DATA.with_name("fashion_mnist_test.parquet")))
+    parser.add_argument("--test_set", default=str(EMBEDDED_TEST_SET))
     parser.add_argument("--num_images", type=int, default=1000, help="generated, and real ones as reference")
     parser.add_argument("--num_bound_images", type=int, default=64, help="held-out images whose bound is measured")
     parser.add_argument("--bound_steps", type=int, nargs="+", default=(100, 1000))

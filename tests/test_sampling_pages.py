@@ -146,7 +146,7 @@ def test_the_classifier_learns_and_is_the_same_each_time(guidance, monkeypatch):
     monkeypatch.setattr(guidance, "load_data", few_images)
     monkeypatch.setattr(guidance, "CLASSIFIER_BATCH", 5)
     monkeypatch.setattr(guidance, "EPOCHS", 20)
-    images, labels, names = guidance.embedded(guidance.TEST_DATA, 1, 8)
+    images, labels, names = guidance.embedded(guidance.EMBEDDED_TEST_SET, 1, 8)
     assert names == dict(enumerate(NAMES)) and images.shape == (50, 8, 8, 1)
     state = torch.get_rng_state()
     network = guidance.train_classifier(images, labels)

@@ -31,7 +31,7 @@ import optimization
 import report
 import train
 import upload
-from config import EMBEDDED_DATA, PRESETS, TrainingConfig
+from config import EMBEDDED_DATA, EMBEDDED_TEST_SET, PRESETS, TrainingConfig
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchUNet2DModel
 from ema import EMA, ema_decay
 
@@ -542,7 +542,7 @@ def test_a_grayscale_set_serves_a_network_with_three_channels(tmp_path):
 def test_embedded_data():
     loaded = load()
     assert loaded.images.shape == (10_000, 1, 28, 28) and loaded.images.float().mean() == pytest.approx(73, abs=3)
-    test = pyarrow.parquet.read_table(EMBEDDED_DATA.with_name("fashion_mnist_test.parquet"))
+    test = pyarrow.parquet.read_table(EMBEDDED_TEST_SET)
     assert test.num_rows == 2000 and test.column_names == ["image", "label"]
     assert (EMBEDDED_DATA.parent / "LICENSE.fashion-mnist").is_file()
 

@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 PRESETS = Path(__file__).parent / "presets"
 EMBEDDED_DATA = Path(__file__).parent / "data" / "fashion_mnist_train.parquet"
+EMBEDDED_TEST_SET = EMBEDDED_DATA.with_name("fashion_mnist_test.parquet")
 
 # What each field with a fixed set of values takes; tables in optimization.py and report.py have the same keys.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -194,6 +195,11 @@ class TrainingConfig:
     )
     hub_model_id: str | None = knob(None, "name on the Hub; the name of output_dir if left out")
     hub_private_repo: bool = knob(False, "create the repository as private")
+
+    @property
+    def trains_on_embedded_data(self) -> bool:
+        """Whether no other images are named."""
+        return self.dataset_name is None and self.train_data_dir is None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields but secrets, as plain values that YAML and JSON hold."""

@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 
-from config import EMBEDDED_DATA, TrainingConfig, looks_local
+from config import EMBEDDED_TEST_SET, TrainingConfig, looks_local
 from data import load_data
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
 from ddpm_from_scratch.features import CACHE_DIR, EXTRACTORS
@@ -52,7 +52,6 @@ from run import COMPILE_MODE
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESULTS = "results.json"
-EMBEDDED_TEST_SET = EMBEDDED_DATA.with_name("fashion_mnist_test.parquet")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -168,8 +167,7 @@ def real_images(args: argparse.Namespace, channels: int, size: int) -> RealImage
     )
     data = load_data(config, channels, size)
     training, facts = to_array(data.images, size), {"training": public(data.describe(config))}
-    embedded = args.dataset_name is None and args.train_data_dir is None
-    test_set = args.test_set or (str(EMBEDDED_TEST_SET) if embedded else None)
+    test_set = args.test_set or (str(EMBEDDED_TEST_SET) if config.trains_on_embedded_data else None)
     if test_set:
         config = TrainingConfig(dataset_name=test_set)
     elif not args.test_split:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from config import EMBEDDED_DATA, TrainingConfig
+from config import EMBEDDED_TEST_SET, TrainingConfig
 from data import TrainingData, load_data
 from ddpm_from_scratch import ScratchDDPMPipeline
 from ddpm_from_scratch.features import Features, extract
@@ -43,8 +43,7 @@ def build_yardstick(config: TrainingConfig, data: TrainingData) -> Yardstick:
         )
     chosen = [data.images[index] for index in evenly(config.eval_num_images, len(data.images)).tolist()]
     reference = extract(to_array(chosen, data.resolution))
-    embedded = config.dataset_name is None and config.train_data_dir is None
-    test_set = config.test_set or (str(EMBEDDED_DATA.with_name("fashion_mnist_test.parquet")) if embedded else None)
+    test_set = config.test_set or (str(EMBEDDED_TEST_SET) if config.trains_on_embedded_data else None)
     if test_set is None:
         return Yardstick(reference, None)
     tests = load_data(TrainingConfig(dataset_name=test_set), data.channels, data.resolution).images
