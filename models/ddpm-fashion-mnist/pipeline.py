@@ -1,0 +1,1918 @@
+"""ScratchDDPMPipeline of ddpm_from_scratch in one self-contained file, which `save_pretrained` writes.
+
+Generated: change the package, not this file. SPDX-License-Identifier: Apache-2.0
+"""
+
+from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from collections.abc import Collection
+from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from diffusers import ConfigMixin
+from diffusers import ConfigMixin, DDPMScheduler, SchedulerMixin
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import UNet2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import hf_hub_download, snapshot_download
+from pathlib import Path
+from torch import Tensor
+from torch import Tensor, nn
+from typing import Any
+from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
+from typing import Any, Self
+from typing import NamedTuple
+from typing import TypeGuard
+import ast
+import difflib
+import inspect
+import itertools
+import json
+import math
+import numbers
+import numpy as np
+import os
+import torch
+import torch.nn.functional as F
+
+
+def altered(part: ConfigMixin, kind: type[ConfigMixin] | None = None, /, **changes: object) -> Any:  # noqa: ANN401
+    """A new scheduler or network with the configuration of part and some changes, of its class or of `kind`.
+
+    It is `kind.from_config(part.config, **changes)`, but that takes arguments that were passed by position for left out
+    and drops their values: `from_config` of DDPMScheduler(12) has 1000 steps. Here they stay. What was really left out
+    counts so in the new one too.
+    """
+    config, parameters = part.config, inspect.signature(type(part).__init__).parameters
+    # The value of an argument that was left out is the very object in the signature.
+    left_out = [name for name in config.get("_use_default_values", ()) if config[name] is parameters[name].default]
+    return (kind or type(part)).from_config({**config, "_use_default_values": left_out}, **changes)
+
+
+def write_config(json_text: str, path: str | os.PathLike[str], without: Collection[str] = (), **names: object) -> None:
+    """Write a configuration with some entries replaced, some left out, and not the folder that it was loaded from."""
+    config = json.loads(json_text) | names
+    for name in ("_name_or_path", *without):
+        config.pop(name, None)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Value is one of allowed; if not, the nearest one is proposed."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        close = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{name}={value!r} is not known. Allowed: {', '.join(allowed)}.{hint}")
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """A real number, and not a truth value."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_range(name: str, value: object, least: float, most: float) -> None:
+    """Value is a finite number from least to most."""
+    if not (is_number(value) and least <= value <= most and abs(value) < float("inf")):
+        span = f"lie in [{least:g}, {most:g}]" if most < float("inf") else f"be at least {least:g} and finite"
+        raise ValueError(f"{name}={value!r} must be a number and {span}.")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Value is a finite number above 0."""
+    if not (is_number(value) and 0 < value < float("inf")):
+        raise ValueError(f"{name}={value!r} must be a number, above 0 and finite.")
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """A whole number, and not a truth value."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def check_whole(name: str, value: object, least: int = 1) -> None:
+    """Value is a whole number, at least `least`."""
+    if not (is_whole(value) and value >= least):
+        raise ValueError(f"{name}={value!r} must be a whole number, at least {least}.")
+
+
+def check_generator(generator: object, batch_size: int) -> None:
+    """Generator is one for the batch, a list of one per image, or None."""
+    each = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    if not all(isinstance(g, torch.Generator) for g in each):
+        raise ValueError(f"generator={generator!r} must be a torch.Generator, or a list of them.")
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise ValueError(f"generator has {len(generator)} entries for {batch_size} images: pass one, or one each.")
+
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+class Gaussian(NamedTuple):
+    """N(mean, exp(log_variance) I): the one type of every distribution here. log_variance broadcasts over mean."""
+
+    mean: Tensor
+    log_variance: Tensor
+
+    def sample(self, generator: Generators = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Mean + standard deviation * noise, shaped like mean. The noise is drawn in `dtype`, or in the mean's."""
+        if isinstance(generator, list) and len(generator) != len(self.mean):
+            raise ValueError(
+                f"{len(generator)} generators for a batch of {len(self.mean)}: pass one, or one per sample."
+            )
+        noise = randn_tensor(
+            self.mean.shape, generator=generator, device=self.mean.device, dtype=dtype or self.mean.dtype
+        )
+        return self.mean + torch.exp(0.5 * self.log_variance) * noise
+
+    def kl(self, other: "Gaussian") -> Tensor:
+        """KL(self || other) in nats, per element, shaped like the means."""
+        difference = self.log_variance - other.log_variance
+        distance = (self.mean - other.mean) ** 2 * torch.exp(-other.log_variance)
+        return 0.5 * (torch.expm1(difference) - difference + distance)
+
+    def discretized_log_prob(self, x: Tensor) -> Tensor:
+        """Log-probability in nats, per element, of the 8-bit bin that holds x (DDPM eq. 13).
+
+        x lies on the grid k / 127.5 - 1, k = 0..255. A bin reaches 1/255 to each side; the first and the last reach to
+        infinity, so the 256 bins sum to 1. Exact normal distribution function, accurate far in the tails.
+        """
+        edge = 1e10  # stands for infinity: no mass is left there, and gradients stay finite
+        precision = torch.exp(-0.5 * self.log_variance)
+        lower = torch.where(x < -0.999, -edge, (x - 1 / 255 - self.mean) * precision)
+        upper = torch.where(x > 0.999, edge, (x + 1 / 255 - self.mean) * precision)
+        # Mirror bins right of the mean: differences of the distribution function cancel there, not on the left.
+        right = lower + upper > 0
+        lower, upper = torch.where(right, -upper, lower), torch.where(right, -lower, upper)
+        log_lower, log_upper = _log_ndtr(lower), _log_ndtr(upper)
+        mass = -torch.expm1(log_lower - log_upper)
+        return log_upper + torch.log(mass.clamp(min=torch.finfo(mass.dtype).tiny))
+
+
+def _log_ndtr(z: Tensor) -> Tensor:
+    """log Φ(z), as `torch.special.log_ndtr`, whose gradient loses its digits in the far left tail, and at last is 0."""
+    left = z.clamp(max=0)
+    tail = torch.log(torch.special.erfcx(-left * 0.5**0.5) / 2) - left**2 / 2
+    return torch.where(z < 0, tail, torch.special.log_ndtr(z.clamp(min=0)))
+
+
+# --- noise schedules: betas [T] in float64 -------------------------------------------------------------------------
+
+
+def _linear(start: float, end: float, steps: int) -> np.ndarray:
+    return np.linspace(start, end, steps)
+
+
+def _scaled_linear(start: float, end: float, steps: int) -> np.ndarray:
+    return np.linspace(start**0.5, end**0.5, steps) ** 2
+
+
+def _sigmoid(start: float, end: float, steps: int) -> np.ndarray:
+    return start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, steps)))
+
+
+def _cosine(start: float, end: float, steps: int) -> np.ndarray:
+    """iDDPM eq. 17: ᾱ = f(u) / f(0), f(u) = cos²((u + 0.008) / 1.008 · π/2)."""
+    alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+    return _betas_of(alpha_bar)
+
+
+def _laplace(start: float, end: float, steps: int) -> np.ndarray:
+    """log SNR = -½ sgn(½ - u) log(1 - 2 |½ - u|), kept finite at u = 1; ᾱ = SNR / (1 + SNR). Hang & Gu, table 1."""
+    u = np.arange(1, steps + 1) / steps
+    log_snr = -0.5 * np.copysign(1, 0.5 - u) * np.log(1 - 2 * np.abs(0.5 - u) + 1e-6)
+    return _betas_of(np.concatenate([[1.0], 1 / (1 + np.exp(-log_snr))]))
+
+
+def _betas_of(alpha_bar: np.ndarray) -> np.ndarray:
+    """[T + 1] values of ᾱ, the data's first -> [T] betas, at most 0.999 (iDDPM section 3.2)."""
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+
+
+BETA_SCHEDULES: dict[str, Callable[[float, float, int], np.ndarray]] = {
+    "linear": _linear,
+    "scaled_linear": _scaled_linear,
+    "squaredcos_cap_v2": _cosine,
+    "sigmoid": _sigmoid,
+    "laplace": _laplace,
+}
+
+
+def rescale_to_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Lin et al., algorithm 1: shift and scale √ᾱ so that its last value is 0 and its first one stays."""
+    root = np.sqrt(np.cumprod(1 - betas))
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return 1 - (root / np.concatenate([[1.0], root[:-1]])) ** 2
+
+
+# --- timestep spacings: (T, K) -> K timesteps, ascending (Lin et al., table 2) -------------------------------------
+
+
+def _leading(steps: int, count: int) -> np.ndarray:
+    return np.ceil(np.arange(count) * steps / count)
+
+
+def _linspace(steps: int, count: int) -> np.ndarray:
+    return np.linspace(0, steps - 1, count).round() if count > 1 else np.array([steps - 1])
+
+
+def _trailing(steps: int, count: int) -> np.ndarray:
+    # Rounding errors can make arange one longer than count.
+    return np.round(np.arange(steps, 0, -steps / count)[:count])[::-1] - 1
+
+
+TIMESTEP_SPACINGS: dict[str, Callable[[int, int], np.ndarray]] = {
+    "leading": _leading,
+    "linspace": _linspace,
+    "trailing": _trailing,
+}
+
+# --- chosen timesteps: (ᾱ [T], E‖x_0 - x̂_0‖² / d [T] or None, K) -> K timesteps, ascending, T - 1 the last ----------
+
+
+FLAT = -6.0  # log SNR below which the variance of x_0 given x_t hardly changes any more
+
+
+def log_snr(alpha_bar: np.ndarray) -> np.ndarray:
+    """log(ᾱ / (1 - ᾱ)), kept finite where nothing of the data is left."""
+    return np.log(np.maximum(alpha_bar, 1e-12)) - np.log(1 - alpha_bar)
+
+
+def interpolate_moments(moments: Sequence[tuple[int, float]], alpha_bar: np.ndarray) -> np.ndarray:
+    """[T] values from pairs [t, value] in ascending order; their logarithm is linear in log SNR, constant outside.
+
+    Raises:
+        ValueError: the pairs are not that.
+    """
+    try:
+        pairs = np.asarray(moments, dtype=np.float64)
+    except (TypeError, ValueError):  # not numbers, or not in pairs
+        pairs = np.empty(0)
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or not np.all(np.isfinite(pairs)) or np.any(pairs[:, 1] <= 0):
+        raise ValueError(f"second_moments={moments!r} must be pairs [t, value] with positive values.")
+    t = pairs[:, 0]
+    if np.any(t != t.round()) or np.any(np.diff(t) <= 0) or t[0] < 0 or t[-1] >= len(alpha_bar):
+        raise ValueError(f"second_moments: the timesteps {t.tolist()} must ascend within 0..{len(alpha_bar) - 1}.")
+    noise = -log_snr(alpha_bar)
+    return np.exp(np.interp(noise, noise[t.astype(int)], np.log(pairs[:, 1])))
+
+
+def nearest_distinct(positions: np.ndarray, steps: int) -> np.ndarray:
+    """Whole numbers near the ascending positions, each above the one before, within 0..steps-1."""
+    i = np.arange(len(positions))
+    ascending = np.maximum.accumulate(positions.round() - i) + i
+    return np.minimum(ascending, steps - len(positions) + i).astype(np.int64)
+
+
+def _quadratic(alpha_bar: np.ndarray, variance: np.ndarray | None, count: int) -> np.ndarray:
+    """t ∝ i²: DDIM, appendix D.2, stretched to reach T - 1."""
+    last = len(alpha_bar) - 1
+    return nearest_distinct(np.linspace(0, last**0.5, count) ** 2 if count > 1 else np.array([last]), last + 1)
+
+
+def evenly_in_log_snr(alpha_bar: np.ndarray, variance: np.ndarray | None, count: int) -> np.ndarray:
+    """T - 1, and even steps of log SNR down to where x_t tells next to nothing of x_0."""
+    last = len(alpha_bar) - 1
+    noise = -log_snr(alpha_bar)
+    targets = np.linspace(noise[0], min(noise[-1], -FLAT), count - 1)
+    return nearest_distinct(np.append(np.interp(targets, noise, np.arange(last + 1)), last), last + 1)
+
+
+def bound_costs(alpha_bar: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """[T, T]: at [s, t], KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in nats per dimension; infinite unless s < t.
+
+    p has the variance σ² that is optimal for E‖x_0 - x̂_0‖² / d = variance, so that the divergence is ½ log(σ²/β̃)
+    (Analytic-DPM theorem 3).
+    """
+    a_s, a_t = alpha_bar[:, None], alpha_bar[None, :]
+    below = np.tri(len(alpha_bar), k=-1, dtype=bool).T
+    one_minus_alpha = 1 - np.divide(a_t, a_s, out=np.zeros(below.shape), where=below)
+    small = (1 - a_s) / (1 - a_t) * one_minus_alpha
+    from_x_0 = a_s * (one_minus_alpha / (1 - a_t)) ** 2 * variance[None, :]
+    return np.where(below, 0.5 * np.log1p(from_x_0 / small), np.inf)
+
+
+def _likelihood(alpha_bar: np.ndarray, variance: np.ndarray | None, count: int) -> np.ndarray:
+    """The least sum of costs over all chains of K timesteps from T - 1 to 0, by dynamic programming (Watson et al.)."""
+    assert variance is not None  # checked by the scheduler
+    last = len(alpha_bar) - 1
+    if count == 1:
+        return np.array([last])
+    costs = bound_costs(alpha_bar, variance)
+    best = np.where(np.arange(last + 1) == 0, 0.0, np.inf)  # least cost of a chain of n timesteps from 0 up to t
+    came_from = []
+    for _ in range(count - 1):
+        sums = best[:, None] + costs
+        came_from.append(sums.argmin(axis=0))
+        best = sums.min(axis=0)
+    chain = [last]
+    for origin in reversed(came_from):
+        chain.append(int(origin[chain[-1]]))
+    return np.array(chain[::-1])
+
+
+TIMESTEP_CHOICES: dict[str, Callable[[np.ndarray, np.ndarray | None, int], np.ndarray]] = {
+    "quadratic": _quadratic,
+    "log_snr": evenly_in_log_snr,
+    "likelihood": _likelihood,
+}
+
+
+Coefficient = np.ndarray  # on the host in float64: a scalar, or [B]
+
+
+def upcast(x: Tensor) -> Tensor:
+    """16-bit floats as float32; float32 and float64 as they are."""
+    if not x.is_floating_point():
+        raise ValueError(f"A tensor of dtype {x.dtype} is not allowed: pass floats (scale images to [-1, 1] first).")
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def broadcast(value: Coefficient, x: Tensor) -> float | Tensor:
+    """A host coefficient so that it multiplies x: a float, or a tensor [B, 1, ...] of x's dtype and device."""
+    if np.ndim(value) == 0:
+        return float(value)
+    if len(value) != x.shape[0]:
+        raise ValueError(f"{len(value)} timesteps for a batch of {x.shape[0]}: pass one, or one per sample.")
+    tensor = torch.as_tensor(value, dtype=x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+    return tensor.to(x.device, non_blocking=True)
+
+
+def as_tensor(value: Coefficient | Tensor, x: Tensor) -> Tensor:
+    """A coefficient, or a tensor, as a tensor that broadcasts over x. A scalar stays on the host, which is free."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(broadcast(value, x), dtype=x.dtype)
+
+
+def check_shapes(name: str, tensor: Tensor, x: Tensor) -> None:
+    """Raise ValueError unless tensor has the shape of x: broadcasting would share one noise among samples."""
+    if tensor.shape != x.shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must have that of the samples, {tuple(x.shape)}.")
+
+
+def is_entry(scalar: Tensor, vector: Tensor) -> bool:
+    """Whether scalar is a view of an entry of vector, such as iterating over it gives: they share a storage."""
+    same = scalar.dtype == vector.dtype and scalar.numel() == 1
+    return same and scalar.untyped_storage() is vector.untyped_storage()
+
+
+def mean_of_sample(x: Tensor) -> Tensor:
+    """[B, ...] -> [B]."""
+    return x.flatten(1).mean(1) if x.ndim > 1 else x
+
+
+def _small(small: Coefficient, large: Coefficient, last: np.ndarray, values: Tensor) -> Coefficient:
+    return small
+
+
+def _large(small: Coefficient, large: Coefficient, last: np.ndarray, values: Tensor) -> Coefficient:
+    return np.where(last, small, large)
+
+
+def _learned(small: Coefficient, large: Coefficient, last: np.ndarray, values: Tensor) -> Tensor:
+    return values
+
+
+def _learned_range(small: Coefficient, large: Coefficient, last: np.ndarray, values: Tensor) -> Tensor:
+    """iDDPM eq. 15: v in [-1, 1] spans log β̃ to log β."""
+    fraction = (values + 1) / 2
+    return fraction * broadcast(large, values) + (1 - fraction) * broadcast(small, values)
+
+
+REVERSE_LOG_VARIANCES: dict[str, Callable[..., Coefficient | Tensor]] = {
+    "fixed_small": _small,
+    "fixed_small_log": _small,
+    "fixed_large": _large,
+    "fixed_large_log": _large,
+    "learned": _learned,
+    "learned_range": _learned_range,
+}
+LEARNED_VARIANCES = ("learned", "learned_range")
+
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
+# The keys that diffusers.DDPMScheduler does not have, with their defaults: written only where they differ.
+OWN_KEYS = {"eta": 1.0, "second_moments": None, "optimal_variance": None, "timestep_choice": None}
+
+Config = Mapping[str, Any]
+
+
+def check_config(c: Config) -> None:
+    """Raise ValueError for a value that is not allowed, or keys that do not fit together."""
+    check_choice("beta_schedule", c["beta_schedule"], BETA_SCHEDULES)
+    if c["variance_type"] is not None:
+        check_choice("variance_type", c["variance_type"], REVERSE_LOG_VARIANCES)
+    check_choice("prediction_type", c["prediction_type"], PREDICTION_TYPES)
+    check_choice("timestep_spacing", c["timestep_spacing"], TIMESTEP_SPACINGS)
+    _check_numbers(c)
+    _check_own_keys(c)
+
+
+def _check_numbers(c: Config) -> None:
+    for name, least in {"num_train_timesteps": 1, "steps_offset": 0}.items():
+        check_whole(name, c[name], least)
+    fraction: tuple[str, Callable[[float], bool]] = ("lie between 0 and 1", lambda x: 0 < x < 1)
+    ranges = {} if c["trained_betas"] is not None else {"beta_start": fraction, "beta_end": fraction}
+    ranges |= {
+        "dynamic_thresholding_ratio": ("lie in (0, 1]", lambda x: 0 < x <= 1),
+        "sample_max_value": ("be at least 1", lambda x: x >= 1),
+        "clip_sample_range": ("be positive", lambda x: x > 0),
+    }
+    for name, (allowed, fits) in ranges.items():
+        if not (is_number(c[name]) and fits(c[name])):
+            raise ValueError(f"{name}={c[name]!r} must be a number and {allowed}.")
+    check_range("eta", c["eta"], 0, 1)
+    if c["rescale_betas_zero_snr"] and c["num_train_timesteps"] == 1:
+        raise ValueError("rescale_betas_zero_snr=True needs num_train_timesteps of at least 2.")
+
+
+def _check_own_keys(c: Config) -> None:
+    if c["optimal_variance"] not in (None, True, False):
+        raise ValueError(f"optimal_variance={c['optimal_variance']!r} must be True, False or None.")
+    if c["timestep_choice"] is not None:
+        check_choice("timestep_choice", c["timestep_choice"], TIMESTEP_CHOICES)
+    for name, needed in {"optimal_variance": True, "timestep_choice": "likelihood"}.items():
+        if c[name] == needed and c["second_moments"] is None:
+            raise ValueError(
+                f"{name}={needed!r} needs second_moments: estimate them with ddpm_from_scratch.calibration."
+            )
+
+
+def limits_x_0(c: Config) -> bool:
+    """Whether the predicted x_0 is clipped or thresholded."""
+    return bool(c["thresholding"] or c["clip_sample"])
+
+
+def make_betas(c: Config) -> np.ndarray:
+    """[T] betas in float64, checked."""
+    steps = c["num_train_timesteps"]
+    if c["trained_betas"] is not None:
+        betas = np.asarray(c["trained_betas"], dtype=np.float64)
+        source = "trained_betas"
+    else:
+        source = f"beta_start={c['beta_start']!r}, beta_end={c['beta_end']!r}"
+        betas = BETA_SCHEDULES[c["beta_schedule"]](c["beta_start"], c["beta_end"], steps)
+    if betas.shape != (steps,):
+        raise ValueError(f"{source} has shape {betas.shape}; num_train_timesteps asks for ({steps},).")
+    if c["rescale_betas_zero_snr"]:
+        betas = rescale_to_zero_terminal_snr(betas)
+    if not (np.all(betas > 0) and np.all(betas[:-1] < 1) and betas[-1] <= 1):
+        raise ValueError(f"{source}: every beta must lie in (0, 1); only the last may be 1.")
+    if np.any(np.diff(np.cumprod(1 - betas), prepend=1.0) >= 0):
+        raise ValueError(
+            f"{source}: ᾱ must fall at every step; betas this small or large leave it as it is in float64."
+        )
+    return betas
+
+
+def make_x_0_variance(c: Config, alpha_bar: np.ndarray) -> np.ndarray | None:
+    """[T] E‖x_0 - x̂_0‖² / d at every timestep in float64, from some; within what an exact x̂_0 could have."""
+    moments = c["second_moments"]
+    if moments is None:
+        return None
+    variance = interpolate_moments(moments, alpha_bar)
+    # Analytic-DPM theorem 2: no more than with x_t / √ᾱ_t for x̂_0, nor than data in ±r can have at all.
+    with np.errstate(divide="ignore"):
+        variance = np.minimum(variance, (1 - alpha_bar) / alpha_bar)
+    limit = c["clip_sample_range"] if limits_x_0(c) else np.inf
+    return np.minimum(variance, limit**2)
+
+
+Timestep = int | Tensor
+Index = np.ndarray  # on the host, timesteps as whole numbers: a scalar, or [B]
+
+# Standard deviation of noise in p(x_1 | x_2), with the paper's indices, of which a pixel in [-1, 1] shows E|noise| = 2
+# of its 255 levels: more than that would hardly be taken out again (Analytic-DPM, appendix on sampling).
+LAST_NOISE = 2 * (2 / 255) * math.sqrt(math.pi / 2)
+
+
+class Prediction(NamedTuple):
+    """What a network's output says of x_t, in consistent pairs: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) epsilon.
+
+    `variance_values` is the output's second half of channels as it came (v of iDDPM eq. 15 under "learned_range", the
+    log-variance under "learned"); None if the network has no such half.
+    """
+
+    x_0: Tensor
+    epsilon: Tensor
+    variance_values: Tensor | None
+
+
+def _log_square(x: float) -> float:
+    return 2 * math.log(x) if x > 0 else -math.inf
+
+
+class Transition(NamedTuple):
+    """A step t -> s of a chain, on the host; u is the timestep above t in it (see `q_posterior`)."""
+
+    t: Index
+    s: Index
+    u: Index
+    eta: float
+    optimal: bool  # whether the reverse variance is the optimal one
+
+
+class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
+    r"""DDPM's forward process, posterior, bound, losses and sampler, with the surface of `diffusers.DDPMScheduler`.
+
+    It never calls the network: tensors in, tensors out. Configuration keys, their defaults and their meaning are those
+    of `diffusers.DDPMScheduler`, with which configurations can be exchanged in both directions. Where the two differ,
+    `docs/differences.md` says why.
+
+    Args:
+        num_train_timesteps: T, the length of the chain.
+        beta_start: first β of the linear, scaled_linear and sigmoid schedules.
+        beta_end: last β of them.
+        beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid" or "laplace".
+        trained_betas: T betas to use instead of a schedule.
+        variance_type: of p(x_s | x_t): "fixed_small" (β̃), "fixed_large" (β), each also as "..._log" (the same here),
+            "learned" (the network's second half of channels is the log-variance) or "learned_range" (it is v, which
+            interpolates log β̃ and log β). None, which DPM-Solver's saved configurations hold, means "fixed_small".
+        clip_sample: clip the predicted x_0 to ±clip_sample_range.
+        prediction_type: "epsilon", "sample" (x_0) or "v_prediction".
+        thresholding: dynamic thresholding of the predicted x_0, instead of clipping.
+        dynamic_thresholding_ratio: its quantile, in (0, 1].
+        clip_sample_range: see clip_sample.
+        sample_max_value: upper bound of the threshold, at least 1.
+        timestep_spacing: "leading", "linspace" or "trailing", of K < T steps.
+        steps_offset: added to the timesteps of the leading spacing.
+        rescale_betas_zero_snr: rescale so that ᾱ of the last step is 0.
+        eta: how much of the posterior's noise a step draws, in [0, 1]: 1 is DDPM, 0 is DDIM, which draws none (DDIM
+            eq. 16). `set_timesteps` may choose another one for a chain.
+        second_moments: E‖x_0 - x̂_0(x_t)‖² / d at some timesteps, as pairs [t, value] in ascending order, which
+            `ddpm_from_scratch.calibration` estimates. The variance of p(x_s | x_t) that is optimal for the bound, and
+            right for samples, follows from them. In between, their logarithm is interpolated along log SNR. They hold
+            for one network, schedule and clipping.
+        optimal_variance: use that variance instead of `variance_type`. None: where second_moments are given, for
+            chains of fewer than T steps with eta > 0.
+        timestep_choice: which K < T timesteps, instead of timestep_spacing: "quadratic" (DDIM, appendix D.2),
+            "log_snr" (even steps of it) or "likelihood" (those of the least variational bound, which needs
+            second_moments).
+
+    Raises:
+        ValueError: for a value that is not allowed; the message lists what is. Predicting epsilon with a zero terminal
+            SNR is refused: x_0 cannot be told from x_T = epsilon.
+    """
+
+    _compatibles = DDPMScheduler._compatibles  # which schedulers `from_config` may exchange with
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        variance_type: str | None = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        eta: float = 1.0,
+        second_moments: list[tuple[int, float]] | None = None,
+        optimal_variance: bool | None = None,
+        timestep_choice: str | None = None,
+    ) -> None:
+        check_config(self.config)
+        self.variance_type = variance_type or "fixed_small"
+        betas = make_betas(self.config)
+        alpha_bar = np.cumprod(1 - betas)
+        if alpha_bar[-1] == 0 and prediction_type == "epsilon":
+            raise ValueError(
+                "prediction_type='epsilon' cannot be used with a zero terminal SNR (rescale_betas_zero_snr=True): at "
+                "the last timestep x_t is all noise, and x_0 would be a division by 0. Use 'v_prediction' or 'sample'."
+            )
+        # float32 copies for other code to read; the formulas below use the float64 table.
+        self.betas = torch.from_numpy(betas).float()
+        self.alphas = torch.from_numpy(1 - betas).float()
+        self.alphas_cumprod = torch.from_numpy(alpha_bar).float()
+        # ᾱ_t at index t; pure noise above the chain, 0, at T; the data, 1, at the end, where index -1 finds it.
+        self._alpha_bar = np.concatenate([alpha_bar, [0.0, 1.0]])
+        self._x_0_variance = make_x_0_variance(self.config, alpha_bar)
+
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps: int | None = None
+        self.custom_timesteps = False
+        self._chosen: dict[int, np.ndarray] = {}  # timesteps of a choice, which may take a second to make
+        self._set_chain(np.arange(num_train_timesteps)[::-1], eta)
+
+    def __len__(self) -> int:
+        """T."""
+        return int(self.config["num_train_timesteps"])
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write the configuration under the name of the stock class, whose keys these are: either class loads it."""
+        given = {name: self.config[name] for name in OWN_KEYS}
+        arrays = {name for name, value in given.items() if isinstance(value, np.ndarray)}
+        default = [name for name in OWN_KEYS if name not in arrays and given[name] == OWN_KEYS[name]]
+        write_config(self.to_json_string(), json_file_path, without=default, _class_name=DDPMScheduler.__name__)
+
+    # --- forward process (DDPM section 2) ---------------------------------------------------------------------------
+
+    def q_marginal(self, x_0: Tensor, t: Timestep) -> Gaussian:
+        """q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I): DDPM eq. 4. x_0: [B, ...]."""
+        x_0 = upcast(x_0)
+        alpha_bar = self._alpha_bar[self._index(t)]
+        return Gaussian(broadcast(np.sqrt(alpha_bar), x_0) * x_0, as_tensor(np.log(1 - alpha_bar), x_0))
+
+    def q_transition(self, x_s: Tensor, t: Timestep, s: Timestep) -> Gaussian:
+        """q(x_t | x_s) = N(√(ᾱ_t/ᾱ_s) x_s, (1 - ᾱ_t/ᾱ_s) I) for -1 <= s < t: DDPM eq. 2, one step or many."""
+        x_s = upcast(x_s)
+        step = self._transition(t, s)
+        alpha = self._alpha_bar[step.t] / self._alpha_bar[step.s]
+        return Gaussian(broadcast(np.sqrt(alpha), x_s) * x_s, as_tensor(np.log(1 - alpha), x_s))
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Timestep) -> Tensor:
+        """x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) noise, a draw from DDPM eq. 4, in the dtype of original_samples."""
+        check_shapes("noise", noise, original_samples)
+        x_0 = upcast(original_samples)
+        signal, sigma = self._signal_and_sigma(timesteps, x_0)
+        return (signal * x_0 + sigma * upcast(noise)).to(original_samples.dtype)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Timestep) -> Tensor:
+        """v = √ᾱ_t noise - √(1 - ᾱ_t) x_0 (Salimans & Ho 2022, section 4), in the dtype of sample, which is x_0."""
+        check_shapes("noise", noise, sample)
+        x_0 = upcast(sample)
+        signal, sigma = self._signal_and_sigma(timesteps, x_0)
+        return (signal * upcast(noise) - sigma * x_0).to(sample.dtype)
+
+    def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Timestep, s: Timestep | None = None) -> Gaussian:
+        """q(x_s | x_t, x_0): DDPM eqs. 6-7, for any -1 <= s < t; with eta < 1, DDIM eq. 7.
+
+        With s left out the chain is the full one, s = t - 1, with the configuration's eta; with s given it is that of
+        `set_timesteps`. The mean is exact for s = -1 too (it is x_0); the log-variance there is not -∞ but that of the
+        next step up the chain, as in the implementations of DDPM and iDDPM.
+        """
+        check_shapes("x_0", x_0, x_t)
+        return self._posterior(upcast(x_0), upcast(x_t), self._transition(t, s))
+
+    # --- reverse process (DDPM section 3.2) -------------------------------------------------------------------------
+
+    def predict(self, model_output: Tensor, x_t: Tensor, t: Timestep) -> Prediction:
+        """x_0 and epsilon from the network's output, whatever it predicts: DDPM eq. 15 and its like.
+
+        x_0 is clipped or thresholded as configured, and epsilon then follows from it.
+
+        Args:
+            model_output: [B, C, ...], or [B, 2 C, ...] with the values of the variance in the second half.
+            x_t: [B, C, ...].
+            t: one timestep, or one per sample.
+        """
+        output, variance_values = self._split(model_output, x_t)
+        x_t = upcast(x_t)
+        signal, sigma = self._signal_and_sigma(t, x_t)
+        kind = self.config["prediction_type"]
+        if kind == "epsilon":
+            x_0, epsilon = (x_t - sigma * output) / signal, output
+        elif kind == "sample":
+            x_0, epsilon = output, (x_t - signal * output) / sigma
+        else:
+            x_0, epsilon = signal * x_t - sigma * output, signal * output + sigma * x_t
+        if limits_x_0(self.config):
+            x_0 = self._limit(x_0)
+            epsilon = (x_t - signal * x_0) / sigma
+        return Prediction(x_0, epsilon, variance_values)
+
+    def p_reverse(self, model_output: Tensor, x_t: Tensor, t: Timestep, s: Timestep | None = None) -> Gaussian:
+        """p(x_s | x_t), DDPM eq. 1: the posterior's mean at the predicted x_0, with the variance of `variance_type`.
+
+        Where the optimal variance is used (see the class), it takes the place of that one. s is understood as in
+        `q_posterior`.
+        """
+        return self._reverse(self.predict(model_output, x_t, t), upcast(x_t), self._transition(t, s))
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Timestep,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        """One step of DDPM algorithm 2: draw x_s from p(x_s | x_t), s being next in `timesteps`; no noise at s = -1.
+
+        What an optimal variance adds to that of the posterior in the least noisy x_s of all, s = 0, is bounded by
+        LAST_NOISE where x_0 is clipped.
+
+        Args:
+            model_output: [B, C, ...], or [B, 2 C, ...] (see `predict`).
+            timestep: t, one of `timesteps`.
+            sample: x_t, [B, C, ...].
+            generator: of the noise; a list has one for each sample.
+            return_dict: False for a tuple (prev_sample, pred_original_sample).
+
+        Returns:
+            prev_sample (x_s) and pred_original_sample (the predicted x_0), both in the dtype of sample.
+
+        Raises:
+            ValueError: for a timestep that is not in `timesteps`, or shapes that do not fit.
+        """
+        t = self._one_timestep(timestep)
+        s = self.previous_timestep(t)
+        prediction = self.predict(model_output, sample, t)
+        transition = self._transition(t, s)
+        reverse = self._reverse(prediction, upcast(sample), transition)
+        if transition.optimal and limits_x_0(self.config) and s == 0:
+            most = max((LAST_NOISE * self.config["clip_sample_range"]) ** 2, float(self._coefficients(transition)[2]))
+            reverse = reverse._replace(log_variance=reverse.log_variance.clamp(max=math.log(most)))
+        noiseless = s < 0 or (transition.eta == 0 and not transition.optimal)
+        x_s = reverse.mean if noiseless else reverse.sample(generator, dtype=sample.dtype)
+        x_s, x_0 = x_s.to(sample.dtype), prediction.x_0.to(sample.dtype)
+        return DDPMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
+
+    def undo_ddim(self, prediction: Prediction, x_s: Tensor, t: Timestep, s: Timestep) -> Tensor:
+        """The x_t from which DDIM's step at eta = 0 leads to x_s, if `prediction` is what the network says of that x_t.
+
+        With angles φ, tan φ = √((1-ᾱ)/ᾱ), the step is a rotation by δ = φ_t - φ_s, x_s = cos δ x_t - sin δ v (Salimans
+        & Ho 2022, appendix D). For networks that predict v it is well conditioned from the data to pure noise.
+
+        Raises:
+            ValueError: for a step from pure noise to data, of which nothing can be undone.
+        """
+        x_s = upcast(x_s)
+        signal_t, sigma_t = self._signal_and_sigma(t, x_s)
+        a_s = self._alpha_bar[self._index(s, least=-1)]
+        signal_s, sigma_s = broadcast(np.sqrt(a_s), x_s), broadcast(np.sqrt(1 - a_s), x_s)
+        v = signal_t * prediction.epsilon - sigma_t * prediction.x_0
+        sine, cosine = sigma_t * signal_s - signal_t * sigma_s, signal_t * signal_s + sigma_t * sigma_s
+        if isinstance(cosine, float) and abs(cosine) < 1e-6:
+            raise ValueError(f"The step from t={t} to s={s} goes from noise to data at once: take more steps.")
+        return (x_s + sine * v) / cosine
+
+    def scale_model_input(self, sample: Tensor, timestep: Timestep | None = None) -> Tensor:
+        """The sample as it is: the network of DDPM takes x_t itself."""
+        return sample
+
+    # --- objectives (DDPM section 3) --------------------------------------------------------------------------------
+
+    def training_target(self, x_0: Tensor, noise: Tensor, t: Timestep) -> Tensor:
+        """What the network regresses on: noise, x_0 or v, by `prediction_type`."""
+        if self.config["prediction_type"] == "epsilon":
+            return noise
+        if self.config["prediction_type"] == "sample":
+            return x_0
+        return self.get_velocity(x_0, noise, t)
+
+    def simple_loss(self, model_output: Tensor, x_0: Tensor, noise: Tensor, t: Timestep) -> Tensor:
+        """L_simple, DDPM eq. 14: [B], the squared error of the training target, mean over the dimensions."""
+        check_shapes("noise", noise, x_0)
+        output, _ = self._split(model_output, x_0)
+        target = upcast(self.training_target(upcast(x_0), upcast(noise), t))
+        return mean_of_sample((output - target) ** 2)
+
+    def vlb_term(
+        self, model_output: Tensor, x_0: Tensor, x_t: Tensor, t: Timestep, s: Timestep | None = None
+    ) -> Tensor:
+        """A term of the variational bound, DDPM eq. 5: [B], in nats per dimension.
+
+        KL(q(x_s | x_t, x_0) || p(x_s | x_t)), the L_{t-1} of the paper, for s >= 0; -log p(x_0 | x_t) by the discrete
+        decoder of eq. 13, its L_0, for s = -1. x_0 lies on the grid k / 127.5 - 1. s as in `q_posterior`.
+
+        Raises:
+            ValueError: for eta = 0, where q has no variance and the divergence is infinite, or shapes that do not fit.
+        """
+        transition = self._transition(t, s)
+        if transition.eta == 0:
+            raise ValueError("The bound is infinite at eta=0, where q(x_s | x_t, x_0) is a point: take eta > 0.")
+        check_shapes("x_0", x_0, x_t)
+        x_0, x_t = upcast(x_0), upcast(x_t)
+        reverse = self._reverse(self.predict(model_output, x_t, t), x_t, transition)
+        kl = self._posterior(x_0, x_t, transition).kl(reverse)
+        decoder = -reverse.discretized_log_prob(x_0)
+        last = torch.as_tensor(transition.s < 0).reshape(-1, *(1,) * (x_0.ndim - 1)).to(x_0.device)
+        return mean_of_sample(torch.where(last, decoder, kl))
+
+    def prior_kl(self, x_0: Tensor, t: Timestep | None = None) -> Tensor:
+        """L_T = KL(q(x_T | x_0) || N(0, I)), DDPM eq. 5: [B], in nats per dimension.
+
+        t is the timestep from which a chain starts with pure noise: T - 1 if left out.
+        """
+        q = self.q_marginal(x_0, len(self) - 1 if t is None else t)
+        return mean_of_sample(q.kl(Gaussian(torch.zeros_like(q.mean), torch.zeros_like(q.log_variance))))
+
+    # --- the chain --------------------------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[int] | None = None,
+        eta: float | None = None,
+    ) -> None:
+        """Choose the sampling chain: K spaced timesteps, or a strictly descending list; and its eta.
+
+        eta is that of the configuration if left out. It is chosen here because it belongs to a chain: a `step` that
+        took it would get 0 from Stable Diffusion's pipelines.
+
+        Raises:
+            ValueError: for both or neither, K outside 1..T, a list that is not descending or leaves 0..T-1, an offset
+                that pushes the first timestep out of range, or eta outside [0, 1].
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("Pass either num_inference_steps or timesteps (a descending list), one of the two.")
+        if eta is not None:
+            check_range("eta", eta, 0, 1)
+        chain = self._spaced(num_inference_steps) if timesteps is None else self._listed(timesteps)
+        self.num_inference_steps = len(chain)
+        self.custom_timesteps = timesteps is not None
+        self._set_chain(chain, self.config["eta"] if eta is None else eta, device)
+
+    def previous_timestep(self, timestep: Timestep) -> int:
+        """The s that follows t in `timesteps`; -1 after the last one. ValueError if t is not there."""
+        t = self._one_timestep(timestep)
+        if t not in self._next:
+            raise ValueError(
+                f"timestep {t} is not one of the {len(self._next)} in `timesteps`. Pass one of them, or choose others "
+                "with set_timesteps."
+            )
+        return self._next[t]
+
+    def _spaced(self, count: int | None) -> np.ndarray:
+        steps, offset = len(self), self.config["steps_offset"]
+        if not (is_whole(count) and 1 <= count <= steps):
+            raise ValueError(f"num_inference_steps={count!r} must be a whole number from 1 to {steps}.")
+        if self.config["timestep_choice"] is not None:
+            return self._choose(int(count))
+        spacing = self.config["timestep_spacing"]
+        chain = TIMESTEP_SPACINGS[spacing](steps, int(count)) + (offset if spacing == "leading" else 0)
+        if chain[-1] >= steps:
+            raise ValueError(
+                f"steps_offset={offset} with num_inference_steps={count} starts at timestep {int(chain[-1])}; the last "
+                f"one is {steps - 1}. Take fewer steps, steps_offset=0 or timestep_spacing='trailing'."
+            )
+        return chain[::-1].astype(np.int64)
+
+    def _choose(self, count: int) -> np.ndarray:
+        """K timesteps of `timestep_choice`."""
+        if count not in self._chosen:
+            choice = TIMESTEP_CHOICES[self.config["timestep_choice"]]
+            self._chosen[count] = choice(self._alpha_bar[: len(self)], self._x_0_variance, count)[::-1]
+        return self._chosen[count]
+
+    def _listed(self, timesteps: list[int]) -> np.ndarray:
+        chain = np.asarray(timesteps)
+        if chain.ndim != 1 or len(chain) == 0 or not np.issubdtype(chain.dtype, np.integer):
+            raise ValueError(f"timesteps={timesteps!r} must be a non-empty list of whole numbers.")
+        if np.any(np.diff(chain) >= 0) or chain[0] >= len(self) or chain[-1] < 0:
+            raise ValueError(f"timesteps={timesteps!r} must descend strictly within {len(self) - 1}..0.")
+        return chain.astype(np.int64)
+
+    def _set_chain(self, chain: np.ndarray, eta: float, device: str | torch.device | None = None) -> None:
+        """The chain, kept once as pairs: t -> s on the way down, t -> u on the way up."""
+        self._eta = float(eta)
+        automatic = self._x_0_variance is not None and len(chain) < len(self) and eta > 0
+        self._optimal = automatic if self.config["optimal_variance"] is None else self.config["optimal_variance"]
+        self.timesteps = torch.from_numpy(chain.copy()).to(device)
+        self._host_timesteps, self._own_timesteps = chain, self.timesteps
+        down = [*chain.tolist(), -1]
+        self._next = dict(itertools.pairwise(down))
+        self._above = np.full(len(self), len(self))  # T, pure noise, above the top
+        self._above[chain[1:]] = chain[:-1]
+
+    # --- inner workings: tensors upcast, timesteps as host indices ---------------------------------------------------
+
+    def _posterior(self, x_0: Tensor, x_t: Tensor, step: Transition) -> Gaussian:
+        log_variance = self._posterior_log_variance(step) + _log_square(step.eta)
+        return Gaussian(self._posterior_mean(x_0, x_t, step), as_tensor(log_variance, x_0))
+
+    def _posterior_mean(self, x_0: Tensor, x_t: Tensor, step: Transition) -> Tensor:
+        on_x_0, on_x_t, _ = self._coefficients(step)
+        return broadcast(on_x_0, x_0) * x_0 + broadcast(on_x_t, x_t) * x_t
+
+    def _coefficients(self, step: Transition) -> tuple[Coefficient, Coefficient, Coefficient]:
+        """Of q(x_s | x_t, x_0) = N(on_x_0 x_0 + on_x_t x_t, variance I), DDIM eqs. 7 and 16; at η = 1, DDPM eq. 7.
+
+        The variance is η²β̃. What noise it leaves of the 1 - ᾱ_s in x_s is that of x_t, scaled.
+        """
+        a_t, a_s = self._alpha_bar[step.t], self._alpha_bar[step.s]
+        fresh = step.eta**2 * (1 - a_t / a_s) / (1 - a_t)
+        on_x_t = np.sqrt((1 - fresh) * (1 - a_s) / (1 - a_t))
+        return np.sqrt(a_s) - on_x_t * np.sqrt(a_t), on_x_t, fresh * (1 - a_s)
+
+    def _posterior_log_variance(self, step: Transition) -> Coefficient:
+        """Log β̃ of t -> s; where s = -1, and β̃ is 0, that of u -> t, one step up the chain."""
+        last = step.s < 0
+        a_t = self._alpha_bar[np.where(last, step.u, step.t)]
+        a_s = self._alpha_bar[np.where(last, step.t, step.s)]
+        # α is 0 where ᾱ_s is: pure noise (zero terminal SNR) stays pure noise.
+        alpha = np.divide(a_t, a_s, out=np.zeros_like(a_t), where=a_s > 0)
+        return np.log((1 - a_s) / (1 - a_t) * (1 - alpha))
+
+    def _reverse(self, prediction: Prediction, x_t: Tensor, step: Transition) -> Gaussian:
+        log_variance = self._optimal_log_variance(step) if step.optimal else self._typed_log_variance(prediction, step)
+        return Gaussian(self._posterior_mean(prediction.x_0, x_t, step), as_tensor(log_variance, x_t))
+
+    def _optimal_log_variance(self, step: Transition) -> Coefficient:
+        """The σ² that minimises the bound: q's own, and what of x_0 is not known from x_t (Analytic-DPM theorem 1)."""
+        assert self._x_0_variance is not None  # checked on construction
+        on_x_0, _, variance = self._coefficients(step)
+        return np.log(variance + on_x_0**2 * self._x_0_variance[step.t])
+
+    def _typed_log_variance(self, prediction: Prediction, step: Transition) -> Coefficient | Tensor:
+        """By `variance_type`."""
+        learned = self.variance_type in LEARNED_VARIANCES
+        if learned and prediction.variance_values is None:
+            raise ValueError(
+                f"variance_type={self.variance_type!r} needs a network with twice the channels of its input, half of "
+                "them for the variance. Use such a network, or variance_type='fixed_small' or 'fixed_large'."
+            )
+        small = self._posterior_log_variance(step)
+        large = np.log(1 - self._alpha_bar[step.t] / self._alpha_bar[step.s])
+        log_variance = REVERSE_LOG_VARIANCES[self.variance_type](small, large, step.s < 0, prediction.variance_values)
+        return log_variance + _log_square(step.eta)
+
+    def _limit(self, x_0: Tensor) -> Tensor:
+        """Clipped to ±clip_sample_range, or dynamically thresholded (Imagen section 2.3)."""
+        if not self.config["thresholding"]:
+            limit = self.config["clip_sample_range"]
+            return x_0.clamp(-limit, limit)
+        level = torch.quantile(x_0.reshape(len(x_0), -1).abs(), self.config["dynamic_thresholding_ratio"], dim=1)
+        level = level.clamp(1, self.config["sample_max_value"]).reshape(-1, *(1,) * (x_0.ndim - 1))
+        return torch.maximum(torch.minimum(x_0, level), -level) / level
+
+    def _split(self, model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The prediction, and the second half of the channels if there is one."""
+        if model_output.shape == x.shape:
+            return upcast(model_output), None
+        if x.ndim > 1 and model_output.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
+            output, variance_values = upcast(model_output).split(x.shape[1], dim=1)
+            return output, variance_values
+        raise ValueError(
+            f"model_output has shape {tuple(model_output.shape)}; a sample of shape {tuple(x.shape)} needs the same "
+            "shape, or twice its channels for a learned variance."
+        )
+
+    def _signal_and_sigma(self, t: Timestep, x: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        """√ᾱ_t and √(1 - ᾱ_t), to multiply x, which is upcast."""
+        alpha_bar = self._alpha_bar[self._index(t)]
+        return broadcast(np.sqrt(alpha_bar), x), broadcast(np.sqrt(1 - alpha_bar), x)
+
+    def _transition(self, t: Timestep, s: Timestep | None) -> Transition:
+        """The step t -> s of the chain of `set_timesteps`; with s left out, t -> t - 1 of the full one."""
+        at = self._index(t)
+        if s is None:
+            return Transition(at, at - 1, at + 1, self.config["eta"], self.config["optimal_variance"] is True)
+        below = self._index(s, least=-1)
+        if np.any(below >= at):
+            raise ValueError(f"s={s} must be smaller than t={t}: a reverse step goes from t down to s.")
+        return Transition(at, below, self._above[at], self._eta, self._optimal)
+
+    def _index(self, t: Timestep, least: int = 0) -> Index:
+        """Timesteps on the host; ValueError outside least..T-1."""
+        index = np.asarray(t.cpu() if isinstance(t, Tensor) else t)
+        whole = np.issubdtype(index.dtype, np.integer)
+        if not whole or index.size == 0 or index.min() < least or index.max() >= len(self):
+            raise ValueError(f"timestep {t!r} is not allowed: whole numbers from {least} to {len(self) - 1} are.")
+        return index.reshape(()) if index.size == 1 else index.reshape(-1)
+
+    def _one_timestep(self, t: Timestep) -> int:
+        if isinstance(t, Tensor) and t.device.type != "cpu" and is_entry(t, self._own_timesteps):
+            # Its place is known without its value, for which the host would wait.
+            return int(self._host_timesteps[t.storage_offset()])
+        index = self._index(t)
+        if np.ndim(index):
+            raise ValueError(f"step takes one timestep for the whole batch, not {len(index)}.")
+        return int(index)
+
+
+# On a CPU the fused attention kernel loses to plain matrix products on short sequences.
+SHORT_SEQUENCE = 256
+
+# What each configuration key may be, for the keys of which not every value is implemented.
+SUPPORTED: dict[str, tuple[object, ...]] = {
+    "time_embedding_type": ("positional",),
+    "mid_block_type": ("UNetMidBlock2D", None),
+    "downsample_type": ("conv",),
+    "upsample_type": ("conv",),
+    "downsample_padding": (0, 1),
+    "act_fn": ("silu", "swish"),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "class_embed_type": (None,),
+}
+DOWN_BLOCKS = {"DownBlock2D": False, "AttnDownBlock2D": True}  # name: with attention?
+UP_BLOCKS = {"UpBlock2D": False, "AttnUpBlock2D": True}
+
+
+def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
+    """Sinusoids of the timestep: [B] -> [B, dim] in float32, the sines first unless flipped (Ho et al., appendix B)."""
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t[:, None].float() * torch.exp(-math.log(10000) * steps / (half - freq_shift))
+    parts = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
+    return F.pad(torch.cat(parts, dim=-1), (0, dim % 2))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Scaled dot-product attention, [B, heads, tokens, d] each."""
+    if query.device.type == "cpu" and query.shape[2] <= SHORT_SEQUENCE:
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        return scores.softmax(-1) @ value
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+class TimeEmbedding(nn.Module):
+    """Two linear layers on the sinusoids: [B, dim] -> [B, embed_dim]."""
+
+    def __init__(self, dim: int, embed_dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(dim, embed_dim)
+        self.linear_2 = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, sinusoids: Tensor) -> Tensor:
+        """[B, dim] -> [B, embed_dim]."""
+        return self.linear_2(F.silu(self.linear_1(sinusoids)))
+
+
+class ResnetBlock(nn.Module):
+    """norm, SiLU, convolution, twice, the time embedding entering before or in the second norm; plus the shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: dict[str, Any], scale_factor: float = 1.0) -> None:
+        super().__init__()
+        groups, eps = config["norm_num_groups"], config["norm_eps"]
+        self.scale_shift = config["resnet_time_scale_shift"] == "scale_shift"
+        self.scale_factor = scale_factor
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(_embed_dim(config), out_channels * (2 if self.scale_shift else 1))
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.dropout = nn.Dropout(config["dropout"])
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, activated_emb: Tensor) -> Tensor:
+        """[B, C_in, H, W] and SiLU of the embedding [B, E] -> [B, C_out, H, W]."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        time = self.time_emb_proj(activated_emb)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = time.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + time)
+        h = self.conv2(self.dropout(F.silu(h)))
+        x = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return x + h if self.scale_factor == 1 else (x + h) / self.scale_factor
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, with a residual connection."""
+
+    # ModelMixin renames query, key, value and proj_attn of the oldest checkpoints in modules that bear this mark.
+    _from_deprecated_attn_block = True
+
+    def __init__(self, channels: int, groups: int | None, config: dict[str, Any], scale_factor: float = 1.0) -> None:
+        super().__init__()
+        head_dim = config["attention_head_dim"] or channels
+        self.heads = channels // head_dim
+        self.scale_factor = scale_factor
+        inner = self.heads * head_dim
+        self.group_norm = nn.GroupNorm(groups, channels, config["norm_eps"]) if groups is not None else None
+        self.to_q = nn.Linear(channels, inner)
+        self.to_k = nn.Linear(channels, inner)
+        self.to_v = nn.Linear(channels, inner)
+        self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        h = x if self.group_norm is None else self.group_norm(x)
+        tokens = h.flatten(2).transpose(1, 2)  # [B, H W, C]
+        query, key, value = (
+            project(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, H W, d]
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
+        mixed = attend(query, key, value).transpose(1, 2).flatten(2)  # [B, H W, heads d]
+        h = self.to_out[0](mixed).transpose(1, 2).reshape(x.shape)
+        return x + h if self.scale_factor == 1 else (x + h) / self.scale_factor
+
+
+class Downsample(nn.Module):
+    """Halve the resolution by a strided convolution; without padding, one pixel is added right and below."""
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H/2, W/2]."""
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the resolution by repeating pixels, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, 2 H, 2 W]."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class DownBlock(nn.Module):
+    """Residual blocks, each with attention or not, then halving unless it is the last level."""
+
+    def __init__(self, channels: Sequence[int], attention: bool, halve: bool, config: dict[str, Any]) -> None:
+        """`channels`: of the input, then of each residual block's output."""
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(a, b, config) for a, b in itertools.pairwise(channels))
+        groups = config["norm_num_groups"]
+        self.attentions = nn.ModuleList(Attention(c, groups, config) for c in channels[1:]) if attention else None
+        halving = [Downsample(channels[-1], config["downsample_padding"])] if halve else []
+        self.downsamplers = nn.ModuleList(halving)
+
+    def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
+        """Every intermediate result that the way up will see again; the last one goes on down."""
+        results: tuple[Tensor, ...] = ()
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, emb)
+            x = x if self.attentions is None else self.attentions[i](x)
+            results += (x,)
+        for downsample in self.downsamplers:
+            results += (downsample(x),)
+        return results
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention unless configured away, residual block, at the lowest resolution."""
+
+    def __init__(self, channels: int, config: dict[str, Any]) -> None:
+        super().__init__()
+        scale_factor, groups = config["mid_block_scale_factor"], config["attn_norm_num_groups"]
+        if groups is None and config["resnet_time_scale_shift"] == "default":
+            groups = config["norm_num_groups"]
+        attentions = [Attention(channels, groups, config, scale_factor)] if config["add_attention"] else []
+        self.attentions = nn.ModuleList(attentions)
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, config, scale_factor) for _ in range(2))
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        x = self.resnets[0](x, emb)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x, emb)
+
+
+class UpBlock(nn.Module):
+    """Residual blocks that each take a result of the way down as well, then doubling unless it is the first level."""
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        skips: Sequence[int],
+        attention: bool,
+        double: bool,
+        config: dict[str, Any],
+    ) -> None:
+        """`channels` of the input; `skips`: those of the results from the way down, in the order of their use."""
+        super().__init__()
+        inputs = [channels, *[out_channels] * (len(skips) - 1)]
+        self.resnets = nn.ModuleList(
+            ResnetBlock(a + skip, out_channels, config) for a, skip in zip(inputs, skips, strict=True)
+        )
+        groups = config["norm_num_groups"]
+        self.attentions = nn.ModuleList(Attention(out_channels, groups, config) for _ in skips) if attention else None
+        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if double else [])
+
+    def forward(self, x: Tensor, skips: Sequence[Tensor], emb: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C_out, 2 H, 2 W], or [B, C_out, H, W] on the last level."""
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, skips[i]], dim=1), emb)
+            x = x if self.attentions is None else self.attentions[i](x)
+        for upsample in self.upsamplers:
+            x = upsample(x)
+        return x
+
+
+class ScratchUNet2DModel(UNet2DModel):
+    """A `diffusers.UNet2DModel` whose layers are this project's own.
+
+    Configuration keys, weight names and outputs are those of `UNet2DModel` for the DDPM family, so that its checkpoints
+    load here and those saved here load there. A fresh network starts as the paper's does: Xavier-uniform weights, and
+    zeros in the last layer of every residual and attention block and of the network.
+
+    Honoured as in `UNet2DModel`: sample_size, in_channels, out_channels (twice in_channels for a learned variance),
+    center_input_sample, time_embedding_dim, freq_shift, flip_sin_to_cos, block_out_channels, layers_per_block,
+    mid_block_scale_factor, downsample_padding (0 or 1), dropout, attention_head_dim, norm_num_groups,
+    attn_norm_num_groups, norm_eps, add_attention, num_class_embeds, num_train_timesteps (recorded; not needed for
+    sinusoids), mid_block_type "UNetMidBlock2D" or None, down_block_types "DownBlock2D" and "AttnDownBlock2D",
+    up_block_types "UpBlock2D" and "AttnUpBlock2D", resnet_time_scale_shift "default" and "scale_shift".
+
+    Refused with a ValueError that names the key: time_embedding_type "fourier" and "learned", downsample_type and
+    upsample_type "resnet", act_fn other than "silu", class_embed_type "timestep" and "identity", other block types.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] | None = None,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        center_input_sample: bool = False,
+        time_embedding_type: str = "positional",
+        time_embedding_dim: int | None = None,
+        freq_shift: int = 0,
+        flip_sin_to_cos: bool = True,
+        down_block_types: Sequence[str] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        mid_block_type: str | None = "UNetMidBlock2D",
+        up_block_types: Sequence[str] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels: Sequence[int] = (224, 448, 672, 896),
+        layers_per_block: int = 2,
+        mid_block_scale_factor: float = 1,
+        downsample_padding: int = 1,
+        downsample_type: str = "conv",
+        upsample_type: str = "conv",
+        dropout: float = 0.0,
+        act_fn: str = "silu",
+        attention_head_dim: int | None = 8,
+        norm_num_groups: int = 32,
+        attn_norm_num_groups: int | None = None,
+        norm_eps: float = 1e-5,
+        resnet_time_scale_shift: str = "default",
+        add_attention: bool = True,
+        class_embed_type: str | None = None,
+        num_class_embeds: int | None = None,
+        num_train_timesteps: int | None = None,
+    ) -> None:
+        # Past UNet2DModel's own constructor: its layers are never built.
+        super(UNet2DModel, self).__init__()
+        config = dict(self.config)
+        _check_config(config)
+        self.sample_size = sample_size
+        self.gradient_checkpointing = False
+
+        width, embed_dim = block_out_channels[0], _embed_dim(config)
+        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.time_embedding = TimeEmbedding(width, embed_dim)
+        self.class_embedding = nn.Embedding(num_class_embeds, embed_dim) if num_class_embeds is not None else None
+
+        self.down_blocks = nn.ModuleList()
+        skips = [width]  # channels of every result of the way down
+        for level, (kind, channels) in enumerate(zip(down_block_types, block_out_channels, strict=True)):
+            halve = level < len(block_out_channels) - 1
+            outputs = [channels] * layers_per_block
+            self.down_blocks.append(DownBlock([skips[-1], *outputs], DOWN_BLOCKS[kind], halve, config))
+            skips += outputs + [channels] * halve
+
+        self.mid_block = MidBlock(skips[-1], config) if mid_block_type is not None else None
+
+        self.up_blocks = nn.ModuleList()
+        below = skips[-1]
+        for level, (kind, channels) in enumerate(zip(up_block_types, reversed(block_out_channels), strict=True)):
+            double = level < len(block_out_channels) - 1
+            taken = [skips.pop() for _ in range(layers_per_block + 1)]
+            self.up_blocks.append(UpBlock(below, channels, taken, UP_BLOCKS[kind], double, config))
+            below = channels
+
+        self.conv_norm_out = nn.GroupNorm(norm_num_groups, width, norm_eps)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Weights as in the code of Ho et al.: Xavier-uniform, biases 0, and last layers 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        last = [m.conv2 for m in self.modules() if isinstance(m, ResnetBlock)]
+        last += [m.to_out[0] for m in self.modules() if isinstance(m, Attention)]  # type: ignore[misc]
+        for module in (*last, self.conv_out):
+            nn.init.zeros_(module.weight)
+
+    @classmethod
+    def from_stock(cls, unet: UNet2DModel) -> Self:
+        """This class around the very tensors of a stock network (no copy), in the same mode.
+
+        Raises:
+            ValueError: if its configuration is one that this class refuses.
+        """
+        with torch.device("meta"):
+            own: Self = altered(unet, cls)
+        own.load_state_dict(unet.state_dict(keep_vars=True), strict=True, assign=True)
+        if unet.is_gradient_checkpointing:
+            own.enable_gradient_checkpointing()
+        return own.train(unet.training)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:  # noqa: ANN401
+        """As `ModelMixin.from_pretrained`, but a checkpoint that does not hold exactly this network is refused.
+
+        Raises:
+            ValueError: naming the weights that are missing, unexpected or of another shape.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        wrong = {kind: keys for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if (keys := info[kind])}
+        if wrong:
+            found = "; ".join(f"{kind.replace('_', ' ')}: {_shortened(keys)}" for kind, keys in wrong.items())
+            raise ValueError(f"The weights in {pretrained_model_name_or_path} do not fit their config.json: {found}.")
+        return (model, info) if wants_info else model
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write the configuration in the name of `UNet2DModel`, whose keys these are: either class loads it."""
+        write_config(self.to_json_string(), json_file_path, _class_name=UNet2DModel.__name__)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[Tensor]:
+        """Predict from x_t and t.
+
+        Args:
+            sample: x_t, [B, in_channels, H, W]; H and W divisible by 2 ** (number of levels - 1).
+            timestep: one for all, or [B].
+            class_labels: LongTensor [B]; required if, and only if, the network is class-conditional.
+            return_dict: False for a tuple.
+
+        Returns:
+            [B, out_channels, H, W].
+
+        Raises:
+            ValueError: for a shape that does not fit, or labels that are missing or too many.
+        """
+        self._check_input(sample, class_labels)
+        x = 2 * sample - 1 if self.config["center_input_sample"] else sample
+        emb = F.silu(self._embed(timestep, class_labels, x))
+
+        x = self.conv_in(x)
+        results = [x]
+        for block in self.down_blocks:
+            results += self._run(block, results[-1], emb)
+        x = results[-1]
+        if self.mid_block is not None:
+            x = self._run(self.mid_block, x, emb)
+        for block in self.up_blocks:
+            x = self._run(block, x, [results.pop() for _ in block.resnets], emb)  # type: ignore[union-attr]
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return UNet2DOutput(sample=x) if return_dict else (x,)
+
+    def _run(self, block: nn.Module, *inputs: Any) -> Any:  # noqa: ANN401
+        """A block; under gradient checkpointing, its inner results are computed again in the backward pass."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, *inputs)
+        return block(*inputs)
+
+    def _embed(self, timestep: Tensor | float | int, class_labels: Tensor | None, x: Tensor) -> Tensor:
+        """Timesteps, and class labels, as [B, embed_dim]."""
+        t = torch.as_tensor(timestep, device=x.device).reshape(-1)
+        if len(t) not in (1, x.shape[0]):
+            raise ValueError(f"{len(t)} timesteps for a batch of {x.shape[0]}: pass one, or one per sample.")
+        t = t.expand(x.shape[0])
+        width = self.config["block_out_channels"][0]
+        sinusoids = timestep_embedding(t, width, self.config["flip_sin_to_cos"], self.config["freq_shift"])
+        emb = self.time_embedding(sinusoids.to(self.time_embedding.linear_1.weight.dtype))
+        return emb if self.class_embedding is None else emb + self.class_embedding(class_labels)
+
+    def _check_input(self, sample: Tensor, class_labels: Tensor | None) -> None:
+        channels, levels = self.config["in_channels"], len(self.config["block_out_channels"])
+        factor = 2 ** (levels - 1)
+        if sample.ndim != 4 or sample.shape[1] != channels or sample.shape[2] % factor or sample.shape[3] % factor:
+            raise ValueError(
+                f"sample has shape {tuple(sample.shape)}; this network takes [B, {channels}, H, W] with H and W "
+                f"divisible by {factor}, since it halves the resolution {levels - 1} times."
+            )
+        if (class_labels is None) != (self.class_embedding is None):
+            raise ValueError(
+                "class_labels is missing: this network is class-conditional, pass a LongTensor [B]."
+                if class_labels is None
+                else "class_labels was passed, but this network is not class-conditional (num_class_embeds=None)."
+            )
+        if class_labels is not None and class_labels.shape != sample.shape[:1]:
+            raise ValueError(
+                f"class_labels has shape {tuple(class_labels.shape)}; a batch of {len(sample)} needs one each."
+            )
+
+
+def _embed_dim(config: dict[str, Any]) -> int:
+    return config["time_embedding_dim"] or 4 * config["block_out_channels"][0]
+
+
+def _shortened(keys: Sequence[object]) -> str:
+    return ", ".join(map(str, keys[:5])) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """Raise ValueError for a configuration that is not implemented, or cannot be built, before anything is."""
+    for key, allowed in SUPPORTED.items():
+        if config[key] not in allowed:
+            raise ValueError(f"{key}={config[key]!r} is not supported. Allowed: {', '.join(map(repr, allowed))}.")
+    for key, blocks in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
+        if not all(kind in blocks for kind in config[key]):
+            raise ValueError(f"{key}={list(config[key])!r} is not supported. Allowed: {', '.join(blocks)}.")
+        if len(config[key]) != len(config["block_out_channels"]):
+            raise ValueError(
+                f"{key} has {len(config[key])} entries, block_out_channels {len(config['block_out_channels'])}: "
+                "one for each level is needed in both."
+            )
+    for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
+        if not isinstance(config[key], int) or config[key] < 1:
+            raise ValueError(f"{key}={config[key]!r} must be a whole number, at least 1.")
+    _check_groups_and_heads(config)
+    _check_sample_size(config)
+
+
+def _check_groups_and_heads(config: dict[str, Any]) -> None:
+    groups, head_dim = config["norm_num_groups"], config["attention_head_dim"]
+    for channels in config["block_out_channels"]:
+        if channels % groups:
+            raise ValueError(f"block_out_channels={channels} is not divisible by norm_num_groups={groups}.")
+    kinds = zip(
+        config["block_out_channels"], config["down_block_types"], reversed(config["up_block_types"]), strict=True
+    )
+    attending = [c for c, down, up in kinds if DOWN_BLOCKS[down] or UP_BLOCKS[up]]
+    if config["mid_block_type"] is not None and config["add_attention"]:
+        attending.append(config["block_out_channels"][-1])
+    if head_dim is not None and any(head_dim > channels or head_dim < 1 for channels in attending):
+        raise ValueError(f"attention_head_dim={head_dim} must lie between 1 and the channels that attend, {attending}.")
+
+
+def _check_sample_size(config: dict[str, Any]) -> None:
+    size = config["sample_size"]
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    sides = () if size is None else (size, size) if isinstance(size, int) else tuple(size)
+    if size is not None and (len(sides) != 2 or any(not isinstance(n, int) or n < 1 or n % factor for n in sides)):
+        raise ValueError(
+            f"sample_size={size!r} must be a side, or (height, width), divisible by {factor}: the network halves the "
+            f"resolution {len(config['block_out_channels']) - 1} times."
+        )
+
+
+class Guidance(NamedTuple):
+    """How far, and when, samples follow their labels."""
+
+    scale: float = 1.0  # 1: the conditional prediction as it is
+    rescale: float = 0.0  # share of the rescaled prediction, 0 to 1
+    interval: tuple[float, float] = (0.0, 1.0)  # of t / T, in which guidance acts
+
+    def check(self) -> None:
+        """Raise ValueError for a value that is not allowed."""
+        check_range("guidance_scale", self.scale, 0, float("inf"))
+        check_range("guidance_rescale", self.rescale, 0, 1)
+        interval = self.interval
+        if not isinstance(interval, Sequence) or len(interval) != 2:
+            raise ValueError(f"guidance_interval={interval!r} must be two numbers, 0 <= start <= stop <= 1.")
+        check_range("guidance_interval", interval[0], 0, 1)
+        check_range("guidance_interval", interval[1], interval[0], 1)
+
+    def acts(self, time: float) -> bool:
+        """At t / T = time."""
+        return self.scale != 1 and self.interval[0] <= time <= self.interval[1]
+
+
+class Condition(NamedTuple):
+    """The labels of a batch; they and, after them, as many null labels, for one call with both; and the guidance."""
+
+    labels: Tensor  # [B]
+    labels_and_null: Tensor  # [2 B]
+    guidance: Guidance
+
+
+def guide(conditional: Tensor, unconditional: Tensor, guidance: Guidance) -> Tensor:
+    """Extrapolate from the unconditional to the conditional prediction: [B, C, H, W] each, and back.
+
+    Ho & Salimans eq. 6 with scale = 1 + w; then, in the share `rescale`, with the standard deviation that each
+    conditional prediction has (Lin et al. eqs. 15-16). Epsilon, x_0 and v are all linear in one another, so either may
+    be guided.
+    """
+    guided = unconditional + guidance.scale * (conditional - unconditional)
+    if guidance.rescale == 0:
+        return guided
+    axes = tuple(range(1, guided.ndim))
+    ratio = conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+    return guidance.rescale * ratio * guided + (1 - guidance.rescale) * guided
+
+
+def label_numbers(class_labels: Any, classes: int, id2label: Mapping[int, str] | None) -> Tensor:  # noqa: ANN401
+    """Labels, as numbers or names in any mixture, as a LongTensor [B].
+
+    Raises:
+        ValueError: a number outside 0..classes-1, an unknown name, or not a list.
+    """
+    labels = class_labels.tolist() if isinstance(class_labels, Tensor | np.ndarray) else class_labels
+    if isinstance(labels, str) or not isinstance(labels, Sequence) or not labels:
+        raise ValueError(f"class_labels={class_labels!r} must be a list of whole numbers or names, one for each image.")
+    numbers_of = {name: number for number, name in (id2label or {}).items()}
+    for label in labels:
+        if isinstance(label, str):
+            if not numbers_of:
+                raise ValueError(f"class_labels: {label!r} is a name, and this model has no names: pass numbers.")
+            check_choice("class_labels", label, numbers_of)
+        elif not (is_whole(label) and 0 <= label < classes):
+            raise ValueError(
+                f"class_labels={class_labels!r} must be a list of whole numbers from 0 to {classes - 1}, or names."
+            )
+    return torch.tensor([numbers_of[label] if isinstance(label, str) else int(label) for label in labels])
+
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+MODULE_HEAD = '''"""ScratchDDPMPipeline of ddpm_from_scratch in one self-contained file, which `save_pretrained` writes.
+
+Generated: change the package, not this file. SPDX-License-Identifier: Apache-2.0
+"""
+'''
+
+
+def one_file(sources: Sequence[str]) -> str:
+    """The source of several modules as one: imports first, without those between the modules. One stays as it is."""
+    if len(sources) == 1:
+        return sources[0]
+    imports: set[str] = set()
+    bodies = []
+    for source in sources:
+        nodes = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        imports.update(ast.unparse(node) for node in nodes if not getattr(node, "level", 0))
+        bodies.append("\n".join(source.splitlines()[max(node.end_lineno or 0 for node in nodes) :]).strip())
+    return "\n\n\n".join([MODULE_HEAD + "\n" + "\n".join(sorted(imports)), *bodies]) + "\n"
+
+
+def _sources() -> tuple[str, ...]:
+    """The files that this pipeline needs, itself last; loaded as remote code, all of it is in one file already."""
+    parts = (
+        write_config,
+        check_choice,
+        Gaussian,
+        rescale_to_zero_terminal_snr,
+        broadcast,
+        REVERSE_LOG_VARIANCES["fixed_small"],
+        check_config,
+        ScratchDDPMScheduler,
+        ScratchUNet2DModel,
+        guide,
+    )
+    files = dict.fromkeys([*(inspect.getfile(part) for part in parts), __file__])
+    return tuple(Path(file).read_text(encoding="utf-8") for file in files)
+
+
+class Frame(NamedTuple):
+    """A moment of the chain, as images in the output type: what the network saw, and what it made of it."""
+
+    timestep: float  # t
+    sample: Any  # x_t
+    pred_original_sample: Any  # the x_0 predicted from it; None if the scheduler does not tell
+
+
+@dataclass
+class ScratchDDPMPipelineOutput(ImagePipelineOutput):
+    """Images, and the frames of the chain that were asked for, in its order."""
+
+    trajectory: list[Frame] | None = None
+
+
+Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
+
+
+class ScratchDDPMPipeline(DiffusionPipeline):
+    """Unconditional or class-conditional image generation by DDPM (Ho et al. 2020, algorithm 2).
+
+    Args:
+        unet: a `UNet2DModel`. A stock one becomes a `ScratchUNet2DModel` around the same tensors.
+        scheduler: any diffusers scheduler. A stock `DDPMScheduler` becomes a `ScratchDDPMScheduler`.
+        id2label: names of the classes of a class-conditional network. The last of its num_class_embeds is the null
+            label, which stands for no class, unless it has a name too.
+
+    Raises:
+        ValueError: for a network with missing weights, or a configuration that one of the two classes refuses.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs: ClassVar[list[str]] = ["sample", "pred_original_sample"]
+    # Read on import: the file of a pipeline loaded as remote code may be another one's by the time of saving.
+    _module_sources: ClassVar[tuple[str, ...]] = _sources()
+
+    # Both classes are named, since `from_pipe` compares exact types with the annotation.
+    def __init__(
+        self,
+        unet: UNet2DModel | ScratchUNet2DModel,
+        scheduler: SchedulerMixin,
+        id2label: dict[int, str] | dict[str, str] | None = None,  # JSON's keys are text
+    ) -> None:
+        super().__init__()
+        missing = [name for name, weight in unet.named_parameters() if weight.is_meta]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} weights of the network are not loaded ({', '.join(missing[:3])} ...): the checkpoint "
+                "is incomplete. Download it again."
+            )
+        if type(unet) is UNet2DModel:
+            unet = ScratchUNet2DModel.from_stock(unet)
+        if type(scheduler) is DDPMScheduler:
+            scheduler = altered(scheduler, ScratchDDPMScheduler)
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(id2label=_check_names(id2label, unet.config.get("num_class_embeds")))
+
+    # --- sampling ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        generator: Generators = None,
+        num_inference_steps: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        class_labels: Sequence[int | str] | Tensor | None = None,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        eta: float | None = None,
+        return_trajectory: int | None = None,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("sample",),
+    ) -> ScratchDDPMPipelineOutput | tuple[Any, ...]:
+        """Generate images.
+
+        The chain is kept in at least float32, whatever the precision of the network.
+
+        Args:
+            batch_size: number of images; if left out, one for each class label, or 1.
+            generator: of all the noise; with a list, one for each image, an image does not depend on the others.
+            num_inference_steps: K; if left out, every step of the training chain.
+            output_type: "pil", a list of images; "np", an array [B, H, W, C] in [0, 1]; "pt", a tensor [B, C, H, W]
+                in [0, 1].
+            return_dict: False for a tuple.
+            class_labels: for a class-conditional network, one for each image, as numbers or names; left out, the null
+                label, which stands for none.
+            guidance_scale: classifier-free guidance; 1 is none, above 1 samples follow their labels more closely. Each
+                step then computes every image twice, in one call of the network.
+            guidance_rescale: how far the guided prediction gets the contrast of the conditional one back, 0 to 1.
+            guidance_interval: the share of the chain, t / T, in which guidance acts.
+            eta: share of the posterior's noise that a step draws: 1 is DDPM, 0 is DDIM. The scheduler's own if left
+                out.
+            return_trajectory: how many frames of the chain to return, evenly spaced from its first step to its last.
+            callback_on_step_end: called as callback(pipeline, step, t, tensors) after each step; it may return new
+                values of the tensors, of which "sample" is used.
+            callback_on_step_end_tensor_inputs: which tensors it is given: "sample" (x_s) and "pred_original_sample"
+                (the predicted x_0; None if the scheduler does not tell).
+
+        Returns:
+            `ScratchDDPMPipelineOutput` with `images` and, if asked for, `trajectory`.
+
+        Raises:
+            ValueError: for an argument that does not fit, before any work.
+        """
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
+        condition, batch_size = self._check_labels(class_labels, batch_size, guidance)
+        shape = self._check_shape(batch_size)
+        check_generator(generator, batch_size)
+        _check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        steps = self._check_steps(num_inference_steps)
+        if return_trajectory is not None and not (is_whole(return_trajectory) and 1 <= return_trajectory <= steps):
+            raise ValueError(f"return_trajectory={return_trajectory!r} must be a number of frames, from 1 to {steps}.")
+        step_options = self._set_chain(steps, eta, generator)
+        kept = _kept_steps(return_trajectory, len(self.scheduler.timesteps))
+
+        device = self._execution_device
+        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        x = randn_tensor(shape, generator=generator, device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+        x, frames = self._denoise(
+            x,
+            self.scheduler.timesteps,
+            condition,
+            step_options,
+            kept,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+        self.maybe_free_model_hooks()
+        return self._output(x, frames, output_type, return_dict)
+
+    def _check_steps(self, num_inference_steps: int | None) -> int:
+        """K, by default T."""
+        most = self.scheduler.config.num_train_timesteps
+        steps = most if num_inference_steps is None else num_inference_steps
+        if not (is_whole(steps) and 1 <= steps <= most):
+            raise ValueError(f"num_inference_steps={steps!r} must be a whole number from 1 to {most}.")
+        return steps
+
+    def _set_chain(self, steps: int, eta: float | None, generator: Generators) -> dict[str, Any]:
+        """Set the scheduler's timesteps; the options that each of its steps is to get."""
+        accepted = inspect.signature(self.scheduler.step).parameters
+        own = isinstance(self.scheduler, ScratchDDPMScheduler)
+        if eta is not None and not own and "eta" not in accepted:
+            raise ValueError(f"eta={eta!r} was passed, but {type(self.scheduler).__name__} has no eta: leave it out.")
+        if eta is not None:
+            check_range("eta", eta, 0, 1)
+        self.scheduler.set_timesteps(steps, **({"eta": eta} if own else {}))
+        offered = {"generator": generator, "eta": eta} if eta is not None else {"generator": generator}
+        return {name: value for name, value in offered.items() if name in accepted}
+
+    def _denoise(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        condition: Condition | None,
+        step_options: Mapping[str, Any],
+        kept: Sequence[int] = (),
+        callback: Callback | None = None,
+        callback_tensors: Sequence[str] = ("sample",),
+        scheduler: SchedulerMixin | None = None,
+    ) -> tuple[Tensor, list[tuple[float, Tensor, Tensor | None]]]:
+        """Algorithm 2 from x at the first timestep on: the final sample, and (t, x_t, x̂_0) of the kept steps.
+
+        The steps are the pipeline's scheduler's, unless another one is given.
+
+        Timesteps stay on the host, where the scheduler looks them up; the network gets copies that were made before the
+        loop. So nothing in it waits for the device.
+        """
+        frames: list[tuple[float, Tensor, Tensor | None]] = []
+        times, on_device = timesteps.tolist(), timesteps.to(x.device)
+        for i, t in enumerate(self.progress_bar(timesteps)):
+            output = self._predict(x, t, on_device[i], times[i], condition)
+            result = (scheduler or self.scheduler).step(output, t, x, **step_options)
+            prediction = getattr(result, "pred_original_sample", None)
+            if i in kept:
+                frames.append((times[i], x, prediction))
+            x = result.prev_sample
+            if callback is not None:
+                tensors = {"sample": x, "pred_original_sample": prediction}
+                asked = {name: tensors[name] for name in callback_tensors}
+                x = (callback(self, i, t, asked) or {}).get("sample", x)
+        return x, frames
+
+    def _predict(self, x: Tensor, t: Tensor, t_on_device: Tensor, time: float, condition: Condition | None) -> Tensor:
+        """The network's output for x_t, guided if so asked, in the precision of the chain."""
+        model_input = self.scheduler.scale_model_input(x, t).to(self.unet.dtype)
+        if condition is None:
+            output = self.unet(model_input, t_on_device).sample.to(x.dtype)
+        elif not condition.guidance.acts(time / self.scheduler.config.num_train_timesteps):
+            output = self.unet(model_input, t_on_device, class_labels=condition.labels).sample.to(x.dtype)
+        else:
+            doubled = torch.cat([model_input] * 2)
+            both = self.unet(doubled, t_on_device, class_labels=condition.labels_and_null).sample.to(x.dtype)
+            output, unconditional = both.chunk(2)
+            channels = x.shape[1]
+            guided = guide(output[:, :channels], unconditional[:, :channels], condition.guidance)
+            output = torch.cat([guided, output[:, channels:]], dim=1)  # a learned variance stays the conditional one
+        # Only DDPM reads a learned variance; other schedulers take the prediction alone.
+        return output if _reads_variance(self.scheduler) else output[:, : x.shape[1]]
+
+    def _output(
+        self, x: Tensor, frames: Sequence[tuple[float, Tensor, Tensor | None]], output_type: str, return_dict: bool
+    ) -> ScratchDDPMPipelineOutput | tuple[Any, ...]:
+        images = self._postprocess(x, output_type)
+        if not frames:
+            return ScratchDDPMPipelineOutput(images=images) if return_dict else (images,)
+        trajectory = [
+            Frame(t, self._postprocess(x_t, output_type), None if x_0 is None else self._postprocess(x_0, output_type))
+            for t, x_t, x_0 in frames
+        ]
+        return ScratchDDPMPipelineOutput(images, trajectory) if return_dict else (images, trajectory)
+
+    def _postprocess(self, x: Tensor, output_type: str) -> Any:  # noqa: ANN401
+        images = (x / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        array = images.cpu().permute(0, 2, 3, 1).float().numpy()
+        return array if output_type == "np" else self.numpy_to_pil(array)
+
+    # --- checks -----------------------------------------------------------------------------------------------------
+
+    def _check_labels(
+        self,
+        class_labels: Any,  # noqa: ANN401
+        batch_size: int | None,
+        guidance: Guidance,
+    ) -> tuple[Condition | None, int]:
+        """What the network is told of the classes, None if it has none; and the number of images."""
+        guidance.check()
+        classes, names = self.unet.config.get("num_class_embeds"), self.config.get("id2label")
+        if classes is None:
+            if class_labels is not None:
+                raise ValueError("class_labels was passed, but this network is not class-conditional.")
+            if guidance.scale != 1:
+                raise ValueError(f"guidance_scale={guidance.scale!r} needs a class-conditional network.")
+            return None, 1 if batch_size is None else batch_size
+        null = classes - 1
+        has_null = null not in (names or {})
+        if class_labels is None:
+            if not has_null:
+                raise ValueError("class_labels is missing: each label of this network is a class, and none is null.")
+            if guidance.scale != 1:
+                raise ValueError(f"guidance_scale={guidance.scale!r} needs class_labels to follow.")
+            labels = torch.full((1 if batch_size is None else self._check_shape(batch_size)[0],), null)
+        else:
+            labels = label_numbers(class_labels, classes, names)
+        if guidance.scale != 1 and not has_null:
+            raise ValueError(
+                f"guidance_scale={guidance.scale!r} needs a null label, and each label of this network is a class."
+            )
+        if batch_size not in (None, len(labels)):
+            raise ValueError(f"batch_size={batch_size!r} differs from the number of class_labels, {len(labels)}.")
+        labels = labels.to(self._execution_device)
+        return Condition(labels, torch.cat([labels, torch.full_like(labels, null)]), guidance), len(labels)
+
+    def _check_shape(self, batch_size: Any) -> tuple[int, ...]:  # noqa: ANN401
+        """The shape of the samples, [B, C, H, W]."""
+        check_whole("batch_size", batch_size)
+        size = self.unet.config.sample_size
+        if size is None:
+            raise ValueError("The network's configuration has no sample_size: set it to the side of the images.")
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        return (int(batch_size), self.unet.config.in_channels, *sides)
+
+    # --- loading and saving -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:  # noqa: ANN401
+        """As in diffusers, but the network, which both pipelines share, keeps its precision unless told otherwise."""
+        if not {"dtype", "torch_dtype"} & set(kwargs) and "unet" in pipeline.components:
+            kwargs["dtype"] = pipeline.unet.dtype
+            if type(pipeline.unet).__module__.startswith("diffusers_modules"):
+                raise ValueError(
+                    "This pipeline was loaded as remote code, whose classes are not this package's: load it with "
+                    f"{cls.__name__}.from_pretrained."
+                )
+        return super().from_pipe(pipeline, **kwargs)
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:  # noqa: ANN401
+        """As in diffusers, but this class is the one that loads, whichever the folder names: none of its code runs."""
+        loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config["_class_name"] = cls.__name__
+        return loaded
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:  # noqa: ANN401
+        """As in diffusers, which would run a folder's own pipeline; from such a folder, only data are fetched."""
+        hub = {
+            k: kwargs[k]
+            for k in ("cache_dir", "force_download", "token", "revision", "local_files_only")
+            if k in kwargs
+        }
+        index = hf_hub_download(pretrained_model_name, cls.config_name, **hub)
+        if isinstance(json.loads(Path(index).read_text(encoding="utf-8"))["_class_name"], str):
+            return super().download(pretrained_model_name, **kwargs)
+        return snapshot_download(pretrained_model_name, allow_patterns=["*.json", "*.safetensors"], **hub)
+
+    def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:  # noqa: ANN401
+        """Write model_index.json in stock names, and this pipeline as one self-contained file beside it.
+
+        `save_pretrained` and `push_to_hub` both pass here. Stock diffusers then loads the folder as a `DDPMPipeline`; a
+        class-conditional network, which that cannot run, names this pipeline instead.
+        """
+        os.makedirs(save_directory, exist_ok=True)
+        (Path(save_directory) / "pipeline.py").write_text(one_file(self._module_sources), encoding="utf-8")
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write model_index.json; see `save_config`."""
+        conditional = self.unet.config.get("num_class_embeds") is not None
+        unnamed = ["id2label"] if self.config.get("id2label") is None else []
+        own = isinstance(self.scheduler, ScratchDDPMScheduler)
+        names: dict[str, Any] = {
+            "_class_name": ["pipeline", ScratchDDPMPipeline.__name__] if conditional else DDPMPipeline.__name__,
+            "unet": ["diffusers", UNet2DModel.__name__],
+            "scheduler": ["diffusers", DDPMScheduler.__name__ if own else type(self.scheduler).__name__],
+        }
+        write_config(self.to_json_string(), json_file_path, without=unnamed, **names)
+
+
+def _reads_variance(scheduler: SchedulerMixin) -> bool:
+    learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
+    return learned and isinstance(scheduler, ScratchDDPMScheduler | DDPMScheduler)
+
+
+def _check_output(output_type: str, asked: Sequence[str], offered: Sequence[str]) -> None:
+    check_choice("output_type", output_type, OUTPUT_TYPES)
+    if isinstance(asked, str) or not set(asked) <= set(offered):
+        raise ValueError(f"callback_on_step_end_tensor_inputs={asked!r} must be a list from {', '.join(offered)}.")
+
+
+def _check_names(id2label: Mapping[Any, str] | None, classes: int | None) -> dict[int, str] | None:
+    """Names by number, whose keys JSON makes text."""
+    if id2label is None:
+        return None
+    if classes is None:
+        raise ValueError("id2label was passed, but this network is not class-conditional.")
+    names = {int(number): name for number, name in id2label.items()}
+    if len(set(names.values())) < len(names) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"id2label={id2label!r} must give each class a name of its own.")
+    if not set(names) <= set(range(classes)):
+        raise ValueError(f"id2label={id2label!r} must have keys from 0 to {classes - 1}, the labels of the network.")
+    return names
+
+
+def _kept_steps(frames: int | None, steps: int) -> list[int]:
+    """Which of the steps to keep, the first and the last among them; for one frame, the last."""
+    if frames is None:
+        return []
+    return [steps - 1] if frames == 1 else np.linspace(0, steps - 1, frames).round().astype(int).tolist()

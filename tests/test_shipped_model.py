@@ -1,0 +1,55 @@
+"""models/ddpm-fashion-mnist: small, whole, loadable without trust, and measured."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from ddpm_from_scratch import ScratchDDPMPipeline
+
+MODEL = Path(__file__).parents[1] / "models" / "ddpm-fashion-mnist"
+RESULTS = json.loads((MODEL / "results.json").read_text())
+
+
+def test_it_is_small_and_in_half_precision():
+    path = MODEL / "unet" / "diffusion_pytorch_model.safetensors"
+    assert path.stat().st_size < 8e6
+    with safe_open(path, framework="pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = ScratchDDPMPipeline.from_pretrained(MODEL)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_it_draws_what_it_is_asked_for(pipeline):
+    """Trousers are bright in the middle column and dark beside it; the background is black."""
+    options = {"num_inference_steps": 10, "output_type": "np", "guidance_scale": 2.0}
+    generator = torch.Generator().manual_seed(0)
+    trousers, sneaker = pipeline(class_labels=["Trouser", "Sneaker"], generator=generator, **options).images[..., 0]
+    assert trousers[4:24, 8:20].mean() > 0.25 and trousers[:, [0, 1, 26, 27]].mean() < 0.1
+    assert sneaker[14:22, 4:24].mean() > 0.2 and sneaker[:6].mean() < 0.1
+
+
+def test_the_results_are_of_this_model(pipeline):
+    assert RESULTS["num_parameters"] == pipeline.unet.num_parameters()
+    evaluation = RESULTS["evaluation"]
+    (sample,) = evaluation["samples"]
+    assert sample["kernel_distance"] < 0.02 and sample["num_inference_steps"] == 50 and sample["labels"] == "null"
+    bound = evaluation["bound"]
+    assert len(bound["terms"]) == 1000 == bound["num_terms"]
+    assert bound["bits_per_dim"] == pytest.approx(sum(bound["terms"]) + bound["prior"], rel=1e-6)
+    assert np.isfinite(sample["floor"]["kernel_distance"])
+
+
+def test_no_local_path_is_in_the_folder():
+    for path in MODEL.rglob("*"):
+        if path.suffix in (".json", ".yaml"):
+            text = path.read_text()
+            assert "/tmp" not in text and "/home" not in text and "/root" not in text, path
