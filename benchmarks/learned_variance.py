@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from few_steps import (  # which also makes the modules of training/ importable
+    CALIBRATION_IMAGES,
     ROOT,
     SIZE,
     describe,
@@ -38,6 +39,7 @@ from ddpm_from_scratch.calibration import calibrate
 from ddpm_from_scratch.features import efficientnet_lite0_features
 from ddpm_from_scratch.likelihood import bits_per_dim
 from report import device_name, versions
+from run import COMPILE_MODE
 
 # By the model that they are measured on.
 VARIANCES: dict[str, dict[str, Callable[[Mapping[str, Any]], ScratchDDPMScheduler]]] = {
@@ -48,7 +50,6 @@ VARIANCES: dict[str, dict[str, Callable[[Mapping[str, Any]], ScratchDDPMSchedule
     },
     "learned": {"learned_range": partial(scratch, optimal_variance=False)},
 }
-CALIBRATION_IMAGES = 512
 
 
 def load(folder: Path, precision: torch.dtype) -> ScratchDDPMPipeline:
@@ -56,7 +57,7 @@ def load(folder: Path, precision: torch.dtype) -> ScratchDDPMPipeline:
     pipeline = ScratchDDPMPipeline.from_pretrained(folder, dtype=precision)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.unet.to(memory_format=torch.channels_last)
-    pipeline.unet.compile(mode="reduce-overhead" if pipeline.device.type == "cuda" else "default")
+    pipeline.unet.compile(mode=COMPILE_MODE.get(pipeline.device.type, "default"))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -93,63 +94,67 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def measure_bound(
+    pipeline: ScratchDDPMPipeline, steps: int, tests: torch.Tensor, args: argparse.Namespace
+) -> dict[str, Any]:
+    """The bound of the pipeline's scheduler under a chain of this many steps, from t = T - 1 to 0."""
+    chain = scratch(pipeline.scheduler.config, timestep_spacing="linspace")
+    bits = bits_per_dim(pipeline.unet, chain, tests, num_inference_steps=steps, batch_size=args.batch_size)
+    mean, error = bits.mean(), bits.standard_error()
+    return {
+        "steps": steps,
+        "bits_per_dim": float(mean.total),
+        "error": float(error.total),
+        "prior": float(mean.prior),
+        "terms": mean.terms.tolist(),
+        "timesteps": mean.timesteps.tolist(),
+    }
+
+
+def measure_samples(
+    pipeline: ScratchDDPMPipeline, steps: int, name: str, reference: np.ndarray, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Distances of images drawn in this many steps, which are kept."""
+    start = time.perf_counter()
+    images = sample(pipeline, steps, args.num_images, f"{name}-{steps}")
+    seconds = time.perf_counter() - start
+    replace(args.samples_dir / f"{name}-{steps}.npz", partial(np.savez_compressed, images=images))
+    return {"steps": steps, **distances(efficientnet_lite0_features(images, SIZE), reference), "seconds": seconds}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure each variance on its model."""
     args = parse(arguments)
+    pipelines = {kind: load(getattr(args, kind), getattr(torch, args.precision)) for kind in VARIANCES}
+    network = pipelines["fixed"].unet.config
+    form = network.in_channels, network.sample_size
+    tests = to_unit_range(images_of(args.test_set, args.num_bound_images, *form))
+    real = images_of(args.dataset_name, max(2 * args.num_images, CALIBRATION_IMAGES), *form)
+    reference, others = np.split(efficientnet_lite0_features(real[: 2 * args.num_images], SIZE), 2)
     results: dict[str, Any] = {
         "num_images": args.num_images,
         "num_bound_images": args.num_bound_images,
         "features": {"network": "EfficientNet-Lite0", "size": SIZE},
         "precision": args.precision,
         "versions": versions(),
-        "models": {},
+        "models": {kind: training_facts(getattr(args, kind), pipeline) for kind, pipeline in pipelines.items()},
+        "device": device_name(pipelines["fixed"].device),
+        "floor": distances(others, reference),
         "rows": [],
     }
-    for kind, folder in (("fixed", args.fixed), ("learned", args.learned)):
-        pipeline = load(folder, getattr(torch, args.precision))
-        form = pipeline.unet.config.in_channels, pipeline.unet.config.sample_size
-        tests = to_unit_range(images_of(args.test_set, args.num_bound_images, *form))
-        real = images_of(args.dataset_name, max(2 * args.num_images, CALIBRATION_IMAGES), *form)
-        reference, others = np.split(efficientnet_lite0_features(real[: 2 * args.num_images], SIZE), 2)
-        results |= {"device": device_name(pipeline.device), "floor": distances(others, reference)}
-        results["models"][kind] = training_facts(folder, pipeline)
+    for kind, pipeline in pipelines.items():
         config = pipeline.scheduler.config
         if kind == "fixed":
             config = calibrate(pipeline.unet, pipeline.scheduler, to_unit_range(real[:CALIBRATION_IMAGES])).config
         for name, make in VARIANCES[kind].items():
-            row: dict[str, Any] = {"variance": name, "bounds": [], "samples": []}
             pipeline.scheduler = make(config)
-            for steps in args.bound_steps:
-                bits = bits_per_dim(
-                    pipeline.unet,
-                    make(dict(config) | {"timestep_spacing": "linspace"}),
-                    tests,
-                    num_inference_steps=steps,
-                    batch_size=args.batch_size,
-                )
-                mean, error = bits.mean(), bits.standard_error()
-                row["bounds"].append(
-                    {
-                        "steps": steps,
-                        "bits_per_dim": float(mean.total),
-                        "error": float(error.total),
-                        "prior": float(mean.prior),
-                        "terms": mean.terms.tolist(),
-                        "timesteps": mean.timesteps.tolist(),
-                    }
-                )
-                print(kind, name, steps, f"{mean.total:.4f} ± {error.total:.4f} bits/dim", flush=True)
-            for steps in args.sample_steps:
-                start = time.perf_counter()
-                images = sample(pipeline, steps, args.num_images, f"{name}-{steps}")
-                seconds = time.perf_counter() - start
-                path = args.samples_dir / f"{name}-{steps}.npz"
-                replace(path, partial(np.savez_compressed, images=images))
-                found = distances(efficientnet_lite0_features(images, SIZE), reference)
-                row["samples"].append({"steps": steps, **found, "seconds": seconds})
-                print(kind, name, steps, json.dumps(found), flush=True)
-            results["rows"].append(row)
+            bounds = [measure_bound(pipeline, steps, tests, args) for steps in args.bound_steps]
+            samples = [measure_samples(pipeline, steps, name, reference, args) for steps in args.sample_steps]
+            results["rows"].append({"variance": name, "bounds": bounds, "samples": samples})
             replace_json(args.results, results)
+            told = [f"{bound['bits_per_dim']:.4f} bits/dim at {bound['steps']}" for bound in bounds]
+            told += [f"{drawn['kernel_distance']:.4f} at {drawn['steps']}" for drawn in samples]
+            print(kind, name, *told, sep=", ", flush=True)
 
 
 if __name__ == "__main__":
