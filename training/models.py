@@ -37,7 +37,7 @@ def load_pipeline(
     if named in OWN_PIPELINES and not stock:
         return ScratchDDPMPipeline.from_pretrained(name, dtype=dtype, revision=revision)
     pipeline = DiffusionPipeline.from_pretrained(
-        name, dtype=torch.float32, revision=revision, trust_remote_code=trust_remote_code
+        name, dtype=torch.float32, revision=revision, trust_remote_code=trust_remote_code, use_safetensors=True
     )
     check_call(name, pipeline)
     return pipeline

@@ -1,4 +1,4 @@
-"""Configurations between this package and diffusers: rebuilt in another class or with changes, and on disk.
+"""Configurations and weights between this package and diffusers: rebuilt in another class, with changes, on disk.
 
 On disk they bear the names of the stock classes, so that diffusers alone can read what this package saves.
 """
@@ -6,7 +6,8 @@ On disk they bear the names of the stock classes, so that diffusers alone can re
 import inspect
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from diffusers import ConfigMixin
@@ -23,6 +24,22 @@ def altered(part: ConfigMixin, kind: type[ConfigMixin] | None = None, /, **chang
     # The value of an argument that was left out is the very object in the signature.
     left_out = [name for name in config.get("_use_default_values", ()) if config[name] is parameters[name].default]
     return (kind or type(part)).from_config({**config, "_use_default_values": left_out}, **changes)
+
+
+@contextmanager
+def safe_weights(name: str | os.PathLike[str], options: dict[str, Any]) -> Iterator[None]:
+    """Load a model by `options`, which get `use_safetensors=True` unless they say otherwise: a pickle can run code."""
+    asked = options.get("use_safetensors") is not None
+    options["use_safetensors"] = options["use_safetensors"] if asked else True
+    try:
+        yield
+    except OSError as error:
+        if asked or "safetensors" not in str(error):
+            raise
+        raise OSError(
+            f"{name} has no weights in safetensors. Pickled ones (.bin), which can run code as they are read, are only "
+            "read if you ask for it: use_safetensors=False."
+        ) from error
 
 
 def write_config(json_text: str, path: str | os.PathLike[str], without: Collection[str] = (), **names: object) -> None:

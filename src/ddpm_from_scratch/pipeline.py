@@ -20,7 +20,7 @@ from .checks import check_choice, check_generator, check_range, check_whole, is_
 from .configuration import check_config
 from .gaussian import Gaussian, Generators
 from .guidance import Condition, Guidance, guide, label_numbers
-from .interchange import altered, write_config
+from .interchange import altered, safe_weights, write_config
 from .scheduler import ScratchDDPMScheduler
 from .schedules import rescale_to_zero_terminal_snr
 from .tensors import broadcast
@@ -349,6 +349,16 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         return super().from_pipe(pipeline, **kwargs)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:  # noqa: ANN401
+        """As in diffusers, but pickled weights (`.bin`) are only read with `use_safetensors=False`.
+
+        Raises:
+            OSError: there is no such model, or only pickled weights of it.
+        """
+        with safe_weights(pretrained_model_name_or_path, kwargs):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:  # noqa: ANN401
         """As in diffusers, but this class is the one that loads, whichever the folder names: none of its code runs."""
         loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
@@ -367,7 +377,8 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         index = hf_hub_download(pretrained_model_name, cls.config_name, **hub)
         if isinstance(json.loads(Path(index).read_text(encoding="utf-8"))["_class_name"], str):
             return super().download(pretrained_model_name, **kwargs)
-        return snapshot_download(pretrained_model_name, allow_patterns=["*.json", "*.safetensors"], **hub)
+        weights = "*.bin" if kwargs.get("use_safetensors") is False else "*.safetensors"
+        return snapshot_download(pretrained_model_name, allow_patterns=["*.json", weights], **hub)
 
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:  # noqa: ANN401
         """Write model_index.json in stock names, and this pipeline as one self-contained file beside it.

@@ -18,7 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from .interchange import altered, write_config
+from .interchange import altered, safe_weights, write_config
 
 # On a CPU the fused attention kernel loses to plain matrix products on short sequences.
 SHORT_SEQUENCE = 256
@@ -342,11 +342,15 @@ class ScratchUNet2DModel(UNet2DModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:  # noqa: ANN401
         """As `ModelMixin.from_pretrained`, but a checkpoint that does not hold exactly this network is refused.
 
+        Pickled weights (`.bin`) are only read with `use_safetensors=False`.
+
         Raises:
             ValueError: naming the weights that are missing, unexpected or of another shape.
+            OSError: there are no weights, or only pickled ones.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        with safe_weights(pretrained_model_name_or_path, kwargs):
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         wrong = {kind: keys for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if (keys := info[kind])}
         if wrong:
             found = "; ".join(f"{kind.replace('_', ' ')}: {_shortened(keys)}" for kind, keys in wrong.items())
