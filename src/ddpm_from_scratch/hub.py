@@ -1,0 +1,216 @@
+"""A repository on the Hub that holds one whole model at any time: each push is one commit, or nothing.
+
+Uploads are retried while the Hub cannot be reached or fails; `BackgroundPush` does them while something else goes on.
+"""
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # HTTPError: that of the HTTP library, of every failure
+from huggingface_hub.utils import filter_repo_objects
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# What a model's repository holds, and all that a push touches; checkpoints, optimiser state and logs are not in it.
+MODEL_FILES = (
+    "README.md",
+    "model_index.json",
+    "pipeline.py",
+    "unet/*.json",
+    "unet/*.safetensors",
+    "scheduler/*.json",
+    "results.json",
+    "training_config.yaml",
+    "samples.png",
+    "usage.png",
+    "neighbors.png",
+    "bound.png",
+    "loss.png",
+)
+# Older weights that are no longer pushed would still be found by a reader who asks for their format.
+REPLACED_FILES = (*MODEL_FILES, "unet/*", "scheduler/*")
+
+TIMEOUT = 60.0  # seconds without a sign of the Hub after which a request counts as failed
+WAITS = (5.0, 30.0)  # seconds before the second and third try; each try of huggingface_hub's retries by itself too
+REFUSALS = (401, 403)
+TEMPORARY = (408, 409, 412, 425, 429)  # and all from 500 on; 412: somebody else made a commit meanwhile
+
+
+def open_repository(
+    name: str, *, private: bool = False, token: str | None = None, kind: str = "model", sdk: str | None = None
+) -> str:
+    """Create a repository unless it is there, and see that it can be written to.
+
+    Args:
+        name: `owner/name`, or a name in the namespace of the token's owner.
+        private: nobody else may read it. An existing one stays as private as it is.
+        token: of the Hub; that of the login if left out.
+        kind: "model" or "space".
+        sdk: of a Space.
+
+    Returns:
+        Its whole name, `owner/name`.
+
+    Raises:
+        PermissionError: the token may not write there.
+        ValueError: `private` was asked for, and there is a public one; or the name is not allowed.
+        ConnectionError: the Hub cannot be reached.
+    """
+    api = HfApi(token=token)
+
+    def opened() -> str:
+        url = api.create_repo(name, private=private or None, repo_type=kind, space_sdk=sdk, exist_ok=True)
+        repository: str = url.repo_id
+        api.auth_check(repository, repo_type=kind, write=True)
+        if private and not api.repo_info(repository, repo_type=kind).private:
+            raise ValueError(
+                f"{repository} exists and is public, but a private repository was asked for: make it private on its "
+                "settings page, or choose another name."
+            )
+        return repository
+
+    return insistently(opened, f"open the repository {name}")
+
+
+def push(
+    folder: Path,
+    repository: str,
+    *,
+    message: str,
+    token: str | None = None,
+    kind: str = "model",
+    files: Sequence[str] = MODEL_FILES,
+    replaced: Sequence[str] = REPLACED_FILES,
+) -> str:
+    """Make a folder's files those of the repository, in one commit; without a change there is none.
+
+    Args:
+        folder: must not change meanwhile.
+        repository: `owner/name`, as `open_repository` returns it.
+        message: of the commit.
+        token: of the Hub; that of the login if left out.
+        kind: "model" or "space".
+        files: patterns of the files to push.
+        replaced: patterns of files of the repository that go if the folder does not have them; all others stay.
+
+    Returns:
+        The address of the commit that now is the newest.
+
+    Raises:
+        PermissionError: the token may not write there.
+        ConnectionError: the Hub cannot be reached, or it fails; the repository is as it was.
+    """
+    api = HfApi(token=token)
+
+    here = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    added = list(filter_repo_objects(here, allow_patterns=list(files)))
+
+    def pushed() -> str:
+        # Files that are the same there are not sent, so this commit must follow the one that they were compared with.
+        head = api.repo_info(repository, repo_type=kind).sha
+        there = api.list_repo_files(repository, repo_type=kind, revision=head)
+        gone = set(filter_repo_objects(there, allow_patterns=list(replaced))) - {*added, ".gitattributes"}
+        # `upload_folder` may make several commits of it.
+        commit = api.create_commit(
+            repository,
+            [
+                *(CommitOperationAdd(path, folder / path) for path in added),
+                *(CommitOperationDelete(path) for path in sorted(gone)),
+            ],
+            commit_message=message,
+            repo_type=kind,
+            parent_commit=head,
+        )
+        return str(commit.commit_url)
+
+    return insistently(pushed, f"push to {repository}")
+
+
+def insistently(action: Callable[[], T], what: str) -> T:
+    """Do it; again after WAITS, as long as that may help.
+
+    Raises:
+        PermissionError: the Hub refuses.
+        ConnectionError: it cannot be reached, or fails, at every try.
+        HfHubHTTPError: it says that the request is wrong.
+    """
+    for wait in (*WAITS, None):
+        get_session().timeout = TIMEOUT  # huggingface_hub's own is none: a server that says nothing would stop us
+        try:
+            return action()
+        except (HTTPError, RuntimeError) as error:
+            # huggingface_hub puts a RuntimeError around whatever ended the upload of a large file.
+            reason = error.__cause__ if isinstance(error, RuntimeError) else error
+            if not isinstance(reason, HTTPError):
+                raise
+            status = reason.response.status_code if isinstance(reason, HfHubHTTPError) else None
+            if status in REFUSALS:
+                raise PermissionError(
+                    f"cannot {what}: the Hub refuses ({status}). Log in with a token that may write there "
+                    f"(`hf auth login`, https://huggingface.co/settings/tokens). It says: {reason}"
+                ) from error
+            if status is not None and status < 500 and status not in TEMPORARY:
+                raise
+            said = str(reason) or type(reason).__name__
+            if wait is None:
+                raise ConnectionError(f"cannot {what}, after {len(WAITS) + 1} tries: {said}") from error
+            logger.warning("cannot %s, trying again in %g s: %s", what, wait, said)
+            time.sleep(wait)
+    raise AssertionError("the last try returns or raises")
+
+
+class BackgroundPush:
+    """Pushes folders one after the other while something else goes on; a failure is logged and stops nothing.
+
+    A folder that still waits when the next one comes is passed over, so a slow Hub never makes a queue. Each is removed
+    when it is done with.
+
+    Args:
+        push: what to do with a folder.
+    """
+
+    def __init__(self, push: Callable[[Path], object]) -> None:
+        self._push = push
+        self._lock = threading.Lock()
+        self._waiting: Path | None = None
+        self._thread: threading.Thread | None = None
+
+    def submit(self, folder: Path) -> None:
+        """Push it as soon as the one before is done; returns at once."""
+        with self._lock:
+            passed_over, self._waiting = self._waiting, folder
+            if self._thread is None:
+                # A daemon does not keep an interrupted program waiting; a half-done push is no commit.
+                self._thread = threading.Thread(target=self._work, name="push to the Hub", daemon=True)
+                self._thread.start()
+        if passed_over is not None:
+            logger.info("%s is not pushed, since a newer one waits", passed_over.name)
+            shutil.rmtree(passed_over)
+
+    def wait(self) -> None:
+        """Until all is pushed, or given up."""
+        thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                folder, self._waiting = self._waiting, None
+                if folder is None:
+                    self._thread = None
+                    return
+            try:
+                self._push(folder)
+            except Exception as error:  # whatever it is: the program that goes on meanwhile is worth more
+                logger.warning("%s was not pushed; the next push makes up for it: %s", folder.name, error)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
