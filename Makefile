@@ -7,19 +7,22 @@ CONSTRAINTS ?= constraints.txt
 PIP_FLAGS ?=
 # For train: a preset, flags, or both; for evaluate: flags. ARGS="--help" lists them.
 ARGS ?=
-# For evaluate: a model's folder or Hub name.
+# For evaluate and demo: a model's folder or Hub name.
 MODEL ?= outputs/ddpm-fashion-mnist-quick
 
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --constraint $(CONSTRAINTS)
 
-.PHONY: train evaluate test lint format test-oldest clean
+.PHONY: train evaluate demo test lint format test-oldest clean
 
 train: $(VENV)/.train
 	$(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no training/train.py $(ARGS)
 
 evaluate: $(VENV)/.metrics
 	$(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no training/evaluate.py $(MODEL) $(ARGS)
+
+demo: $(VENV)/.demo
+	$(BIN)/python demo/app.py $(MODEL) $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n auto
@@ -49,6 +52,10 @@ $(VENV)/.train: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 
 $(VENV)/.metrics: $(VENV)/.train
 	$(INSTALL) --editable ".[train,metrics]"
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.train
+	$(INSTALL) --editable ".[train,demo]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.train

@@ -690,14 +690,14 @@ def test_the_embedded_data_have_held_out_images(monkeypatch):
     def load(config, channels, size, split="train"):
         asked.append((config.dataset_name, split))
         images = torch.from_numpy(TRAINING if config.dataset_name is None else HELD_OUT)[:, None]
-        return SimpleNamespace(images=images, describe=lambda config: {"name": config.dataset_name or "embedded"})
+        return SimpleNamespace(images=images, describe=lambda config: {"name": Path(config.dataset_name or "own").name})
 
     monkeypatch.setattr(evaluate, "load_data", load)
     real = evaluate.real_images(evaluate.parse(["model"]), 1, SIDE)
     assert asked == [(None, "train"), (str(evaluate.EMBEDDED_TEST_SET), "train")]
     assert Path(asked[1][0]).is_file()
     assert np.array_equal(real.held_out[..., 0], HELD_OUT)
-    assert real.facts == {"training": {"name": "embedded"}, "held_out": {"name": "fashion_mnist_test.parquet"}}
+    assert real.facts == {"training": {"name": "own"}, "held_out": {"name": "fashion_mnist_test.parquet"}}
     evaluate.real_images(evaluate.parse(["model", "--test_set", "user/other"]), 1, SIDE)
     assert asked[2:] == [(None, "train"), ("user/other", "train")]
 

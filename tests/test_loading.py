@@ -55,14 +55,15 @@ json.dump(results, open(sys.argv[2], "w"))
 """
 
 
-def in_a_process(tmp_path, jobs, package, pythonpath=""):
+def in_a_process(tmp_path, jobs, package, pythonpath="", environment=None):
     """Run jobs {name: {folder, own, load, call, save}} in a fresh process; its report, and the images by name."""
     for name, job in jobs.items():
         defaults = {"own": False, "load": {}, "call": {"batch_size": 2}, "save": None}
         jobs[name] = defaults | job | {"images": str(tmp_path / f"{name}.npy")}
     request, report = tmp_path / "request.json", tmp_path / "report.json"
     request.write_text(json.dumps({"package": package, "jobs": jobs}))
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf_home"), "PYTHONPATH": pythonpath}
+    offline = {**os.environ, "HF_HOME": str(tmp_path / "hf_home"), "PYTHONPATH": pythonpath}
+    environment = environment or offline
     done = subprocess.run(
         [sys.executable, "-c", WORKER, request, report], cwd=tmp_path, env=environment, capture_output=True, text=True
     )

@@ -30,7 +30,6 @@ import networks
 import optimization
 import report
 import train
-import upload
 from config import EMBEDDED_DATA, EMBEDDED_TEST_SET, PRESETS, TrainingConfig
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchUNet2DModel
 from ema import EMA, ema_decay
@@ -687,6 +686,9 @@ WRONG_CALLS = [
     (("--train_data_dir", "."), "both name the training data"),
     (("--dataset_name", "null", "--train_data_dir", "no_such_folder"), "no folder no_such_folder"),
     (("--dataset_name", "null", "--dataset_config_name", "small"), "needs dataset_name"),
+    (("--dataset_revision", "main"), "dataset_revision is of a dataset_name on the Hub"),
+    (("--dataset_name", "null", "--dataset_revision", "main"), "dataset_revision is of a dataset_name on the Hub"),
+    (("--model_revision", "main"), "model_revision is of a model_config_name_or_path on the Hub"),
     (("--model_config_name_or_path", "no/such/model/folder"), "no file or folder"),
     (("--model_config_name_or_path", "some/model", "--model.dropout", "0.2"), "give one"),
     (("--resume_from_checkpoint", "no_such_checkpoint"), "no folder no_such_checkpoint"),
@@ -905,42 +907,6 @@ def test_a_config_file_describes_a_new_network(inputs, whole_run, tmp_path):
     trained = ScratchUNet2DModel.from_pretrained(whole_run / "unet")
     assert unet.num_parameters() == trained.num_parameters()
     assert networks.load_trained(config, networks.build_scheduler(config)) is None
-
-
-def test_upload_holds_the_model_and_no_checkpoints(inputs, whole_run, monkeypatch):
-    calls = []
-
-    class FakeApi:
-        def __init__(self, token):
-            calls.append(("token", token))
-
-        def create_repo(self, name, **options):
-            calls.append((name, options))
-            return SimpleNamespace(repo_id=f"me/{name}")
-
-        def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
-            from huggingface_hub.utils import filter_repo_objects
-
-            files = [str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*") if p.is_file()]
-            calls.append((repo_id, sorted(filter_repo_objects(files, allow_patterns=allow_patterns))))
-
-    monkeypatch.setattr(upload, "HfApi", FakeApi)
-    config = TrainingConfig(output_dir=str(whole_run), hub_token=TOKEN, hub_model_id="clothes", hub_private_repo=True)
-    assert upload.push_to_hub(config) == "me/clothes"
-    assert calls[:2] == [("token", TOKEN), ("clothes", {"private": True, "exist_ok": True})]
-    repository, files = calls[2]
-    assert repository == "me/clothes"
-    assert {"model_index.json", "pipeline.py", "unet/config.json", "samples.png", "results.json"} <= set(files)
-    assert not [name for name in files if name.startswith(("checkpoints", "logs", "samples/"))]
-
-
-def test_a_run_pushes_at_its_end(inputs, tmp_path, monkeypatch):
-    pushed = []
-    monkeypatch.setattr(
-        train, "push_to_hub", lambda config: pushed.append(sorted(os.listdir(config.output_dir))) or "me/m"
-    )
-    run_main(inputs, tmp_path / "model", "--max_train_steps", "1", "--push_to_hub", "--hub_token", TOKEN)
-    assert len(pushed) == 1 and {"model_index.json", "samples.png", "results.json"} <= set(pushed[0])
 
 
 # Report

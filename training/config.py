@@ -78,6 +78,15 @@ POSITIVE = (
 UNIT_INTERVAL = ("label_dropout", "adam_beta1", "adam_beta2", "ema_max_decay")  # [0, 1)
 
 NOT_SAVED = ("hub_token",)  # a secret stays out of every file and log
+PATHS = (
+    "dataset_name",
+    "train_data_dir",
+    "cache_dir",
+    "model_config_name_or_path",
+    "test_set",
+    "output_dir",
+    "resume_from_checkpoint",
+)  # fields that may name a place on this machine
 
 
 def knob(default: T, help: str) -> T:
@@ -94,6 +103,7 @@ class TrainingConfig:
         None, "Hub name, local parquet file, or folder that `datasets` reads; without it: the embedded Fashion-MNIST"
     )
     dataset_config_name: str | None = knob(None, "the data set's configuration, where it has several")
+    dataset_revision: str | None = knob(None, "commit, tag or branch of a Hub data set; its newest if left out")
     train_data_dir: str | None = knob(None, "folder of images, in place of dataset_name")
     cache_dir: str | None = knob(None, "where downloads are kept; the Hugging Face cache by default")
     resolution: int | None = knob(None, "image size in pixels; the images' own if left out (paper: 32)")
@@ -117,6 +127,7 @@ class TrainingConfig:
     model_config_name_or_path: str | None = knob(
         None, "a JSON file with a network's config, or a trained model (folder or Hub name) to fine-tune; beats `model`"
     )
+    model_revision: str | None = knob(None, "commit, tag or branch of a Hub model to fine-tune; its newest if left out")
     compile: bool = knob(False, "compile the network: a minute or more at the start, less time for every step")
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, more time")
 
@@ -189,12 +200,15 @@ class TrainingConfig:
     checkpointing_steps: int | None = knob(500, "optimiser steps between checkpoints; null: none")
     checkpoints_total_limit: int | None = knob(None, "how many checkpoints are kept; left out: all")
     resume_from_checkpoint: str | None = knob(None, "a checkpoint folder, or `latest`")
-    push_to_hub: bool = knob(False, "upload the model folder at the end")
+    push_to_hub: bool = knob(
+        False, "upload the model: in the background at every checkpoint, and with its page at the end"
+    )
     hub_token: str | None = dataclasses.field(
         default=None, repr=False, metadata={"help": "token for the Hub; never written anywhere"}
     )
     hub_model_id: str | None = knob(None, "name on the Hub; the name of output_dir if left out")
     hub_private_repo: bool = knob(False, "create the repository as private")
+    hub_license: str | None = knob(None, "licence of the weights on their page, as the Hub names it: apache-2.0 ...")
 
     @property
     def trains_on_embedded_data(self) -> bool:
@@ -349,12 +363,27 @@ def looks_local(name: str) -> bool:
     return bool(re.match(r"[./~]|.*\.(parquet|json)$", name)) or name.count("/") > 1
 
 
+def public_name(name: str) -> str:
+    """A Hub name as it is, or the last part of a local path, whose rest is nobody else's business."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.exists() or looks_local(name) else name
+
+
+def public_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as it may be published: without the places of its files on this machine."""
+    return {key: public_name(value) if key in PATHS and value else value for key, value in values.items()}
+
+
 def check_paths(config: TrainingConfig) -> None:
     """Local inputs exist, and the output does not collide with a file or with another run."""
     if config.dataset_name is not None and config.train_data_dir is not None:
         raise ValueError("dataset_name and train_data_dir both name the training data: give one")
     if config.dataset_config_name is not None and config.dataset_name is None:
         raise ValueError("dataset_config_name needs dataset_name")
+    for revision, field in {"dataset_revision": "dataset_name", "model_revision": "model_config_name_or_path"}.items():
+        name = getattr(config, field)
+        if getattr(config, revision) is not None and (name is None or looks_local(name) or Path(name).exists()):
+            raise ValueError(f"{revision} is of a {field} on the Hub, got {name}: leave it out")
     if config.train_data_dir is not None and not Path(config.train_data_dir).is_dir():
         raise FileNotFoundError(f"train_data_dir: no folder {config.train_data_dir}")
     for field in ("dataset_name", "test_set", "model_config_name_or_path"):

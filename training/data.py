@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from config import EMBEDDED_DATA, TrainingConfig, suggestion
+from config import EMBEDDED_DATA, TrainingConfig, public_name, suggestion
 from draws import batch_positions, dropped_labels, generator, image_index, noise_rows
 
 IN_MEMORY_BYTES = 2**30  # sets that decode to less are decoded once
@@ -82,7 +82,11 @@ def open_rows(config: TrainingConfig, split: str = "train") -> datasets.Dataset:
         rows = pick_split(datasets.load_from_disk(str(path)), split, path)
     else:
         rows = datasets.load_dataset(
-            str(path) if path.exists() else name, config.dataset_config_name, split=split, cache_dir=config.cache_dir
+            str(path) if path.exists() else name,
+            config.dataset_config_name,
+            split=split,
+            cache_dir=config.cache_dir,
+            revision=config.dataset_revision,
         )
     if len(rows) == 0:
         raise ValueError(f"{name or config.train_data_dir} holds no images")
@@ -320,7 +324,7 @@ class TrainingData:
         """For results and logs."""
         name = config.dataset_name or config.train_data_dir or "embedded Fashion-MNIST (10,000 images)"
         return {
-            "name": name,
+            "name": public_name(name),
             "num_images": len(self.images),
             "channels": self.channels,
             "resolution": self.resolution,

@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 
-from config import EMBEDDED_TEST_SET, TrainingConfig, looks_local
+from config import EMBEDDED_TEST_SET, TrainingConfig, looks_local, public_name
 from data import load_data
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
 from ddpm_from_scratch.features import CACHE_DIR, EXTRACTORS
@@ -66,6 +66,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     data = parser.add_argument_group("real images")
     data.add_argument("--dataset_name", help="the training images, as for train.py; without it: the embedded ones")
     data.add_argument("--dataset_config_name", help="as for train.py")
+    data.add_argument("--dataset_revision", help="as for train.py")
     data.add_argument("--train_data_dir", help="as for train.py")
     data.add_argument(
         "--test_set", help="held-out images, like --dataset_name; default: the embedded ones, for the embedded data"
@@ -122,6 +123,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--dataset_name and --train_data_dir both name the training images: give one.")
     if args.dataset_config_name and not args.dataset_name:
         raise ValueError("--dataset_config_name needs --dataset_name.")
+    if args.dataset_revision and (not args.dataset_name or Path(args.dataset_name).exists()):
+        raise ValueError("--dataset_revision is of a --dataset_name on the Hub: leave it out.")
     if args.test_split and not (args.dataset_name or args.train_data_dir):
         raise ValueError("--test_split names a split of --dataset_name or --train_data_dir: give one of them.")
     if args.revision and Path(args.model).is_dir():
@@ -163,29 +166,19 @@ def real_images(args: argparse.Namespace, channels: int, size: int) -> RealImage
     config = TrainingConfig(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
+        dataset_revision=args.dataset_revision,
         train_data_dir=args.train_data_dir,
     )
     data = load_data(config, channels, size)
-    training, facts = to_array(data.images, size), {"training": public(data.describe(config))}
+    training, facts = to_array(data.images, size), {"training": data.describe(config)}
     test_set = args.test_set or (str(EMBEDDED_TEST_SET) if config.trains_on_embedded_data else None)
     if test_set:
         config = TrainingConfig(dataset_name=test_set)
     elif not args.test_split:
         return RealImages(training, None, facts)
     held_out = load_data(config, channels, size, args.test_split or "train")
-    facts["held_out"] = public(held_out.describe(config)) | ({"split": args.test_split} if args.test_split else {})
+    facts["held_out"] = held_out.describe(config) | ({"split": args.test_split} if args.test_split else {})
     return RealImages(training, to_array(held_out.images, size), facts)
-
-
-def public(facts: dict[str, Any]) -> dict[str, Any]:
-    """What is known of a data set without its local path; beside the fingerprint, the last part says enough."""
-    return facts | {"name": public_name(facts["name"])}
-
-
-def public_name(name: str) -> str:
-    """A Hub name as it is, or the last part of a local path, which is nobody else's business."""
-    path = Path(name).expanduser()
-    return path.resolve().name if path.exists() else name
 
 
 def output_dir(args: argparse.Namespace) -> Path:

@@ -109,6 +109,7 @@ def load_trained(config: TrainingConfig, scheduler: ScratchDDPMScheduler) -> Tra
     if path.is_dir() and not (path / "model_index.json").is_file():  # the folder of a network alone
         unet = ScratchUNet2DModel.from_pretrained(str(path), **options)
     else:
+        options["revision"] = config.model_revision
         pipeline = ScratchDDPMPipeline.from_pretrained(str(path) if path.is_dir() else name, **options)
         check_same_process(ScratchDDPMScheduler.from_config(pipeline.scheduler.config), scheduler)
         unet, id2label = pipeline.unet, pipeline.config.id2label

@@ -24,7 +24,7 @@ from optimization import learning_rate, set_learning_rate
 from periodic import Yardstick, build_yardstick, evaluate_run, is_best, keep_best
 from report import LOSS_LABELS, config_with_header, image_grid, plot_losses, sample_images, write_json
 from run import Run, build, results, save
-from upload import push_to_hub
+from upload import Upload
 
 logger = logging.getLogger("train")
 
@@ -109,12 +109,13 @@ def batches_from(run: Run, step: int) -> Iterator[Batch]:
     return iter(build_loader(stream, batches, config.dataloader_num_workers, accelerator.device.type == "cuda"))
 
 
-def train(run: Run, yardstick: Yardstick | None) -> None:
+def train(run: Run, yardstick: Yardstick | None, upload: Upload | None) -> None:
     """Algorithm 1: repeat until converged, here for a fixed number of optimiser steps.
 
     Args:
         run: as built.
         yardstick: for the evaluations on the way; None for a run without.
+        upload: gets the model at every checkpoint but the last; None for a run without, and on all processes but one.
     """
     config, progress, total = run.config, run.progress, run.total_steps
     batches = batches_from(run, progress.step)
@@ -139,6 +140,8 @@ def train(run: Run, yardstick: Yardstick | None) -> None:
                 compare(run, yardstick)
             if saving:
                 save(run)
+                if upload and not last:
+                    upload.snapshot(run)
             if sampling:
                 draw_grid(run, Path(config.output_dir, "samples", f"step_{progress.step}.png"))
             clock = time.perf_counter()  # so that saving and sampling do not count as training
@@ -224,21 +227,25 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     """
     config, only_dry = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for library in ("httpx", "httpx2"):  # they log every request
+        logging.getLogger(library).setLevel(logging.WARNING)
     run = build(config)
     if only_dry:
         dry_run(run, partial(descend, run, batches_from(run, run.progress.step)))
         return None
+    main_process = run.accelerator.is_main_process
     yardstick = build_yardstick(config, run.data) if config.eval_steps else None
+    upload = Upload(config) if config.push_to_hub and main_process else None
     start_output(run)
-    train(run, yardstick)
+    train(run, yardstick, upload)
     run.accelerator.wait_for_everyone()
-    if run.accelerator.is_main_process:
+    if main_process:
         finish(run)
-        if config.push_to_hub:
-            logger.info("pushed to %s", push_to_hub(config))
     run.accelerator.end_training()
-    if run.accelerator.is_main_process:
+    if main_process:
         print(config.output_dir, flush=True)
+    if upload:
+        logger.info("pushed %s", upload.finish())
     return Path(config.output_dir)
 
 

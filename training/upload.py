@@ -1,36 +1,75 @@
-"""The upload of a finished run: the model and what documents it, never checkpoints or logs."""
+"""The upload of a run: its model at every checkpoint in the background, and at the end with its page."""
 
+import logging
+import shutil
 from pathlib import Path
 
-from huggingface_hub import HfApi
+import yaml
+from huggingface_hub.utils import disable_progress_bars
 
-from config import TrainingConfig
+from config import TrainingConfig, public_config
+from ddpm_from_scratch import ScratchDDPMPipeline
+from ddpm_from_scratch.hub import BackgroundPush, open_repository, push
+from ddpm_from_scratch.model_page import model_page
+from publish import CONFIG, TEMPLATE, hub_datasets, publish
+from report import write_json
+from run import Run, results
 
-UPLOADED = (
-    "model_index.json",
-    "pipeline.py",
-    "unet/*",
-    "scheduler/*",
-    "samples.png",
-    "neighbors.png",
-    "bound.png",
-    "loss.png",
-    "results.json",
-    "training_config.yaml",
-)
+logger = logging.getLogger(__name__)
 
 
-def push_to_hub(config: TrainingConfig) -> str:
-    """Create the repository if it is not there and upload the model folder in one commit.
+class Upload:
+    """The repository of a run.
 
-    Returns:
-        The repository's id.
+    Raises:
+        PermissionError, ValueError, ConnectionError: as `hub.open_repository`, which creates it.
     """
-    folder = Path(config.output_dir)
-    api = HfApi(token=config.hub_token)
-    name = config.hub_model_id or folder.resolve().name
-    repository: str = api.create_repo(name, private=config.hub_private_repo, exist_ok=True).repo_id
-    api.upload_folder(
-        repo_id=repository, folder_path=folder, allow_patterns=list(UPLOADED), commit_message="Add the trained model"
-    )
-    return repository
+
+    def __init__(self, config: TrainingConfig) -> None:
+        disable_progress_bars()  # they would break into that of the training
+        self.config = config
+        name = config.hub_model_id or Path(config.output_dir).resolve().name
+        self.repository = open_repository(name, private=config.hub_private_repo, token=config.hub_token)
+        self._stages = Path(config.output_dir, ".push")
+        shutil.rmtree(self._stages, ignore_errors=True)  # what a killed run left
+        self._background = BackgroundPush(self._push)
+
+    def snapshot(self, run: Run) -> None:
+        """Push the model as it is now, one consistent whole, while the training goes on."""
+        stage = self._stages / f"step_{run.progress.step:08d}"
+        pipeline = ScratchDDPMPipeline(unet=run.final_unet, scheduler=run.scheduler, id2label=run.id2label)
+        pipeline.save_pretrained(stage)
+        values = public_config(self.config.to_dict())
+        (stage / CONFIG).write_text(yaml.safe_dump(values, sort_keys=False, width=120), encoding="utf-8")
+        write_json(results(run), stage / "results.json")
+        model_page(
+            pipeline,
+            stage,
+            self.repository,
+            TEMPLATE,
+            license=self.config.hub_license,
+            datasets=hub_datasets(self.config.to_dict()),
+            unfinished=(run.progress.step, run.total_steps),
+        ).save(stage / "README.md")
+        self._background.submit(stage)
+
+    def finish(self) -> str:
+        """Push the finished model, after what is under way; the address of the commit.
+
+        Raises:
+            PermissionError, ConnectionError: as `hub.push`; a note says how to push it later.
+        """
+        self._background.wait()
+        shutil.rmtree(self._stages, ignore_errors=True)
+        folder = self.config.output_dir
+        try:
+            return publish(Path(folder), self.repository, token=self.config.hub_token)
+        except OSError as error:
+            command = f"python training/publish.py {folder} --hub_model_id {self.repository}"
+            error.add_note(f"The trained model is whole in {folder}. Push it with: {command}")
+            raise
+
+    def _push(self, stage: Path) -> None:
+        step = int(stage.name.removeprefix("step_"))
+        address = push(stage, self.repository, message=f"Step {step}", token=self.config.hub_token)
+        logger.info("pushed step %d: %s", step, address)

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from collections.abc import Callable, Mapping
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Callable, Sequence
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from collections.abc import Iterable
 from collections.abc import Mapping, Sequence
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from diffusers import ConfigMixin
 from diffusers import ConfigMixin, DDPMScheduler, SchedulerMixin
@@ -54,6 +55,22 @@ def altered(part: ConfigMixin, kind: type[ConfigMixin] | None = None, /, **chang
     # The value of an argument that was left out is the very object in the signature.
     left_out = [name for name in config.get("_use_default_values", ()) if config[name] is parameters[name].default]
     return (kind or type(part)).from_config({**config, "_use_default_values": left_out}, **changes)
+
+
+@contextmanager
+def safe_weights(name: str | os.PathLike[str], options: dict[str, Any]) -> Iterator[None]:
+    """Load a model by `options`, which get `use_safetensors=True` unless they say otherwise: a pickle can run code."""
+    asked = options.get("use_safetensors") is not None
+    options["use_safetensors"] = options["use_safetensors"] if asked else True
+    try:
+        yield
+    except OSError as error:
+        if asked or "safetensors" not in str(error):
+            raise
+        raise OSError(
+            f"{name} has no weights in safetensors. Pickled ones (.bin), which can run code as they are read, are only "
+            "read if you ask for it: use_safetensors=False."
+        ) from error
 
 
 def write_config(json_text: str, path: str | os.PathLike[str], without: Collection[str] = (), **names: object) -> None:
@@ -1311,11 +1328,15 @@ class ScratchUNet2DModel(UNet2DModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:  # noqa: ANN401
         """As `ModelMixin.from_pretrained`, but a checkpoint that does not hold exactly this network is refused.
 
+        Pickled weights (`.bin`) are only read with `use_safetensors=False`.
+
         Raises:
             ValueError: naming the weights that are missing, unexpected or of another shape.
+            OSError: there are no weights, or only pickled ones.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        with safe_weights(pretrained_model_name_or_path, kwargs):
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         wrong = {kind: keys for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if (keys := info[kind])}
         if wrong:
             found = "; ".join(f"{kind.replace('_', ' ')}: {_shortened(keys)}" for kind, keys in wrong.items())
@@ -1843,6 +1864,16 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         return super().from_pipe(pipeline, **kwargs)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:  # noqa: ANN401
+        """As in diffusers, but pickled weights (`.bin`) are only read with `use_safetensors=False`.
+
+        Raises:
+            OSError: there is no such model, or only pickled weights of it.
+        """
+        with safe_weights(pretrained_model_name_or_path, kwargs):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:  # noqa: ANN401
         """As in diffusers, but this class is the one that loads, whichever the folder names: none of its code runs."""
         loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
@@ -1861,7 +1892,8 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         index = hf_hub_download(pretrained_model_name, cls.config_name, **hub)
         if isinstance(json.loads(Path(index).read_text(encoding="utf-8"))["_class_name"], str):
             return super().download(pretrained_model_name, **kwargs)
-        return snapshot_download(pretrained_model_name, allow_patterns=["*.json", "*.safetensors"], **hub)
+        weights = "*.bin" if kwargs.get("use_safetensors") is False else "*.safetensors"
+        return snapshot_download(pretrained_model_name, allow_patterns=["*.json", weights], **hub)
 
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:  # noqa: ANN401
         """Write model_index.json in stock names, and this pipeline as one self-contained file beside it.

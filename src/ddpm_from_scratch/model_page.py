@@ -1,0 +1,154 @@
+"""The model's page on the Hub: a template filled with what the model's folder holds. What is not there is left out."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from diffusers import DiffusionPipeline
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+TASK = "unconditional-image-generation"
+TAGS = ("diffusers", "ddpm", "image-generation", "ddpm-from-scratch")
+# Pictures in the Hub's gallery, with the line below each; a picture that the folder lacks is left out.
+GALLERY = {"usage.png": "What the code on this page draws", "samples.png": "Samples, not chosen"}
+TINY = 64  # pixels; smaller images are enlarged
+CHANNELS = {1: "grey", 3: "RGB"}
+METRICS = {
+    "kernel_distance": "Kernel distance",
+    "frechet_distance": "Fréchet distance",
+    "precision": "Precision",
+    "recall": "Recall",
+    "density": "Density",
+    "coverage": "Coverage",
+}
+SAMPLE_UNITS = {"num_generated": "images", "num_inference_steps": "steps", "extractor": "features"}
+SAMPLE_ARGUMENTS = (
+    "extractor",
+    "size",
+    "num_generated",
+    "num_reference",
+    "num_inference_steps",
+    "scheduler",
+    "labels",
+    "seed",
+    "kernel_distance_error",
+)
+BOUND_ARGUMENTS = ("num_images", "num_terms", "variance_type", "labels", "error")
+
+
+def model_page(
+    pipeline: DiffusionPipeline,
+    folder: Path,
+    repository: str,
+    template: str | os.PathLike[str],
+    *,
+    license: str | None = None,
+    datasets: Sequence[str] = (),
+    usage_output: str | None = None,
+    unfinished: tuple[int, int] | None = None,
+) -> ModelCard:
+    """Fill the template.
+
+    Args:
+        pipeline: the model.
+        folder: where its `results.json`, `training_config.yaml` and pictures are, as far as there are any.
+        repository: `owner/name` on the Hub.
+        template: a Jinja file, whose variables are those of `page_facts`, and `card_data`.
+        license: of the weights, as the Hub names it; the page says nothing about it if left out.
+        datasets: Hub names of the data that it was trained on.
+        usage_output: what the page's first block of code printed when it was run.
+        unfinished: optimiser steps done and to do, of a model that is still being trained.
+
+    Returns:
+        The page; its `data` are the metadata, the measured results among them.
+    """
+    facts = page_facts(pipeline, folder, repository)
+    data = ModelCardData(
+        license=license,
+        library_name="diffusers",
+        pipeline_tag=TASK,
+        datasets=list(datasets) or None,
+        tags=[*TAGS, *(["class-conditional"] if facts["conditional"] else [])],
+        model_name=facts["name"],
+        eval_results=eval_results(facts["evaluation"], datasets) or None,
+        widget=[
+            {"text": text, "output": {"url": picture}} for picture, text in GALLERY.items() if picture in facts["files"]
+        ]
+        or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(template),
+        **facts,
+        license=license,
+        datasets=datasets,
+        usage_output=usage_output,
+        unfinished=unfinished,
+    )
+
+
+def page_facts(pipeline: DiffusionPipeline, folder: Path, repository: str) -> dict[str, Any]:
+    """What is known of a model: of its configuration, and of the files beside it.
+
+    Returns:
+        `repository` and its `name`; of the network: `size` and `channels` (in words), `tiny`, `parameters`,
+        `conditional`, `class_names`; `scheduler`, its configuration; `training` and `evaluation` from results.json and
+        `config` from training_config.yaml, empty if there is none; `files`, the names of those in the folder.
+    """
+    network = pipeline.unet.config
+    sides = (size, size) if isinstance(size := network["sample_size"], int) else tuple(size)
+    results = _read(folder / "results.json", json.loads)
+    names = pipeline.config.get("id2label") or {}
+    return {
+        "repository": repository,
+        "name": repository.rpartition("/")[2],
+        "size": " × ".join(map(str, sides)),
+        "tiny": max(sides) < TINY,
+        "channels": CHANNELS.get(network["in_channels"], f"{network['in_channels']}-channel"),
+        "parameters": pipeline.unet.num_parameters(),
+        "conditional": network.get("num_class_embeds") is not None,
+        "class_names": [names[key] for key in sorted(names, key=int)],
+        "scheduler": dict(pipeline.scheduler.config),
+        "evaluation": results.pop("evaluation", {}),
+        "training": results,
+        "config": _read(folder / "training_config.yaml", yaml.safe_load),
+        "files": sorted(path.name for path in folder.iterdir() if path.is_file()),
+    }
+
+
+def eval_results(evaluation: Mapping[str, Any], datasets: Sequence[str]) -> list[EvalResult]:
+    """The measured figures as the Hub's metadata hold them; none of a data set that the Hub does not know.
+
+    Args:
+        evaluation: the entry "evaluation" of results.json.
+        datasets: Hub names of the data; the first is the one that the images were compared with.
+    """
+    if not datasets:
+        return []
+    dataset = datasets[0]
+    result = partial(EvalResult, task_type=TASK, dataset_type=dataset, dataset_name=dataset.rpartition("/")[2])
+    found = []
+    for sample in evaluation.get("samples", ()):
+        how = ", ".join(f"{sample[key]} {unit}" for key, unit in SAMPLE_UNITS.items() if key in sample)
+        for key, value in _known(sample, tuple(METRICS)).items():
+            arguments = _known(sample, SAMPLE_ARGUMENTS) | {"floor": sample["floor"][key]}
+            name = f"{METRICS[key]} ({how})"
+            found.append(result(metric_type=key, metric_value=value, metric_name=name, metric_args=arguments))
+    for value in _known(evaluation.get("bound", {}), ("bits_per_dim",)).values():
+        arguments, name = _known(evaluation["bound"], BOUND_ARGUMENTS), "Variational bound, bits per dimension"
+        found.append(result(metric_type="bits_per_dim", metric_value=value, metric_name=name, metric_args=arguments))
+    return found
+
+
+def _known(values: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {key: values[key] for key in keys if values.get(key) is not None}
+
+
+def _read(path: Path, parse: Any) -> dict[str, Any]:  # noqa: ANN401
+    """The contents of a file; nothing if there is none."""
+    content: dict[str, Any] = parse(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content

@@ -1,0 +1,364 @@
+"""The model's page: every number from the results, nothing empty, nothing broken, nothing invented; and the command."""
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import TINY_NETWORK
+from diffusers import DDPMScheduler, UNet2DModel
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from PIL import Image
+
+import publish
+import space
+from config import TrainingConfig
+from ddpm_from_scratch import ScratchDDPMPipeline
+from ddpm_from_scratch.hub import MODEL_FILES
+from ddpm_from_scratch.model_page import eval_results, model_page
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "models" / "ddpm-fashion-mnist"
+RESULTS = json.loads((SHIPPED / "results.json").read_text())
+DATASET = "zalando-datasets/fashion_mnist"
+NAMES = dict(enumerate(["T-shirt/top", "Sneaker", "Bag", "Dress"]))
+PICTURES = ("samples.png", "usage.png", "neighbors.png", "bound.png", "loss.png")
+SECTIONS = ["Use", "Training data", "Training", "Evaluation", "Limits and bias", "Hardware and energy"]
+SECTIONS += ["Train it again", "Citation"]
+
+
+def save(folder, classes=None, **network):
+    unet = UNet2DModel(**{**TINY_NETWORK, **network}, num_class_embeds=5 if classes else None)
+    ScratchDDPMPipeline(unet, DDPMScheduler(), id2label=classes).save_pretrained(folder)
+    return folder
+
+
+def document(folder, results=RESULTS, pictures=PICTURES, **config):
+    """Put beside a model what a run and its evaluation leave."""
+    (folder / "results.json").write_text(json.dumps(results))
+    values = TrainingConfig(**{"dataset_name": DATASET, **config}).to_dict()
+    (folder / "training_config.yaml").write_text("# versions\n" + yaml.safe_dump(values))
+    for picture in pictures:
+        Image.new("L", (8, 8)).save(folder / picture)
+    return folder
+
+
+def page_of(folder, repository="user/clothes", datasets=(DATASET,), **options):
+    pipeline = ScratchDDPMPipeline.from_pretrained(folder)
+    return model_page(pipeline, folder, repository, publish.TEMPLATE, datasets=datasets, **options)
+
+
+class Parts(HTMLParser):
+    """Headings, each with whether anything follows before the next of its rank; pictures, links and tables."""
+
+    def __init__(self, markdown):
+        super().__init__()
+        self.headings, self.pictures, self.links, self.cells, self.content, self.tags = [], [], [], [], {}, []
+        self.feed(MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        values = dict(attributes)
+        if tag == "img":
+            self.pictures.append(values["src"])
+            self.content[self.headings[-1]] = True
+        if tag == "a":
+            self.links.append(values["href"])
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        self.tags.pop()
+
+    def handle_data(self, data):
+        if not data.strip():
+            return
+        inside = self.tags[-1] if self.tags else ""
+        if re.fullmatch("h[1-6]", inside):
+            self.headings.append((inside, data))
+            self.content.setdefault((inside, data), False)
+        elif self.headings:
+            self.content[self.headings[-1]] = True
+        if "td" in self.tags:
+            self.cells[-1] += data
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.tags.pop()
+
+
+def sections(card):
+    return [text for rank, text in Parts(card.content.split("---", 2)[2]).headings if rank == "h2"]
+
+
+@pytest.fixture(scope="module", params=["unconditional", "named", "unnamed"])
+def full(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    classes = {"named": NAMES}.get(request.param)
+    unet = UNet2DModel(**TINY_NETWORK, num_class_embeds=None if request.param == "unconditional" else 5)
+    ScratchDDPMPipeline(unet, DDPMScheduler(), id2label=classes).save_pretrained(folder)
+    return document(folder)
+
+
+def check_whole(card, folder):
+    """No section is empty, no picture or local link leads nowhere, nothing was left to be filled in."""
+    text = card.content
+    parts = Parts(text.split("---", 2)[2])
+    assert [heading for heading, filled in parts.content.items() if not filled and heading[0] != "h1"] == []
+    local = [target for target in [*parts.pictures, *parts.links] if "://" not in target]
+    assert [target for target in local if not (folder / target).is_file()] == []
+    for leftover in ("None", "nan", "undefined", "Undefined", "{{", "}}", "{%", "%}"):
+        assert leftover not in text.replace("nanometre", ""), leftover
+    assert "\n\n\n" not in text.split("---", 2)[2]
+    assert len(parts.pictures) == len(set(parts.pictures))
+    return parts
+
+
+# The page
+
+
+def test_the_page_of_a_measured_model_has_every_section(full):
+    card = page_of(full, usage_output="8 images", license="mit")
+    parts = check_whole(card, full)
+    assert sections(card) == SECTIONS
+    assert sorted(parts.pictures) == sorted(PICTURES)
+    assert '"user/clothes"' in card.content and "```text\n8 images\n```" in card.content
+    for block in re.findall(r"```python\n(.*?)```", card.content, re.DOTALL):
+        compile(block, "page", "exec")
+
+
+def test_every_hyper_parameter_is_on_the_page(full):
+    parts = Parts(page_of(full).content.split("---", 2)[2].split("## Evaluation")[0])
+    config = yaml.safe_load((full / "training_config.yaml").read_text())
+    for name, value in config.items():
+        assert (name in parts.cells) == (value is not None), name
+    assert "hub_token" not in config
+
+
+def test_the_metadata_survive(full):
+    card = page_of(full, license="mit")
+    assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "unconditional-image-generation"
+    again = ModelCard(str(card))
+    assert again.data.to_dict() == card.data.to_dict()
+    assert again.data.license == "mit" and again.data.datasets == [DATASET] and "ddpm" in again.data.tags
+    results = eval_results(RESULTS["evaluation"], [DATASET])
+    assert len(results) == 7
+    key = lambda result: result.metric_type  # noqa: E731
+    assert sorted(again.data.eval_results, key=key) == sorted(results, key=key)
+    by_type = {result.metric_type: result for result in again.data.eval_results}
+    sample = RESULTS["evaluation"]["samples"][0]
+    assert by_type["kernel_distance"].metric_value == sample["kernel_distance"]
+    assert by_type["kernel_distance"].metric_args["floor"] == sample["floor"]["kernel_distance"]
+    assert by_type["bits_per_dim"].metric_value == RESULTS["evaluation"]["bound"]["bits_per_dim"]
+    assert [entry["output"]["url"] for entry in again.data.widget] == ["usage.png", "samples.png"]
+
+
+def test_another_measurement_is_another_page(tmp_path):
+    """The figures of the page are those of the file, at their places."""
+    folder, results = document(save(tmp_path / "model")), copy.deepcopy(RESULTS)
+    sample = results["evaluation"]["samples"][0]
+    sample.update(kernel_distance=0.7654, kernel_distance_error=0.0123, num_generated=4321, extractor="dinov2", size=99)
+    sample["floor"].update(kernel_distance=-0.0456, precision=0.111)
+    sample["memorization"].update(share_nearer=0.123, num_training=7777)
+    results["evaluation"]["bound"].update(bits_per_dim=9.8765, error=0.4321, num_images=77, num_terms=55)
+    results.update(seconds=7200.0, device="Abacus", steps=34567, images_seen=1234567)
+    document(folder, results)
+    card = page_of(folder)
+    cells = Parts(card.content.split("---", 2)[2]).cells
+    row = cells.index("0.7654 ± 0.0123")
+    assert cells[row - 2 : row] == ["4,321", "dinov2, 99 px"] and "-0.0456 ± 0.0043" in cells and "0.111" in cells
+    for text in (
+        "9.877 ± 0.432 bits per dimension** on 77 held-out images, from 55 of its 1000 terms",
+        "12.3 % of the images are nearer to one of 7,777 training images",
+        "Trained on Abacus (1 process) for 2.00 hours",
+        "| 34,567 |",
+        "1,234,567",
+    ):
+        assert text in card.content, text
+    assert "0.0147" not in card.content and "3.068" not in card.content
+
+
+@pytest.mark.parametrize(
+    ("missing", "sections_missing"),
+    [
+        ("evaluation", ["Evaluation"]),
+        ("results", ["Training", "Evaluation", "Hardware and energy"]),
+        ("config", ["Train it again"]),
+        ("everything", ["Training data", "Training", "Evaluation", "Hardware and energy", "Train it again"]),
+        ("pictures", []),
+    ],
+)
+def test_what_is_missing_leaves_its_section_out(tmp_path, missing, sections_missing):
+    folder = save(tmp_path / "model")
+    if missing != "everything":
+        results = {key: value for key, value in RESULTS.items() if key != "evaluation"}
+        document(folder, results if missing == "evaluation" else RESULTS, () if missing == "pictures" else PICTURES)
+    for name in {"results": ["results.json"], "config": ["training_config.yaml"]}.get(missing, []):
+        (folder / name).unlink()
+    card = page_of(folder, datasets=() if missing == "everything" else (DATASET,))
+    check_whole(card, folder)
+    assert sections(card) == [section for section in SECTIONS if section not in sections_missing]
+    measured = missing not in ("evaluation", "results", "everything")
+    assert (card.data.eval_results is not None) == measured
+    assert ("was not measured" in card.content.split("## Limits and bias")[1].split("##")[0]) != measured
+
+
+@pytest.mark.parametrize("entry", ["bound", "memorization"])
+def test_a_part_of_an_evaluation_that_is_missing_is_left_out(tmp_path, entry):
+    results = copy.deepcopy(RESULTS)
+    evaluation = results["evaluation"]
+    if entry == "bound":
+        evaluation["bound"] = {"left_out": "there are no held-out images"}
+    else:
+        del evaluation["samples"][0][entry]
+    pictures = [picture for picture in PICTURES if picture != "bound.png" or entry != "bound"]
+    folder = document(save(tmp_path / "model"), results, pictures)
+    text = check_whole(page_of(folder), folder)
+    headings = [heading for _, heading in text.headings]
+    assert ("Likelihood" in headings) == (entry != "bound")
+    assert ("Copies of training images" in headings) == (entry != "memorization")
+
+
+def test_an_unfinished_model_says_so(tmp_path):
+    folder = save(tmp_path / "model")
+    results = {key: value for key, value in RESULTS.items() if key != "evaluation"}
+    card = page_of(document(folder, results, ()), unfinished=(1200, 34000))
+    check_whole(card, folder)
+    assert "1,200 of 34,000 optimiser steps" in card.content and "Train it again" not in sections(card)
+
+
+def test_images_that_are_not_square(tmp_path):
+    folder = save(tmp_path / "model", sample_size=(8, 16), in_channels=3, out_channels=3)
+    assert "of 8 × 16 RGB images" in page_of(folder).content
+
+
+# The command
+
+
+@pytest.fixture
+def run_folder(tmp_path, monkeypatch):
+    """A class-conditional model with secrets of this machine around it."""
+    monkeypatch.chdir(tmp_path)
+    folder = document(save(tmp_path / "runs" / "clothes", NAMES), output_dir=str(tmp_path / "runs" / "clothes"))
+    config = yaml.safe_load((folder / "training_config.yaml").read_text())
+    config |= {"cache_dir": str(tmp_path / "cache"), "hub_license": "mit", "dataset_name": None}
+    (folder / "training_config.yaml").write_text("# torch 2.13.0\n" + yaml.safe_dump(config))
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "optimizer.safetensors").write_text("state")
+    return folder
+
+
+def test_the_page_alone(run_folder, tmp_path, capsys):
+    (run_folder / "pipeline.py").write_text("raise SystemExit('code of the folder was executed')")
+    publish.main([str(run_folder), "--page_only", "--hub_model_id", "user/clothes"])
+    assert capsys.readouterr().out.strip() == str(run_folder / "README.md")
+    card = ModelCard.load(run_folder / "README.md")
+    check_whole(card, run_folder)
+    assert card.data.license == "mit" and card.data.datasets == [DATASET]
+    assert "```text\n4 images of (8, 8) pixels\n```" in card.content
+    with Image.open(run_folder / "usage.png") as drawn:
+        assert drawn.size == (4 * 112, 112)
+    assert str(tmp_path) not in card.content
+    assert "class ScratchDDPMPipeline" in (run_folder / "pipeline.py").read_text()  # the package's, not what was there
+    assert str(tmp_path) in (run_folder / "training_config.yaml").read_text()  # at home it stays as it is
+
+
+def test_without_a_name_the_folder_is_the_repository(run_folder, tmp_path):
+    publish.main(["runs/clothes", "--page_only", "--license", "apache-2.0"])
+    card = ModelCard.load(run_folder / "README.md")
+    assert 'from_pretrained("runs/clothes"' in card.content and card.data.license == "apache-2.0"
+
+
+def test_what_is_pushed_holds_no_path_of_this_machine(run_folder, tmp_path):
+    with publish.staged(run_folder) as stage:
+        files = sorted(str(path.relative_to(stage)) for path in stage.rglob("*") if path.is_file())
+        assert not [file for file in files if "checkpoints" in file] and "unet/config.json" in files
+        for file in files:
+            assert str(tmp_path).encode() not in (stage / file).read_bytes(), file
+        text = (stage / "training_config.yaml").read_text()
+    assert text.startswith("# torch 2.13.0\n")
+    config = yaml.safe_load(text)
+    assert config["output_dir"] == "clothes" and config["cache_dir"] == "cache"
+    assert not stage.exists()
+
+
+def test_a_broken_model_is_not_published(run_folder):
+    (run_folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(OSError, match="no weights in safetensors"):
+        publish.main([str(run_folder), "--page_only"])
+    assert not (run_folder / "README.md").exists()
+
+
+def test_code_that_fails_is_not_published(run_folder, tmp_path, monkeypatch):
+    template = tmp_path / "template.md"
+    template.write_text(publish.TEMPLATE.read_text().replace("guidance_scale=2.0", "guidance_scale=-2.0"))
+    monkeypatch.setattr(publish, "TEMPLATE", template)
+    with pytest.raises(RuntimeError, match=r"the code of the page failed(.|\n)*guidance_scale=-2.0"):
+        publish.main([str(run_folder), "--page_only"])
+    assert not (run_folder / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no_such_folder"], "no_such_folder has no model_index.json"),
+        (["MODEL", "--page_only", "--space"], "--page_only pushes nothing"),
+        (["MODEL", "--space_id", "user/demo"], "needs --space"),
+        (["MODEL", "--hub_model_id", "a/b/c"], "Repo id"),
+        (["MODEL", "--space", "--space_id", "a b"], "Repo id"),
+    ],
+)
+def test_wrong_calls(run_folder, arguments, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        publish.main([str(run_folder) if argument == "MODEL" else argument for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, []),
+        ({"dataset_name": None}, [DATASET]),
+        ({"dataset_name": "user/set"}, ["user/set"]),
+        ({"dataset_name": "/data/set.parquet"}, []),
+        ({"dataset_name": "set.parquet"}, []),
+        ({"dataset_name": "cifar10"}, []),
+        ({"dataset_name": None, "train_data_dir": "images"}, []),
+    ],
+)
+def test_data_sets_of_the_hub(config, expected):
+    assert publish.hub_datasets(config) == expected
+
+
+# The model of this repository, and a Space
+
+
+def test_the_page_of_the_shipped_model_is_what_the_command_writes():
+    """`python training/publish.py models/ddpm-fashion-mnist --page_only --license apache-2.0` writes it."""
+    card = page_of(
+        SHIPPED, "models/ddpm-fashion-mnist", license="apache-2.0", usage_output="8 images of (28, 28) pixels"
+    )
+    check_whole(card, SHIPPED)
+    assert sections(card) == SECTIONS and "3,832,897 parameters" in card.content
+    assert (SHIPPED / "README.md").read_text() == str(card)
+
+
+def test_what_a_space_needs_is_what_the_package_needs(tmp_path):
+    space.write_space(tmp_path, "user/clothes")
+    needed = (tmp_path / "requirements.txt").read_text().split("\n")
+    assert any(line.startswith("torch>=") for line in needed) and any(line.startswith("diffusers") for line in needed)
+    assert not [line for line in needed if re.match("gradio|pytest|datasets", line)]
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.to_dict() | {"sdk": "gradio", "app_file": "app.py", "models": ["user/clothes"]} == (
+        card.data.to_dict()
+    )
+    assert re.fullmatch(r"\d+\.\d+\.\d+", str(card.data.to_dict()["sdk_version"]))
+    pushed = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert "ddpm_from_scratch/hub.py" in pushed and not [path for path in pushed if "__pycache__" in path]
+
+
+def test_no_weights_but_safetensors_are_ever_pushed():
+    assert not [pattern for pattern in MODEL_FILES if pattern.endswith((".bin", ".pt", ".pkl", "/*", "**"))]
