@@ -347,6 +347,20 @@ def test_the_background_starts_again_when_it_had_run_dry(tmp_path):
     assert pushed == ["first", "second"]
 
 
+# The pipeline's own push, as in diffusers
+
+
+@pytest.mark.filterwarnings("ignore:Warnings while validating metadata in README.md")
+def test_a_pipeline_pushes_itself(server, model, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_user")
+    pipeline = ScratchDDPMPipeline.from_pretrained(model)
+    pipeline.push_to_hub("clothes", private=True)
+    files = server.files(NAME)
+    assert server.repositories["models", NAME].private
+    for name in ("model_index.json", "pipeline.py", WEIGHTS, "unet/config.json", "scheduler/scheduler_config.json"):
+        assert files[name] == (model / name).read_bytes(), name
+
+
 # Loading is safe
 
 

@@ -235,6 +235,21 @@ def test_two_versions_of_the_code_do_not_mix(published, tmp_path):
         assert (tmp_path / name / "pipeline.py").read_text() == (another if negative else today), name
 
 
+def test_a_revision_pins_the_code_of_a_model_that_names_its_own(published, tmp_path):
+    server, today = published.server, published.server.files(NAME)["pipeline.py"].decode()
+    unet = randomised(UNet2DModel(**TINY_NETWORK, num_class_embeds=5))
+    ScratchDDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "classes")
+    for code in (today.replace("(x / 2 + 0.5).clamp(0, 1)", "(0.5 - x / 2).clamp(0, 1)"), today):
+        (tmp_path / "classes" / "pipeline.py").write_text(code)
+        push(server, tmp_path / "classes", "user/classes", "hf_user")
+    old = server.repositories["models", "user/classes"].commits[-2].oid
+    jobs = {"new": {"repository": "user/classes"}, "old": {"repository": "user/classes", "revision": old}}
+    run(server, tmp_path, "-c", MIXING, json.dumps(jobs), tmp_path)
+    images = np.load(tmp_path / "images.npz")
+    assert images["new"].std() > 0.01
+    np.testing.assert_allclose(1 - images["old"], images["new"], atol=1e-6)
+
+
 # The run goes on
 
 
