@@ -11,9 +11,9 @@ from huggingface_hub import SpaceCard, SpaceCardData
 import ddpm_from_scratch
 from ddpm_from_scratch.hub import open_repository, push
 
-APP = Path(__file__).parents[1] / "demo" / "app.py"
+DEMO = Path(__file__).parents[1] / "demo"
 PACKAGE = Path(ddpm_from_scratch.__file__).parent
-SPACE_FILES = ("README.md", "app.py", "model_id.txt", "requirements.txt", "ddpm_from_scratch/*")
+SPACE_FILES = ("README.md", "app.py", "drawing.py", "model_id.txt", "requirements.txt", "ddpm_from_scratch/*")
 
 
 def publish_space(name: str, model: str, *, private: bool = False, token: str | None = None) -> str:
@@ -39,7 +39,8 @@ def publish_space(name: str, model: str, *, private: bool = False, token: str | 
 
 def write_space(folder: Path, model: str) -> None:
     """Write the files of a Space, which runs without anything else, into a folder."""
-    shutil.copyfile(APP, folder / "app.py")
+    for source in DEMO.glob("*.py"):
+        shutil.copyfile(source, folder / source.name)
     shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "model_id.txt").write_text(f"{model}\n", encoding="utf-8")
     (folder / "requirements.txt").write_text("\n".join(requirements()) + "\n", encoding="utf-8")
