@@ -1,6 +1,7 @@
 """Pushing to the Hub, here a stand-in on the loopback: what a repository holds, refusals, and every kind of failure."""
 
 import logging
+import shutil
 import threading
 import time
 
@@ -272,6 +273,49 @@ def test_a_wrong_request_is_not_tried_again(server, model):
     assert server.faults[0].seen == 1
 
 
+def test_a_stall_after_a_refused_connection_ends_too(server, model, monkeypatch):
+    """huggingface_hub makes a new client after a refused connection, which must have a timeout as well."""
+    monkeypatch.setattr(hub, "TIMEOUT", 0.3)
+    hub.open_repository(NAME, **WRITER)
+    create_commit = huggingface_hub.HfApi.create_commit
+
+    def refused_before(*arguments, **options):
+        huggingface_hub.close_session()  # as after a refused connection
+        return create_commit(*arguments, **options)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", refused_before)
+    server.faults.append(Fault("PUT", ".", "stall", seconds=20))
+    with pytest.raises(ConnectionError, match="after 3 tries"):
+        push(model)
+    assert commits(server) == []  # waiting for the end of the stall would have made one
+
+
+def test_a_timeout_of_the_callers_own_stays(server):
+    kind = type(huggingface_hub.get_session())
+    hub.set_timeout()
+    assert huggingface_hub.get_session().timeout.read == hub.TIMEOUT == 60
+    huggingface_hub.set_client_factory(lambda: kind(timeout=7))
+    hub.set_timeout()
+    assert huggingface_hub.get_session().timeout.read == 7
+
+
+@pytest.mark.parametrize("error", [ConnectionError("Network error: 503"), RuntimeError("Error while uploading")])
+def test_what_sends_large_files_fails_in_its_own_way(monkeypatch, error):
+    """hf_xet raises Python's own ConnectionError; huggingface_hub's older way, a RuntimeError around the cause."""
+    monkeypatch.setattr(hub, "WAITS", (0.0,))
+    if isinstance(error, RuntimeError):
+        error.__cause__ = HTTPError("cut")
+    tried = []
+
+    def failing():
+        tried.append(1)
+        raise error
+
+    with pytest.raises(ConnectionError, match=r"cannot push, after 2 tries: (Network error: 503|cut)"):
+        hub.insistently(failing, "push")
+    assert len(tried) == 2
+
+
 def test_our_own_mistakes_are_not_taken_for_the_hubs(monkeypatch):
     def mistaken():
         raise RuntimeError("ours")
@@ -370,11 +414,25 @@ def test_pickled_weights_of_a_repository_are_only_read_if_asked_for(server, mode
     ScratchDDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "pickled", safe_serialization=False)
     hub.open_repository(NAME, **WRITER)
     hub.push(tmp_path / "pickled", NAME, message="pickled", **WRITER, files=("*",))
-    with pytest.raises(OSError, match=r"user/clothes has no weights in safetensors.*use_safetensors=False"):
+    with pytest.raises(OSError, match=r"user/clothes has no weights in safetensors.*use_safetensors=False\."):
         ScratchDDPMPipeline.from_pretrained(NAME, **WRITER)
     assert not any(path.endswith(".bin") for _, path in server.requests if "/resolve/" in path)
     loaded = ScratchDDPMPipeline.from_pretrained(NAME, use_safetensors=False, **WRITER)
     assert torch.equal(loaded.unet.conv_in.weight, unet.conv_in.weight)
+
+
+@pytest.mark.parametrize("wrong", ["cut short", "the Hub fails"])
+def test_other_troubles_with_weights_are_not_blamed_on_pickles(server, model, tmp_path, wrong):
+    hub.open_repository(NAME, **WRITER)
+    folder = shutil.copytree(model, tmp_path / "copy")
+    if wrong == "cut short":
+        (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:100])
+    push(folder)
+    if wrong == "the Hub fails":
+        server.faults.append(Fault("GET", "safetensors", 500))
+    with pytest.raises(OSError) as caught:
+        ScratchDDPMPipeline.from_pretrained(NAME, **WRITER)
+    assert "pickle" not in str(caught.value).lower() and "use_safetensors" not in str(caught.value)
 
 
 def test_an_old_revision_stays_to_be_had(server, model, newer):

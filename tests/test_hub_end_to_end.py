@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from test_training import TINY, picture, write_parquet
 
 import publish
 import train
+import upload
 from ddpm_from_scratch import ScratchDDPMPipeline, hub
 from ddpm_from_scratch.pipeline import one_file
 
@@ -316,6 +318,34 @@ def test_a_push_that_is_not_allowed_is_refused_before_any_training(training, fla
     with pytest.raises(error, match="hf auth login"):
         training.main(*flags)
     assert not training.model.exists()
+
+
+def test_a_snapshot_that_cannot_be_written_costs_nothing_but_the_snapshot(training, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(upload, "write_json", full)
+    training.main("--hub_model_id", "clothes")
+    assert [commit.message for commit in training.server.repositories["models", NAME].commits[1:]] == [
+        "The trained model"
+    ]
+    assert "step 2 is not pushed: [Errno 28] No space left" in caplog.text and not (training.model / ".push").exists()
+
+
+def test_a_run_that_goes_on_does_not_keep_pictures_of_the_model_before(training):
+    training.main("--hub_model_id", "clothes", "--max_train_steps", "2")
+    for name in ("bound.png", "neighbors.png"):
+        shutil.copy(training.model / "samples.png", training.model / name)
+    training.main("--hub_model_id", "clothes", "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
+    files = training.server.files(NAME)
+    assert not {"bound.png", "neighbors.png"} & set(files) and json.loads(files["results.json"])["steps"] == 4
+
+
+def test_the_space_of_a_private_model_is_private(training, capsys):
+    training.main("--hub_model_id", "secret", "--hub_private_repo", "--checkpointing_steps", "null")
+    publish.main([str(training.model), "--hub_model_id", "user/secret", "--hub_token", "hf_user", "--space"])
+    assert training.server.repositories["spaces", "user/secret-demo"].private
+    assert "needs a secret HF_TOKEN" in capsys.readouterr().err
 
 
 def test_a_private_run_never_lands_in_a_public_repository(training):

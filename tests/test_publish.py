@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import TINY_NETWORK
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel, UniPCMultistepScheduler
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from PIL import Image
@@ -18,7 +18,6 @@ import publish
 import space
 from config import TrainingConfig
 from ddpm_from_scratch import ScratchDDPMPipeline
-from ddpm_from_scratch.hub import MODEL_FILES
 from ddpm_from_scratch.model_page import eval_results, model_page
 
 ROOT = Path(__file__).parents[1]
@@ -95,13 +94,29 @@ def sections(card):
     return [text for rank, text in Parts(card.content.split("---", 2)[2]).headings if rank == "h2"]
 
 
+ODD_NAMES = dict(enumerate(['a "quoted" | name', "*cat* <b>", "back\\slash", "😀"]))
+MODELS = {  # number of labels, their names, the scheduler
+    "unconditional": (None, None, DDPMScheduler()),
+    "named": (5, NAMES, DDPMScheduler()),
+    "unnamed": (4, None, DDPMScheduler()),
+    "no null label": (4, NAMES, DDPMScheduler()),
+    "odd names": (5, ODD_NAMES, DDPMScheduler()),
+    "few steps": (None, None, DDPMScheduler(num_train_timesteps=10)),
+    "another scheduler": (None, None, DPMSolverMultistepScheduler()),
+    "one without a generator": (None, None, UniPCMultistepScheduler()),
+}
+
+
+def save_one(folder, kind):
+    count, names, scheduler = MODELS[kind]
+    unet = UNet2DModel(**TINY_NETWORK, num_class_embeds=count)
+    ScratchDDPMPipeline(unet, scheduler, id2label=names).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module", params=["unconditional", "named", "unnamed"])
 def full(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    classes = {"named": NAMES}.get(request.param)
-    unet = UNet2DModel(**TINY_NETWORK, num_class_embeds=None if request.param == "unconditional" else 5)
-    ScratchDDPMPipeline(unet, DDPMScheduler(), id2label=classes).save_pretrained(folder)
-    return document(folder)
+    return document(save_one(tmp_path_factory.mktemp("full"), request.param))
 
 
 def check_whole(card, folder):
@@ -172,7 +187,7 @@ def test_another_measurement_is_another_page(tmp_path):
     row = cells.index("0.7654 ± 0.0123")
     assert cells[row - 2 : row] == ["4,321", "dinov2, 99 px"] and "-0.0456 ± 0.0043" in cells and "0.111" in cells
     for text in (
-        "9.877 ± 0.432 bits per dimension** on 77 held-out images, from 55 of its 1000 terms",
+        "9.877 ± 0.432 bits per dimension** on 77 held-out images of fashion_mnist_test.parquet, from 55 of its 1000",
         "12.3 % of the images are nearer to one of 7,777 training images",
         "Trained on Abacus (1 process) for 2.00 hours",
         "| 34,567 |",
@@ -236,6 +251,66 @@ def test_images_that_are_not_square(tmp_path):
     assert "of 8 × 16 RGB images" in page_of(folder).content
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_all_code_of_the_page_runs(tmp_path, monkeypatch, kind):
+    """Each block as it stands, on the folder in place of the repository, without what it loads from elsewhere."""
+    folder = save_one(tmp_path / "model", kind)
+    page = page_of(folder, str(folder))
+    blocks = re.findall(r"```python\n(.*?)```", page.content, re.DOTALL)
+    assert len(blocks) == (4 if kind in ("unconditional", "few steps", "another scheduler") else 3)
+    assert "run by the publishing command" not in page.content  # nobody did yet
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        if "google/" not in block:
+            exec(compile(block, kind, "exec"), found := {})
+            assert len(found.get("images", [1])) in (1, 2, 3, 4, 8)
+            assert block != blocks[0] or len(found["images"]) == {"unnamed": 3}.get(kind, 4 if MODELS[kind][0] else 8)
+
+
+def test_names_of_classes_are_not_taken_for_markup(tmp_path):
+    page = page_of(save_one(tmp_path / "model", "odd names")).content
+    assert r'in 4 classes (a "quoted" \| name, \*cat\* \<b\>, back\\slash, 😀)' in page
+    assert '["a \\"quoted\\" | name", "*cat* <b>", "back\\\\slash", "😀"]' in page
+
+
+def test_the_fid_takes_the_place_of_the_frechet_distance(tmp_path):
+    results = copy.deepcopy(RESULTS)
+    sample = results["evaluation"]["samples"][0]
+    for figures, value in ((sample, 12.34), (sample["floor"], 5.67)):
+        del figures["frechet_distance"]
+        figures["fid"] = value
+    sample["extractor"] = "inception"
+    folder = document(save(tmp_path / "model"), results)
+    card = page_of(folder)
+    cells = check_whole(card, folder).cells
+    assert "12.3" in cells and "5.7" in cells and "| FID |" in card.content
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results}["fid"] == 12.34
+
+
+def test_images_that_came_from_a_file(tmp_path):
+    """`evaluate.py --images` does not know of steps."""
+    results = copy.deepcopy(RESULTS)
+    for key in ("num_inference_steps", "labels", "scheduler", "seed"):
+        del results["evaluation"]["samples"][0][key]
+    folder = document(save(tmp_path / "model"), results)
+    card = page_of(folder)
+    check_whole(card, folder)
+    assert "*The first of 1,000 images; not chosen.*" in card.content
+
+
+def test_figures_against_other_images_are_no_metadata_of_the_training_data(tmp_path):
+    results = copy.deepcopy(RESULTS)
+    results["evaluation"]["images"]["training"]["name"] = "another/set"
+    card = page_of(document(save(tmp_path / "model"), results))
+    assert card.data.eval_results is None and "compared with those of another/set" in card.content
+
+
+def test_a_figure_that_is_no_number_is_left_out():
+    evaluation = copy.deepcopy(RESULTS["evaluation"])
+    evaluation["samples"][0]["recall"] = float("nan")
+    assert "recall" not in {result.metric_type for result in eval_results(evaluation, [DATASET])}
+
+
 # The command
 
 
@@ -246,6 +321,9 @@ def run_folder(tmp_path, monkeypatch):
     folder = document(save(tmp_path / "runs" / "clothes", NAMES), output_dir=str(tmp_path / "runs" / "clothes"))
     config = yaml.safe_load((folder / "training_config.yaml").read_text())
     config |= {"cache_dir": str(tmp_path / "cache"), "hub_license": "mit", "dataset_name": None}
+    config |= {"hub_token": "hf_secret", "resume_from_checkpoint": str(tmp_path / "step_1"), "test_set": "C:\\me\\set"}
+    network = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(network | {"_name_or_path": str(tmp_path)}))
     (folder / "training_config.yaml").write_text("# torch 2.13.0\n" + yaml.safe_dump(config))
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "optimizer.safetensors").write_text("state")
@@ -278,11 +356,13 @@ def test_what_is_pushed_holds_no_path_of_this_machine(run_folder, tmp_path):
         files = sorted(str(path.relative_to(stage)) for path in stage.rglob("*") if path.is_file())
         assert not [file for file in files if "checkpoints" in file] and "unet/config.json" in files
         for file in files:
-            assert str(tmp_path).encode() not in (stage / file).read_bytes(), file
+            content = (stage / file).read_bytes()
+            assert str(tmp_path).encode() not in content and b"hf_secret" not in content, file
         text = (stage / "training_config.yaml").read_text()
     assert text.startswith("# torch 2.13.0\n")
     config = yaml.safe_load(text)
-    assert config["output_dir"] == "clothes" and config["cache_dir"] == "cache"
+    assert config["output_dir"] == "clothes" and config["test_set"] == "set" and "hub_token" not in config
+    assert config["cache_dir"] is config["resume_from_checkpoint"] is None
     assert not stage.exists()
 
 
@@ -321,6 +401,7 @@ def test_wrong_calls(run_folder, arguments, message):
     ("config", "expected"),
     [
         ({}, []),
+        ({"seed": 0}, []),
         ({"dataset_name": None}, [DATASET]),
         ({"dataset_name": "user/set"}, ["user/set"]),
         ({"dataset_name": "/data/set.parquet"}, []),
@@ -358,7 +439,3 @@ def test_what_a_space_needs_is_what_the_package_needs(tmp_path):
     assert re.fullmatch(r"\d+\.\d+\.\d+", str(card.data.to_dict()["sdk_version"]))
     pushed = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert "ddpm_from_scratch/hub.py" in pushed and not [path for path in pushed if "__pycache__" in path]
-
-
-def test_no_weights_but_safetensors_are_ever_pushed():
-    assert not [pattern for pattern in MODEL_FILES if pattern.endswith((".bin", ".pt", ".pkl", "/*", "**"))]

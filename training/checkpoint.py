@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from config import LATEST
+
 UNFINISHED = ".unfinished-"  # prefix of a checkpoint that is being written
 
 
@@ -100,7 +102,7 @@ def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
     """
     if resume is None:
         return None
-    if resume == "latest":
+    if resume == LATEST:
         return next(reversed(list_checkpoints(folder)), None)
     if not Path(resume, "state.json").is_file():
         raise FileNotFoundError(f"{resume} is no checkpoint: it has no state.json")

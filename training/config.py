@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
 
 import yaml
@@ -78,15 +78,9 @@ POSITIVE = (
 UNIT_INTERVAL = ("label_dropout", "adam_beta1", "adam_beta2", "ema_max_decay")  # [0, 1)
 
 NOT_SAVED = ("hub_token",)  # a secret stays out of every file and log
-PATHS = (
-    "dataset_name",
-    "train_data_dir",
-    "cache_dir",
-    "model_config_name_or_path",
-    "test_set",
-    "output_dir",
-    "resume_from_checkpoint",
-)  # fields that may name a place on this machine
+NAMES_OR_PATHS = ("dataset_name", "train_data_dir", "model_config_name_or_path", "test_set", "output_dir")
+PLACES = ("cache_dir", "resume_from_checkpoint")  # of no use on another machine, but for `latest`
+LATEST = "latest"
 
 
 def knob(default: T, help: str) -> T:
@@ -366,12 +360,16 @@ def looks_local(name: str) -> bool:
 def public_name(name: str) -> str:
     """A Hub name as it is, or the last part of a local path, whose rest is nobody else's business."""
     path = Path(name).expanduser()
-    return path.resolve().name if path.exists() or looks_local(name) else name
+    if path.exists():
+        return path.resolve().name
+    return PureWindowsPath(name).name if looks_local(name) or "\\" in name else name
 
 
 def public_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as it may be published: without the places of its files on this machine."""
-    return {key: public_name(value) if key in PATHS and value else value for key, value in values.items()}
+    """A configuration as it may be published: without secrets and without places on this machine."""
+    shown = {key: value for key, value in values.items() if key not in NOT_SAVED}
+    named = {key: public_name(shown[key]) for key in NAMES_OR_PATHS if shown.get(key)}
+    return shown | named | {key: None for key in PLACES if shown.get(key, LATEST) != LATEST}
 
 
 def check_paths(config: TrainingConfig) -> None:
@@ -393,7 +391,7 @@ def check_paths(config: TrainingConfig) -> None:
     if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
         raise ValueError(f"output_dir {config.output_dir} is a file")
     resume = config.resume_from_checkpoint
-    if resume not in (None, "latest") and not Path(str(resume)).is_dir():
+    if resume not in (None, LATEST) and not Path(str(resume)).is_dir():
         raise FileNotFoundError(f"resume_from_checkpoint: no folder {resume} (or say `latest`)")
     if resume is None and any(Path(config.output_dir, "checkpoints").glob("step_*")):
         raise ValueError(

@@ -6,7 +6,6 @@ so do the paths of this machine. Publishing again without a change makes no comm
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -20,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from config import looks_local, public_config
 from ddpm_from_scratch import ScratchDDPMPipeline
 from ddpm_from_scratch.hub import MODEL_FILES, open_repository, push
+from ddpm_from_scratch.interchange import write_config
 from ddpm_from_scratch.model_page import model_page
 from space import publish_space
 
@@ -85,6 +86,8 @@ def staged(folder: Path) -> Iterator[Path]:
             shutil.copyfile(folder / file, stage / file)
         if (stage / CONFIG).is_file():
             write_public_config(stage / CONFIG, stage / CONFIG)
+        for path in stage.glob("*/*.json"):
+            write_config(path.read_text(encoding="utf-8"), path)  # stock diffusers notes where a model was loaded from
         yield stage
 
 
@@ -92,15 +95,15 @@ def write_public_config(path: Path, copy: Path) -> None:
     """A training configuration as it may be published; its first comment, the versions, stays."""
     text = path.read_text(encoding="utf-8")
     header = text.partition("\n")[0] + "\n" if text.startswith("#") else ""
-    values = public_config(yaml.safe_load(text))
+    values = public_config(yaml.safe_load(text) or {})
     copy.write_text(header + yaml.safe_dump(values, sort_keys=False, width=120), encoding="utf-8")
 
 
 def hub_datasets(config: Mapping[str, Any]) -> list[str]:
     """The Hub name of the data set that a training configuration names; none if it is not there."""
-    if not config or config.get("train_data_dir"):
+    if "dataset_name" not in config or config.get("train_data_dir"):
         return []
-    name = config.get("dataset_name") or EMBEDDED_DATASET
+    name = config["dataset_name"] or EMBEDDED_DATASET
     return [] if looks_local(name) or "/" not in name or Path(name).exists() else [name]
 
 
@@ -133,7 +136,7 @@ def run_usage(page: str, repository: str, stage: Path) -> str:
     Raises:
         RuntimeError: it failed.
     """
-    code = FIRST_CODE.findall(page)[0].replace(json.dumps(repository), json.dumps(str(stage)))
+    code = FIRST_CODE.findall(page)[0].replace(f'"{repository}"', repr(str(stage)))
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "HF_HOME": folder, "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
@@ -172,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = args.hub_model_id or args.folder.resolve().name
     if args.page_only:
         with staged(args.folder) as stage:
-            write_page(stage, args.hub_model_id or args.folder.as_posix(), args.license)
+            write_page(stage, args.hub_model_id or (args.folder.as_posix() if args.folder.name else name), args.license)
             for file in WRITTEN:
                 shutil.copyfile(stage / file, args.folder / file)
         print(args.folder / "README.md")
@@ -181,12 +184,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(publish(args.folder, repository, token=args.hub_token, license=args.license))
     if args.space:
         space = args.space_id or f"{repository}-demo"
-        print(publish_space(space, repository, private=args.hub_private_repo, token=args.hub_token))
+        private = bool(HfApi(token=args.hub_token).repo_info(repository).private)
+        print(publish_space(space, repository, private=private, token=args.hub_token))
+        if private:
+            print("The Space is private, as the model is: to load it, it needs a secret HF_TOKEN.", file=sys.stderr)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, yaml.YAMLError) as error:
         print(f"publish.py: error: {error}", file=sys.stderr)
         sys.exit(2)

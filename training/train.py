@@ -201,6 +201,8 @@ def finish(run: Run) -> None:
     pipeline.save_pretrained(folder)
     draw_grid(run, folder / "samples.png")
     plot_losses(run.progress.losses, LOSS_LABELS[run.config.loss], folder / "loss.png")
+    for picture in ("neighbors.png", "bound.png"):  # of an evaluation of the model that was here before
+        (folder / picture).unlink(missing_ok=True)
     write_json(results(run), folder / "results.json")
 
 

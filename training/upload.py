@@ -1,6 +1,7 @@
 """The upload of a run: its model at every checkpoint in the background, and at the end with its page."""
 
 import logging
+import shlex
 import shutil
 from pathlib import Path
 
@@ -35,14 +36,24 @@ class Upload:
         self._background = BackgroundPush(self._push)
 
     def snapshot(self, run: Run) -> None:
-        """Push the model as it is now, one consistent whole, while the training goes on."""
+        """Push the model as it is now, one consistent whole, while the training goes on; a failure is logged."""
         stage = self._stages / f"step_{run.progress.step:08d}"
+        try:
+            self._write(run, stage)
+        except Exception as error:  # whatever it is: the run is worth more
+            logger.warning("step %d is not pushed: %s", run.progress.step, error)
+            shutil.rmtree(stage, ignore_errors=True)
+        else:
+            self._background.submit(stage)
+
+    def _write(self, run: Run, stage: Path) -> None:
+        """What is pushed of an unfinished run."""
         pipeline = ScratchDDPMPipeline(unet=run.final_unet, scheduler=run.scheduler, id2label=run.id2label)
         pipeline.save_pretrained(stage)
         values = public_config(self.config.to_dict())
         (stage / CONFIG).write_text(yaml.safe_dump(values, sort_keys=False, width=120), encoding="utf-8")
         write_json(results(run), stage / "results.json")
-        model_page(
+        page = model_page(
             pipeline,
             stage,
             self.repository,
@@ -50,22 +61,22 @@ class Upload:
             license=self.config.hub_license,
             datasets=hub_datasets(self.config.to_dict()),
             unfinished=(run.progress.step, run.total_steps),
-        ).save(stage / "README.md")
-        self._background.submit(stage)
+        )
+        page.save(stage / "README.md")
 
     def finish(self) -> str:
         """Push the finished model, after what is under way; the address of the commit.
 
         Raises:
-            PermissionError, ConnectionError: as `hub.push`; a note says how to push it later.
+            ValueError, RuntimeError, PermissionError, ConnectionError: as `publish`; a note says how to push it later.
         """
         self._background.wait()
         shutil.rmtree(self._stages, ignore_errors=True)
         folder = self.config.output_dir
         try:
             return publish(Path(folder), self.repository, token=self.config.hub_token)
-        except OSError as error:
-            command = f"python training/publish.py {folder} --hub_model_id {self.repository}"
+        except Exception as error:
+            command = shlex.join(["python", "training/publish.py", folder, "--hub_model_id", self.repository])
             error.add_note(f"The trained model is whole in {folder}. Push it with: {command}")
             raise
 

@@ -40,8 +40,13 @@ import math
 import numbers
 import numpy as np
 import os
+import re
 import torch
 import torch.nn.functional as F
+
+
+# How diffusers says that a model has no such weights.
+NO_SAFETENSORS = re.compile(r"no file named \S+\.safetensors|necessary `safetensors` weights")
 
 
 def altered(part: ConfigMixin, kind: type[ConfigMixin] | None = None, /, **changes: object) -> Any:  # noqa: ANN401
@@ -65,11 +70,12 @@ def safe_weights(name: str | os.PathLike[str], options: dict[str, Any]) -> Itera
     try:
         yield
     except OSError as error:
-        if asked or "safetensors" not in str(error):
+        if asked or not NO_SAFETENSORS.search(str(error)):
             raise
         raise OSError(
-            f"{name} has no weights in safetensors. Pickled ones (.bin), which can run code as they are read, are only "
-            "read if you ask for it: use_safetensors=False."
+            f"{name} has no weights in safetensors under the name that was looked for. A variant is chosen with "
+            "variant='...'. Pickled weights (.bin), which can run code as they are read, are only read with "
+            f"use_safetensors=False. ({error})"
         ) from error
 
 

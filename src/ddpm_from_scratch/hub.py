@@ -11,8 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session
-from huggingface_hub.errors import HfHubHTTPError, HTTPError  # HTTPError: that of the HTTP library, of every failure
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session, set_client_factory
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,  # that of the HTTP library, of every failure
+    OfflineModeIsEnabled,
+)
 from huggingface_hub.utils import filter_repo_objects
 
 logger = logging.getLogger(__name__)
@@ -143,14 +147,13 @@ def insistently(action: Callable[[], T], what: str) -> T:
         HfHubHTTPError: it says that the request is wrong.
     """
     for wait in (*WAITS, None):
-        get_session().timeout = TIMEOUT  # huggingface_hub's own is none: a server that says nothing would stop us
+        set_timeout()
         try:
             return action()
-        except (HTTPError, RuntimeError) as error:
-            # huggingface_hub puts a RuntimeError around whatever ended the upload of a large file.
-            reason = error.__cause__ if isinstance(error, RuntimeError) else error
-            if not isinstance(reason, HTTPError):
-                raise
+        except OfflineModeIsEnabled:
+            raise
+        except (HTTPError, ConnectionError, RuntimeError) as error:
+            reason = failure(error)
             status = reason.response.status_code if isinstance(reason, HfHubHTTPError) else None
             if status in REFUSALS:
                 raise PermissionError(
@@ -165,6 +168,29 @@ def insistently(action: Callable[[], T], what: str) -> T:
             logger.warning("cannot %s, trying again in %g s: %s", what, wait, said)
             time.sleep(wait)
     raise AssertionError("the last try returns or raises")
+
+
+def set_timeout() -> None:
+    """Give huggingface_hub's HTTP client a timeout, now and when it makes another; without, silence would stop us.
+
+    A client of the caller's own, which has one, stays.
+    """
+    client = get_session()
+    if client.timeout.read is None:
+        kind, hooks = type(client), client.event_hooks
+        set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=TIMEOUT))
+
+
+def failure(error: Exception) -> Exception:
+    """What went wrong with the Hub; any other error is raised.
+
+    Small requests fail with an HTTPError; hf_xet, which sends large files, with a ConnectionError; where it does not
+    send them, huggingface_hub puts a RuntimeError around the cause.
+    """
+    reason = error.__cause__ if isinstance(error, RuntimeError) else error
+    if not isinstance(reason, HTTPError | ConnectionError):
+        raise error
+    return reason
 
 
 class BackgroundPush:
@@ -193,7 +219,7 @@ class BackgroundPush:
                 self._thread.start()
         if passed_over is not None:
             logger.info("%s is not pushed, since a newer one waits", passed_over.name)
-            shutil.rmtree(passed_over)
+            shutil.rmtree(passed_over, ignore_errors=True)
 
     def wait(self) -> None:
         """Until all is pushed, or given up."""

@@ -1,7 +1,9 @@
 """The model's page on the Hub: a template filled with what the model's folder holds. What is not there is left out."""
 
+import inspect
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,15 +13,19 @@ import yaml
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .scheduler import ScratchDDPMScheduler
+
 TASK = "unconditional-image-generation"
 TAGS = ("diffusers", "ddpm", "image-generation", "ddpm-from-scratch")
 # Pictures in the Hub's gallery, with the line below each; a picture that the folder lacks is left out.
 GALLERY = {"usage.png": "What the code on this page draws", "samples.png": "Samples, not chosen"}
+SHOWN_LABELS = 8  # in the code of the page
 TINY = 64  # pixels; smaller images are enlarged
 CHANNELS = {1: "grey", 3: "RGB"}
 METRICS = {
     "kernel_distance": "Kernel distance",
     "frechet_distance": "Fréchet distance",
+    "fid": "FID",
     "precision": "Precision",
     "recall": "Recall",
     "density": "Density",
@@ -74,7 +80,7 @@ def model_page(
         datasets=list(datasets) or None,
         tags=[*TAGS, *(["class-conditional"] if facts["conditional"] else [])],
         model_name=facts["name"],
-        eval_results=eval_results(facts["evaluation"], datasets) or None,
+        eval_results=eval_results(facts["evaluation"], datasets if _measured_on_its_own_data(facts) else ()) or None,
         widget=[
             {"text": text, "output": {"url": picture}} for picture, text in GALLERY.items() if picture in facts["files"]
         ]
@@ -96,13 +102,22 @@ def page_facts(pipeline: DiffusionPipeline, folder: Path, repository: str) -> di
 
     Returns:
         `repository` and its `name`; of the network: `size` and `channels` (in words), `tiny`, `parameters`,
-        `conditional`, `class_names`; `scheduler`, its configuration; `training` and `evaluation` from results.json and
-        `config` from training_config.yaml, empty if there is none; `files`, the names of those in the folder.
+        `conditional`, `classes` (in words); of its use: `labels`, code for some of them, `guided`, whether there is a
+        null label, `stock`, whether diffusers' own pipeline runs it, `ddpm`, whether its scheduler is that of DDPM, and
+        `num_steps`, T; `scheduler`, its configuration; `training` and `evaluation` from results.json and `config` from
+        training_config.yaml, empty if there is none; `files`, the names of those in the folder.
+
+    Raises:
+        ValueError: the network's configuration does not tell the size of its images.
     """
-    network = pipeline.unet.config
+    network, scheduler = pipeline.unet.config, pipeline.scheduler
+    if network["sample_size"] is None:
+        raise ValueError("The network's configuration has no sample_size: set it to the side of the images.")
     sides = (size, size) if isinstance(size := network["sample_size"], int) else tuple(size)
+    names = {int(number): name for number, name in (pipeline.config.get("id2label") or {}).items()}
+    count = network.get("num_class_embeds") or 0
+    labels = [names[number] for number in sorted(names)] or list(range(count - 1))
     results = _read(folder / "results.json", json.loads)
-    names = pipeline.config.get("id2label") or {}
     return {
         "repository": repository,
         "name": repository.rpartition("/")[2],
@@ -110,14 +125,30 @@ def page_facts(pipeline: DiffusionPipeline, folder: Path, repository: str) -> di
         "tiny": max(sides) < TINY,
         "channels": CHANNELS.get(network["in_channels"], f"{network['in_channels']}-channel"),
         "parameters": pipeline.unet.num_parameters(),
-        "conditional": network.get("num_class_embeds") is not None,
-        "class_names": [names[key] for key in sorted(names, key=int)],
-        "scheduler": dict(pipeline.scheduler.config),
+        "conditional": count > 0,
+        "classes": f"{len(labels)} classes" + (f" ({_plain(', '.join(map(str, labels)))})" if names else ""),
+        "labels": json.dumps(labels[:SHOWN_LABELS], ensure_ascii=False),  # valid Python too
+        "guided": count > 0 and count - 1 not in names,
+        "stock": count == 0 and "generator" in inspect.signature(scheduler.step).parameters,
+        "ddpm": isinstance(scheduler, ScratchDDPMScheduler),
+        "num_steps": scheduler.config.get("num_train_timesteps", 1000),
+        "scheduler": dict(scheduler.config),
         "evaluation": results.pop("evaluation", {}),
         "training": results,
-        "config": _read(folder / "training_config.yaml", yaml.safe_load),
+        "config": _read(folder / "training_config.yaml", yaml.safe_load) or {},
         "files": sorted(path.name for path in folder.iterdir() if path.is_file()),
     }
+
+
+def _plain(text: str) -> str:
+    """Text in which Markdown and HTML find nothing to interpret."""
+    return re.sub(r"([\\`*_\[\]<>|&])", r"\\\1", text)
+
+
+def _measured_on_its_own_data(facts: Mapping[str, Any]) -> bool:
+    """Whether the figures come from comparing with the images that the model was trained on."""
+    compared = facts["evaluation"].get("images", {}).get("training", {}).get("name")
+    return compared is not None and compared == facts["training"].get("dataset", {}).get("name")
 
 
 def eval_results(evaluation: Mapping[str, Any], datasets: Sequence[str]) -> list[EvalResult]:
@@ -145,7 +176,8 @@ def eval_results(evaluation: Mapping[str, Any], datasets: Sequence[str]) -> list
 
 
 def _known(values: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    return {key: values[key] for key in keys if values.get(key) is not None}
+    """Of the values those that are there, and numbers if they are to be."""
+    return {key: value for key in keys if (value := values.get(key)) is not None and value == value}
 
 
 def _read(path: Path, parse: Any) -> dict[str, Any]:  # noqa: ANN401
