@@ -628,7 +628,9 @@ def test_resume_takes_a_checkpoint_from_before_there_were_objectives(inputs, tmp
     common = ("--checkpointing_steps", "2", "--lr_scheduler", "constant_with_warmup")
     folder = run_main(inputs, tmp_path / "run", *common, "--max_train_steps", "2")
     state = folder / "checkpoints" / "step_00000002" / "state.json"
-    content = json.loads(state.read_text())
+    manifest = state.with_name("manifest.json")
+    content = {**json.loads(state.read_text()), "config": json.loads(manifest.read_text())["config"]}
+    manifest.unlink()  # version 0.1.0 had none
     for name in (*networks.OBJECTIVE_FLAGS, "timestep_sampling"):
         del content["identity"][name]
     state.write_text(json.dumps(content))

@@ -1,20 +1,24 @@
 """Checkpoints that are whole or absent, and hold nothing but tensors and JSON."""
 
+import hashlib
 import json
-import os
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from config import LATEST
+from durable import begin_folder, finish_folder, remove_folder, tidy, write_file
 
-UNFINISHED = ".unfinished-"  # prefix of a checkpoint that is being written
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -25,6 +29,9 @@ class Progress:
     seconds: float = 0.0  # spent in training, without sampling and saving
     losses: list[tuple[int, float]] = field(default_factory=list)  # (step, mean loss since the entry before)
     evaluations: list[dict[str, float]] = field(default_factory=list)  # of --eval_steps
+    unread: list[float] = field(default_factory=list)  # losses of the steps since the last entry, if it stopped there
+    skipped_steps: int = 0  # since their gradients were not finite
+    skipped_in_a_row: int = 0  # up to here
     gradient_scaler: dict[str, float] = field(default_factory=dict)  # fp16's loss scale and its counters
 
 
@@ -53,65 +60,97 @@ def load_optimizer_tensors(
 
 
 def save_checkpoint(
-    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], total_limit: int | None
+    folder: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    total_limit: int | None,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint beside its place, make it durable, move it into place, then drop the oldest beyond the limit.
+    """Write a checkpoint, whole or not at all, then drop the oldest beyond the limit.
 
     Args:
         folder: `.../step_00001000`; a checkpoint that is there already is replaced.
         tensors: a safetensors file for each key.
         state: goes into state.json.
         total_limit: how many checkpoints may stay; None for all.
+        about: for the manifest, beside the size and the sha256 of each file.
+
+    Raises:
+        OSError: it cannot be written; those that were there are as they were.
     """
-    unfinished = folder.with_name(UNFINISHED + folder.name)
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
-    unfinished.mkdir(parents=True)
-    for name, group in tensors.items():
-        save_file({key: t.detach().cpu().contiguous() for key, t in group.items()}, unfinished / f"{name}.safetensors")
-    (unfinished / "state.json").write_text(json.dumps(state))
-    for path in [*unfinished.iterdir(), unfinished]:
-        flush_to_disk(path)
-    if folder.exists():
-        shutil.rmtree(folder)
-    unfinished.rename(folder)
-    flush_to_disk(folder.parent)
-    for old in list_checkpoints(folder.parent)[: -total_limit if total_limit else 0]:
-        shutil.rmtree(old)
-
-
-def flush_to_disk(path: Path) -> None:
-    """Return once a file's content, or a folder's list of names, has reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    unfinished, files = begin_folder(folder), {}
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        for name, content in contents(tensors, state):
+            write_file(unfinished / name, content)
+            files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        write_file(unfinished / MANIFEST, as_json({**(about or {}), "files": files}))
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)  # what fills the disk for nothing
+        raise
+    finish_folder(folder)
+    for old in list_checkpoints(folder.parent)[: -total_limit if total_limit else 0]:
+        remove_folder(old)
+
+
+def contents(tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+    """The files of a checkpoint, one in memory at a time."""
+    for name, group in tensors.items():
+        yield f"{name}.safetensors", save({key: t.detach().cpu().contiguous() for key, t in group.items()})
+    yield "state.json", as_json(state)
+
+
+def as_json(values: Mapping[str, Any]) -> bytes:
+    """Values as a file."""
+    return json.dumps(values).encode()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder, oldest first."""
+    """The checkpoints in a folder, oldest first."""
     return sorted(folder.glob("step_[0-9]*"), key=lambda path: int(path.name.removeprefix("step_")))
 
 
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole, every byte of it."""
+    try:
+        if not (checkpoint / MANIFEST).exists():  # of version 0.1.0, which kept the configuration elsewhere
+            return None if "config" in read_state(checkpoint) else f"it has no {MANIFEST}"
+        for name, known in json.loads((checkpoint / MANIFEST).read_bytes())["files"].items():
+            with open(checkpoint / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != known["sha256"]:
+                    return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
 def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
-    """The checkpoint to resume from: the last one for `latest` (None if there is none yet), else the path itself.
+    """The checkpoint to resume from: the last whole one for `latest` (None if there is none yet), else the path itself.
 
     Raises:
         FileNotFoundError: the path is no checkpoint.
+        ValueError: it is damaged; for `latest`, all are.
     """
     if resume is None:
         return None
-    if resume == LATEST:
-        return next(reversed(list_checkpoints(folder)), None)
-    if not Path(resume, "state.json").is_file():
-        raise FileNotFoundError(f"{resume} is no checkpoint: it has no state.json")
-    return Path(resume)
+    if resume != LATEST:
+        if not Path(resume, "state.json").is_file():
+            raise FileNotFoundError(f"{resume} is no checkpoint: it has no state.json")
+        if (wrong := damage(Path(resume))) is not None:
+            raise ValueError(f"{resume} is damaged ({wrong}): resume from another checkpoint")
+        return Path(resume)
+    tidy(folder)
+    for checkpoint in reversed(found := list_checkpoints(folder)):
+        if (wrong := damage(checkpoint)) is None:
+            return checkpoint
+        logger.warning("%s is damaged (%s): taking the one before", checkpoint, wrong)
+    if found:
+        raise ValueError(f"all checkpoints in {folder} are damaged: move them away to start anew")
+    return None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint."""
-    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_bytes())
     return state
 
 

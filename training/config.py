@@ -59,6 +59,7 @@ AT_LEAST: dict[str, int] = {
     "sample_steps": 1,
     "eval_steps": 1,
     "eval_num_images": 20,
+    "max_skipped_steps": 1,
     "checkpointing_steps": 1,
     "checkpoints_total_limit": 1,
     "seed": 0,
@@ -162,6 +163,7 @@ class TrainingConfig:
     adam_weight_decay: float = knob(0.0, "decoupled weight decay (paper: 0)")
     adam_epsilon: float = knob(1e-8, "term in Adam's denominator (paper: 1e-8)")
     max_grad_norm: float = knob(1.0, "norm to which gradients are clipped (paper: 1)")
+    max_skipped_steps: int = knob(20, "steps in a row whose gradients are not finite after which the run gives up")
     mixed_precision: str = knob("auto", "auto: bf16 where the device computes it fast (paper: no)")
     seed: int = knob(0, "the run is a function of it: weights, order, flips, timesteps, noise, dropouts")
 
@@ -193,7 +195,9 @@ class TrainingConfig:
     log_steps: int = knob(10, "optimiser steps between two logged losses")
     checkpointing_steps: int | None = knob(500, "optimiser steps between checkpoints; null: none")
     checkpoints_total_limit: int | None = knob(None, "how many checkpoints are kept; left out: all")
-    resume_from_checkpoint: str | None = knob(None, "a checkpoint folder, or `latest`")
+    resume_from_checkpoint: str | None = knob(
+        LATEST, "latest: the same command goes on where it was stopped; a checkpoint's folder; null: start anew"
+    )
     push_to_hub: bool = knob(
         False, "upload the model: in the background at every checkpoint, and with its page at the end"
     )

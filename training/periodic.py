@@ -1,6 +1,5 @@
 """The small evaluation in the course of a training run, and the best model so far."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from ddpm_from_scratch import ScratchDDPMPipeline
 from ddpm_from_scratch.features import Features, extract
 from ddpm_from_scratch.likelihood import bits_per_dim
 from ddpm_from_scratch.metrics import kernel_distance_with_error
+from durable import begin_folder, finish_folder
 from evaluation import Options, evenly, generate, to_array
 from report import write_json
 from run import Run
@@ -92,13 +92,8 @@ def is_best(evaluations: list[dict[str, float]]) -> bool:
 def keep_best(run: Run, figures: dict[str, Any]) -> None:
     """Put the model into the folder of the best one, whole, with its figures; one process does."""
     folder = Path(run.config.output_dir, BEST)
-    unfinished, old = (folder.with_name(f".{word}-{BEST}") for word in ("unfinished", "old"))
-    for leftover in (unfinished, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    unfinished = begin_folder(folder)
     pipeline = ScratchDDPMPipeline(unet=run.final_unet, scheduler=run.scheduler, id2label=run.id2label)
     pipeline.save_pretrained(unfinished)
     write_json(figures, unfinished / "evaluation.json")
-    if folder.exists():
-        folder.rename(old)
-    unfinished.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    finish_folder(folder)

@@ -27,6 +27,7 @@ from ddpm_from_scratch import ScratchDDPMScheduler, ScratchUNet2DModel
 from ddpm_from_scratch.objectives import LossAwareSampler, Objective
 from draws import derived_seed
 from ema import EMA
+from faults import CannotSave, FiniteGuard
 from networks import (
     OBJECTIVE_FLAGS,
     PROCESS_FLAGS,
@@ -60,6 +61,7 @@ class Run:
     progress: Progress
     objective: Objective
     sampler: LossAwareSampler | None  # of timesteps; None for uniform ones
+    guard: FiniteGuard | None = None  # None where a gradient scaler does its work
 
     @cached_property
     def global_batch_size(self) -> int:
@@ -154,11 +156,18 @@ def build(config: TrainingConfig) -> Run:
     checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir, "checkpoints"))
     if checkpoint is not None:
         load(run, checkpoint)
+    if accelerator.scaler is None:
+        counts = run.progress.skipped_steps, run.progress.skipped_in_a_row
+        run.guard = FiniteGuard(optimizer.optimizer, accelerator.device, *counts)
     return run
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint; one process does, since all hold the same."""
+    """Write a checkpoint; one process does, since all hold the same.
+
+    Raises:
+        CannotSave: it cannot be written; those that were there are as they were.
+    """
     if not run.accelerator.is_main_process:
         return
     progress, scaler = run.progress, run.accelerator.scaler
@@ -169,9 +178,16 @@ def save(run: Run) -> None:
         **({"ema": run.ema.network.state_dict()} if run.ema else {}),
         **({"sampler": run.sampler.state_dict()} if run.sampler else {}),
     }
-    state = {"progress": vars(progress), "identity": run.identity(), "config": run.config.to_dict()}
+    state = {"progress": vars(progress), "identity": run.identity()}
+    about = {"step": progress.step, "config": run.config.to_dict(), "versions": versions()}
     folder = Path(run.config.output_dir, "checkpoints", f"step_{progress.step:08d}")
-    save_checkpoint(folder, tensors, state, run.config.checkpoints_total_limit)
+    try:
+        save_checkpoint(folder, tensors, state, run.config.checkpoints_total_limit, about)
+    except OSError as error:
+        raise CannotSave(
+            f"the checkpoint of step {progress.step} cannot be written: {error}. Those that were there are whole; make "
+            "room and run the same command again."
+        ) from error
 
 
 def load(run: Run, checkpoint: Path) -> None:
@@ -208,6 +224,7 @@ def results(run: Run) -> dict[str, Any]:
         "epochs": images / len(run.data.images),
         "seconds": progress.seconds,
         "images_per_second": images / progress.seconds,
+        **({"skipped_steps": progress.skipped_steps} if progress.skipped_steps else {}),
         **({"evaluations": progress.evaluations} if progress.evaluations else {}),
         "seed": run.config.seed,
         "num_parameters": run.trained_unet.num_parameters(),

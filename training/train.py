@@ -1,7 +1,6 @@
 """Train a denoising diffusion probabilistic model: `accelerate launch training/train.py [preset.yaml] [--flags]`."""
 
 import logging
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from ddpm_from_scratch.objectives import LossAwareSampler
 from draws import batch_positions, derived_seed, stratified_timesteps, stratified_uniforms
 from dry_run import dry_run
 from ema import ema_decay
+from faults import Diverged, Fault, Stopped, StopSignals, refusing
 from optimization import learning_rate, set_learning_rate
 from periodic import Yardstick, build_yardstick, evaluate_run, is_best, keep_best
 from report import LOSS_LABELS, config_with_header, image_grid, plot_losses, sample_images, write_json
@@ -58,7 +58,9 @@ def descend(run: Run, batches: Iterator[Batch], step: int) -> Tensor:
             loss = (to_device(all_weights[rows]) * loss_of_image).mean()
             accelerator.backward(loss)  # ∇_θ
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+                norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+                if run.guard:
+                    run.guard.check(norm)
             run.optimizer.step()
             run.optimizer.zero_grad()
         seen.append(loss_of_image.detach())
@@ -109,18 +111,24 @@ def batches_from(run: Run, step: int) -> Iterator[Batch]:
     return iter(build_loader(stream, batches, config.dataloader_num_workers, accelerator.device.type == "cuda"))
 
 
-def train(run: Run, yardstick: Yardstick | None, upload: Upload | None) -> None:
+def train(run: Run, yardstick: Yardstick | None, upload: Upload | None, signals: StopSignals) -> None:
     """Algorithm 1: repeat until converged, here for a fixed number of optimiser steps.
 
     Args:
         run: as built.
         yardstick: for the evaluations on the way; None for a run without.
         upload: gets the model at every checkpoint but the last; None for a run without, and on all processes but one.
+        signals: that ask the run to stop.
+
+    Raises:
+        Stopped: one did; a checkpoint is written.
+        CannotSave, Diverged: see `save` and `log`.
     """
     config, progress, total = run.config, run.progress, run.total_steps
     batches = batches_from(run, progress.step)
     bar = tqdm(total=total, initial=progress.step, unit="step", disable=not run.accelerator.is_main_process)
-    unread: list[Tensor] = []
+    unread = [torch.tensor(loss, device=run.accelerator.device) for loss in progress.unread]
+    progress.unread = []
     clock = time.perf_counter()
     run.unet.train()
     for step in range(progress.step, total):
@@ -134,7 +142,8 @@ def train(run: Run, yardstick: Yardstick | None, upload: Upload | None) -> None:
         saving = config.checkpointing_steps and (last or progress.step % config.checkpointing_steps == 0)
         sampling = config.sample_steps and progress.step % config.sample_steps == 0
         evaluating = config.eval_steps is not None and (last or progress.step % config.eval_steps == 0)
-        if saving or sampling or evaluating or last or progress.step % config.log_steps == 0:
+        logging_now = saving or sampling or evaluating or last or progress.step % config.log_steps == 0
+        if logging_now:
             log(run, bar, unread, time.perf_counter() - clock)
             if evaluating and yardstick is not None:
                 compare(run, yardstick)
@@ -145,21 +154,43 @@ def train(run: Run, yardstick: Yardstick | None, upload: Upload | None) -> None:
             if sampling:
                 draw_grid(run, Path(config.output_dir, "samples", f"step_{progress.step}.png"))
             clock = time.perf_counter()  # so that saving and sampling do not count as training
+        if asked_to_stop(run, signals, bool(logging_now)):
+            progress.seconds += time.perf_counter() - clock
+            progress.unread = [float(loss) for loss in unread]  # so that the next log is that of a run without a stop
+            if not saving:
+                save(run)
+            raise Stopped(f"stopped after step {progress.step}; a checkpoint is written: the same command goes on.")
     bar.close()
+
+
+def asked_to_stop(run: Run, signals: StopSignals, logging_now: bool) -> bool:
+    """Whether a signal asked for it; several processes agree on it where they wait for each other anyway."""
+    asked = signals.received is not None
+    if run.accelerator.num_processes == 1:
+        return asked
+    if not logging_now:
+        return False
+    return bool(run.accelerator.reduce(torch.tensor(float(asked), device=run.accelerator.device)) > 0)
 
 
 def log(run: Run, bar: "tqdm[Any]", unread: list[Tensor], seconds: float) -> None:
     """Read the losses of the steps since the last call, which took `seconds`, and pass them on.
 
     Raises:
-        FloatingPointError: the loss is no longer finite.
+        Diverged: the gradients have not been finite for too many steps in a row.
     """
     config, progress, accelerator = run.config, run.progress, run.accelerator
-    loss = float(accelerator.reduce(torch.stack(unread).mean(), reduction="mean"))  # waits for the device
-    images_per_second = len(unread) * run.global_batch_size / seconds
+    losses = torch.stack(unread)
+    finite = losses.isfinite()
+    both = torch.stack([losses.where(finite, 0).sum(), finite.sum()])
+    total, count = accelerator.reduce(both, reduction="sum").tolist()  # waits for the device
+    steps = len(unread)
+    images_per_second = steps * run.global_batch_size / seconds
     unread.clear()
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss} before step {progress.step}: try a lower learning rate")
+    count_skipped(run, steps, bool(count))
+    if not count:
+        return
+    loss = total / count
     progress.seconds += seconds
     progress.losses.append((progress.step, loss))
     rate = learning_rate(progress.step, config, run.total_steps)  # of the next step, so a decay ends at 0
@@ -168,6 +199,27 @@ def log(run: Run, bar: "tqdm[Any]", unread: list[Tensor], seconds: float) -> Non
         values["ema_decay"] = ema_decay(progress.step, config.ema_inv_gamma, config.ema_power, config.ema_max_decay)
     accelerator.log(values, step=progress.step)
     bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {images_per_second:.0f} images/s")
+
+
+def count_skipped(run: Run, steps: int, any_finite: bool) -> None:
+    """Note how many of the last steps were skipped, or failed under a gradient scaler, which does not tell.
+
+    Raises:
+        Diverged: too many did, one after the other.
+    """
+    config, progress = run.config, run.progress
+    before = progress.skipped_steps
+    if run.guard:
+        progress.skipped_steps, progress.skipped_in_a_row = run.guard.counts()
+    else:
+        progress.skipped_in_a_row = 0 if any_finite else progress.skipped_in_a_row + steps
+    if progress.skipped_steps > before and run.accelerator.is_main_process:
+        logger.warning("%d steps were skipped: gradients not finite", progress.skipped_steps - before)
+    if progress.skipped_in_a_row >= min(config.max_skipped_steps, run.total_steps):
+        raise Diverged(
+            f"the gradients of the last {progress.skipped_in_a_row} steps, up to step {progress.step}, were not finite. "
+            "The last checkpoint is of before; try a lower learning rate."
+        )
 
 
 def compare(run: Run, yardstick: Yardstick) -> None:
@@ -226,20 +278,26 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
 
     Returns:
         The model folder; None after a dry run.
+
+    Raises:
+        Fault: what befell the run; see `faults`.
     """
     config, only_dry = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for library in ("httpx", "httpx2"):  # they log every request
         logging.getLogger(library).setLevel(logging.WARNING)
-    run = build(config)
+    with refusing():
+        run = build(config)
     if only_dry:
         dry_run(run, partial(descend, run, batches_from(run, run.progress.step)))
         return None
     main_process = run.accelerator.is_main_process
-    yardstick = build_yardstick(config, run.data) if config.eval_steps else None
-    upload = Upload(config) if config.push_to_hub and main_process else None
+    with refusing():
+        yardstick = build_yardstick(config, run.data) if config.eval_steps else None
+        upload = Upload(config) if config.push_to_hub and main_process else None
     start_output(run)
-    train(run, yardstick, upload)
+    with StopSignals() as signals:
+        train(run, yardstick, upload, signals)
     run.accelerator.wait_for_everyone()
     if main_process:
         finish(run)
@@ -252,4 +310,8 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Fault as fault:
+        logger.error("train.py: %s", fault)
+        sys.exit(fault.code)

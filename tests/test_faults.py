@@ -1,0 +1,222 @@
+"""What befalls a run: gradients that are not finite, signals, a full disk, damaged checkpoints; and the exit codes."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_training import (  # noqa: F401
+    STEPS,
+    TRAINING,
+    assert_equal,
+    checkpoint_tensors,
+    inputs,
+    quiet_machine,
+    run_main,
+    whole_run,
+)
+from torch import nn
+
+import checkpoint
+import faults
+import run
+import train
+from faults import CannotSave, Diverged, FiniteGuard, Stopped
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+# Gradients that are not finite
+
+
+def poisoned(monkeypatch, *steps):
+    """Noise that is not a number in these steps."""
+    descend = train.descend
+
+    def with_nan(run, batches, step):
+        def spoilt(batch):
+            return batch._replace(noise=batch.noise * (float("nan") if step in steps else 1))
+
+        return descend(run, map(spoilt, batches), step)
+
+    monkeypatch.setattr(train, "descend", with_nan)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(inputs, tmp_path, monkeypatch, caplog):  # noqa: F811
+    """Weights and optimiser are those of before, the rest of the run goes on; resuming in between changes nothing."""
+    flags = ("--checkpointing_steps", "1", "--log_steps", "1", "--use_ema", "false")
+    poisoned(monkeypatch, 3, 4)
+    folder = run_main(inputs, tmp_path / "model", *flags)
+    before, after = checkpoint_tensors_without_ema(folder, 3), checkpoint_tensors_without_ema(folder, 5)
+    assert_equal(after, before)
+    progress = checkpoint.read_state(folder / "checkpoints" / f"step_{STEPS:08d}")["progress"]
+    assert progress["skipped_steps"] == 2 and progress["skipped_in_a_row"] == 0
+    assert [step for step, _ in progress["losses"]] == [1, 2, 3, 6, 7, 8, 9, 10]
+    assert "1 steps were skipped" in caplog.text
+    assert not [name for name, t in checkpoint_tensors_without_ema(folder, STEPS).items() if not t.isfinite().all()]
+    start = folder / "checkpoints" / "step_00000004"
+    again = run_main(inputs, tmp_path / "again", *flags, "--resume_from_checkpoint", start)
+    assert_equal(load_file(again / WEIGHTS), load_file(folder / WEIGHTS))
+
+
+def checkpoint_tensors_without_ema(folder, step):
+    path = folder / "checkpoints" / f"step_{step:08d}"
+    return {
+        f"{name}/{key}": tensor
+        for name in ("unet", "optimizer")
+        for key, tensor in load_file(path / f"{name}.safetensors").items()
+    }
+
+
+def test_too_many_in_a_row_end_the_run(inputs, tmp_path, monkeypatch):  # noqa: F811
+    poisoned(monkeypatch, *range(3, 100))
+    flags = ("--checkpointing_steps", "2", "--log_steps", "1", "--max_skipped_steps", "4")
+    with pytest.raises(Diverged, match=r"last 4 steps, up to step 7, were not finite.*lower learning rate"):
+        run_main(inputs, tmp_path / "model", *flags)
+    latest = checkpoint.find_checkpoint("latest", tmp_path / "model" / "checkpoints")
+    assert latest.name == "step_00000006"
+    assert all(tensor.isfinite().all() for tensor in checkpoint_tensors(tmp_path / "model", 6).values())
+
+
+def test_a_run_without_any_finite_step_leaves_no_model(inputs, tmp_path, monkeypatch):  # noqa: F811
+    poisoned(monkeypatch, *range(100))
+    with pytest.raises(Diverged, match="last 10 steps, up to step 10"):
+        run_main(inputs, tmp_path / "model")
+    assert not (tmp_path / "model" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_guard_makes_the_optimiser_skip(fused):
+    """What PyTorch's fused kernels do with `found_inf`, which gradient scalers rely on too."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 2) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    optimizers = [torch.optim.AdamW(layer.parameters(), lr=0.1, fused=fused) for layer in layers]
+    guard = FiniteGuard(optimizers[0], torch.device("cpu"), 5, 0)
+    for step in range(4):
+        spoilt = step in (1, 2)
+        for layer, optimizer in zip(layers, optimizers, strict=True):
+            optimizer.zero_grad()
+            layer(torch.ones(1, 3) * (step + 1)).square().sum().backward()
+            if spoilt and layer is layers[1]:
+                continue  # the reference leaves the step out
+            if layer is layers[0]:
+                if spoilt:
+                    layer.weight.grad[0, 0] = float("inf")
+                guard.check(nn.utils.get_total_norm([p.grad for p in layer.parameters()]))
+                if step == 2:
+                    assert guard.counts() == (7, 2)
+            optimizer.step()
+    assert guard.counts() == (7, 0)
+    for name, weight in layers[0].state_dict().items():
+        assert torch.equal(weight, layers[1].state_dict()[name]), name
+    states = [optimizer.state[layer.weight] for layer, optimizer in zip(layers, optimizers, strict=True)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+
+
+# Signals
+
+
+@pytest.mark.parametrize(("number", "stop_in"), [(signal.SIGTERM, 4), (signal.SIGINT, 1), (signal.SIGTERM, STEPS)])
+def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(
+    inputs,  # noqa: F811
+    whole_run,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    number,
+    stop_in,
+):
+    descend = train.descend
+
+    def signalled(run, batches, step):
+        if step == stop_in - 1:
+            os.kill(os.getpid(), number)
+        return descend(run, batches, step)
+
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"stopped after step {stop_in}"):
+        patch.setattr(train, "descend", signalled)
+        run_main(inputs, tmp_path / "model")
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+    found = checkpoint.find_checkpoint("latest", tmp_path / "model" / "checkpoints")
+    assert found.name == f"step_{stop_in:08d}" and not (tmp_path / "model" / "model_index.json").exists()
+    resumed = run_main(inputs, tmp_path / "model", "--checkpointing_steps", "10")
+    assert_equal(load_file(resumed / WEIGHTS), load_file(whole_run / WEIGHTS))
+
+
+def test_the_logged_losses_are_those_of_a_run_without_a_stop(inputs, tmp_path, monkeypatch):  # noqa: F811
+    """log_steps is 3: the stop after step 4 falls between two entries."""
+    flags = ("--checkpointing_steps", "10")
+
+    def losses(folder):
+        return checkpoint.read_state(folder / "checkpoints" / f"step_{STEPS:08d}")["progress"]["losses"]
+
+    expected = losses(run_main(inputs, tmp_path / "undisturbed", *flags))
+    descend = train.descend
+
+    def signalled(run, batches, step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return descend(run, batches, step)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(train, "descend", signalled)
+        run_main(inputs, tmp_path / "model", *flags)
+    assert losses(run_main(inputs, tmp_path / "model", *flags)) == expected
+    assert [step for step, _ in expected] == [3, 6, 9, 10]
+
+
+def test_a_second_signal_has_its_usual_effect():
+    code = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv[1]); from faults import StopSignals\n"
+        "with StopSignals() as signals:\n"
+        "    os.kill(os.getpid(), signal.SIGINT); print(signals.received == signal.SIGINT, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); print('still here', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, TRAINING], capture_output=True, text=True)
+    assert done.stdout == "True\n" and done.returncode == -signal.SIGTERM
+
+
+# A disk that is full or not to be written to
+
+
+def test_a_full_disk_says_so_and_keeps_what_was_there(inputs, tmp_path, monkeypatch):  # noqa: F811
+    save = run.save_checkpoint
+
+    def full(folder, *rest):
+        if folder.name == "step_00000006":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(folder, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(CannotSave, match=r"of step 6 cannot be written.*No space left"):
+        patch.setattr(run, "save_checkpoint", full)
+        run_main(inputs, tmp_path / "model", "--checkpointing_steps", "2")
+    assert checkpoint.find_checkpoint("latest", tmp_path / "model" / "checkpoints").name == "step_00000004"
+
+
+def test_exit_codes_are_those_of_the_table():
+    for fault in (Diverged, CannotSave, Stopped):
+        assert f"| {fault.code} |" in faults.__doc__
+
+
+@pytest.mark.parametrize("fault", [Diverged, CannotSave, Stopped])
+def test_the_process_ends_with_the_code_of_the_fault(inputs, tmp_path, fault):  # noqa: F811
+    """As a real process; what befalls it is put in by an import hook."""
+    hook = f"""
+import sys, runpy
+sys.path[:0] = [{str(TRAINING)!r}]
+import run, train, faults
+def build(config):
+    raise faults.{fault.__name__}("it befell the run")
+run.build = build
+sys.argv = ["train.py", {inputs.preset!r}, "--output_dir", "model"]
+runpy.run_path({str(TRAINING / "train.py")!r}, run_name="__main__")
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", hook]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == fault.code, done.stderr
+    assert "train.py: it befell the run" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,113 @@
+"""What can befall a run, and the exit code of train.py that tells.
+
+| code | what happened |
+|---|---|
+| 0 | the run is done |
+| 1 | an error that is none of these |
+| 2 | a wrong flag, preset, data set, checkpoint or token; nothing was done |
+| 70 | the loss was not finite for too many steps in a row; the last checkpoint is of before |
+| 74 | a checkpoint could not be written; those that were there are whole |
+| 75 | SIGTERM or SIGINT; a checkpoint was written, and the same command goes on from there |
+
+`accelerate launch` and `torchrun` turn every code but 0 into 1.
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+
+class Fault(Exception):
+    """An end of the run that is not a mistake in the code."""
+
+    code = 1
+
+
+class Refused(Fault, ValueError):
+    """Something is wrong with what the run was asked to do; nothing was done."""
+
+    code = 2
+
+
+class Diverged(Fault):
+    """The loss was not finite for too long."""
+
+    code = 70
+
+
+class CannotSave(Fault):
+    """A checkpoint could not be written."""
+
+    code = 74
+
+
+class Stopped(Fault):
+    """A signal asked for it, and a checkpoint was written."""
+
+    code = 75
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Errors in here, before any work, are a refusal of what was asked for."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise Refused(str(error)) from error
+
+
+class StopSignals:
+    """Listens for SIGTERM and SIGINT inside its `with` block; a second one has its usual effect, at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __enter__(self) -> "StopSignals":
+        """Start listening."""
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop listening."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.received = number
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)
+
+
+class FiniteGuard:
+    """Makes the optimiser skip a step whose gradients are not finite, and counts; on CPU and GPU nobody waits for it.
+
+    Args:
+        optimizer: of PyTorch. Its fused kernels leave weights and state as they are where `found_inf` is 1, which
+            gradient scalers set too.
+        device: of the weights.
+        skipped: how many steps were skipped so far.
+        in_a_row: how many of them just before.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, skipped: int, in_a_row: int) -> None:
+        self._optimizer = optimizer
+        self._skipped = torch.tensor(float(skipped), device=device)
+        self._in_a_row = torch.tensor(float(in_a_row), device=device)
+
+    def check(self, gradient_norm: Tensor) -> None:
+        """Before an optimiser step, with the norm of all its gradients, which is the same on all processes."""
+        found = (~gradient_norm.isfinite()).float()
+        self._skipped = self._skipped + found
+        self._in_a_row = (self._in_a_row + 1) * found
+        if self._optimizer.defaults["fused"]:
+            self._optimizer.found_inf = found  # type: ignore[attr-defined]
+        elif found:
+            self._optimizer.zero_grad()  # a weight without a gradient stays
+
+    def counts(self) -> tuple[int, int]:
+        """Steps skipped, and how many of them just now in a row; reading them waits for the device."""
+        return int(self._skipped), int(self._in_a_row)
