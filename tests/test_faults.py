@@ -1,13 +1,16 @@
 """What befalls a run: gradients that are not finite, signals, a full disk, damaged checkpoints; and the exit codes."""
 
 import errno
+import inspect
 import os
 import signal
 import subprocess
 import sys
 
+import accelerate.utils.launch
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from test_training import (  # noqa: F401
     STEPS,
@@ -25,7 +28,7 @@ import checkpoint
 import faults
 import run
 import train
-from faults import CannotSave, Diverged, FiniteGuard, Stopped
+from faults import CannotSave, Diverged, FiniteGuard, Refused, Stopped
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -195,6 +198,26 @@ def test_a_full_disk_says_so_and_keeps_what_was_there(inputs, tmp_path, monkeypa
         patch.setattr(run, "save_checkpoint", full)
         run_main(inputs, tmp_path / "model", "--checkpointing_steps", "2")
     assert checkpoint.find_checkpoint("latest", tmp_path / "model" / "checkpoints").name == "step_00000004"
+
+
+# Engines
+
+
+@pytest.mark.parametrize("engine", run.SPLITTING_ENGINES)
+def test_engines_that_cut_a_network_into_parts_are_refused(inputs, tmp_path, monkeypatch, engine):  # noqa: F811
+    switch = run.SPLITTING_ENGINES[engine]
+    assert f'"{switch}"' in inspect.getsource(accelerate.utils.launch)  # what `accelerate launch` tells its scripts
+    monkeypatch.setenv(switch, "true")
+    with pytest.raises(Refused, match=f"accelerate is told to use {engine}, which cuts a network into parts"):
+        run_main(inputs, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_examples_of_accelerates_configuration_are_its_own():
+    files = sorted((TRAINING / "accelerate").glob("*.yaml"))
+    found = [load_config_from_file(str(file)) for file in files]
+    assert [(config.num_machines, config.num_processes) for config in found] == [(1, 8), (2, 16), (1, 1)]
+    assert {config.mixed_precision for config in found} == {"no"}
 
 
 def test_exit_codes_are_those_of_the_table():

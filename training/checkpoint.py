@@ -30,6 +30,7 @@ class Progress:
     losses: list[tuple[int, float]] = field(default_factory=list)  # (step, mean loss since the entry before)
     evaluations: list[dict[str, float]] = field(default_factory=list)  # of --eval_steps
     unread: list[float] = field(default_factory=list)  # losses of the steps since the last entry, if it stopped there
+    bad_images: list[str] = field(default_factory=list)  # that could not be read and were passed over
     skipped_steps: int = 0  # since their gradients were not finite
     skipped_in_a_row: int = 0  # up to here
     gradient_scaler: dict[str, float] = field(default_factory=dict)  # fp16's loss scale and its counters

@@ -60,6 +60,7 @@ AT_LEAST: dict[str, int] = {
     "eval_steps": 1,
     "eval_num_images": 20,
     "max_skipped_steps": 1,
+    "max_bad_images": 0,
     "checkpointing_steps": 1,
     "checkpoints_total_limit": 1,
     "seed": 0,
@@ -105,6 +106,8 @@ class TrainingConfig:
     center_crop: bool = knob(False, "crop images that are not square at the centre; at a random place otherwise")
     random_flip: bool = knob(False, "mirror half of the images (paper: true)")
     dataloader_num_workers: int = knob(0, "processes that decode images; 0: the training process does it")
+    skip_bad_images: bool = knob(False, "pass over images that cannot be read, and report them; otherwise they end it")
+    max_bad_images: int = knob(100, "more such images end the run")
 
     # Classes
     class_conditional: bool = knob(False, "train with the images' labels, to sample by class with guidance")

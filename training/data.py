@@ -2,8 +2,10 @@
 
 import hashlib
 import io
+import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -11,11 +13,12 @@ import datasets
 import numpy as np
 import pyarrow.parquet
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from config import EMBEDDED_DATA, TrainingConfig, public_name, suggestion
 from draws import batch_positions, dropped_labels, generator, image_index, noise_rows
+from faults import BadImages
 
 IN_MEMORY_BYTES = 2**30  # sets that decode to less are decoded once
 SURVEYED_ROWS = 20_000  # of larger sets, this many rows, evenly spaced, are looked at before the run
@@ -28,6 +31,17 @@ LABEL_COLUMNS = ("label", "labels", "class", "classes", "category", "target")  #
 
 # What PIL raises on bytes that are not an image, or only part of one.
 BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+logger = logging.getLogger(__name__)
+
+
+def check_bad_images(messages: Sequence[str], most: int) -> None:
+    """Raise BadImages if more images than `most` cannot be read."""
+    if len(messages) > most:
+        raise BadImages(
+            f"{len(messages)} images cannot be read, and max_bad_images is {most}; the last: {messages[-1]}"
+        )
 
 
 class Images(Protocol):
@@ -235,33 +249,43 @@ def encoded_image(row: Mapping[str, Any], index: int) -> bytes:
 
 def where(row: Mapping[str, Any], index: int) -> str:
     """The place of an image, for error messages."""
-    path = row["image"]["path"]
+    path = row["image"] and row["image"]["path"]
     return f"image {index}" + (f" ({path})" if path else "")
 
 
-def survey(rows: datasets.Dataset) -> Survey:
+def reason(error: Exception) -> str:
+    """What is wrong with an image; PIL names an object in memory."""
+    return "it is no image file" if isinstance(error, UnidentifiedImageError) else str(error)
+
+
+def survey(rows: datasets.Dataset, skip_bad_images: bool = False) -> Survey:
     """Read the headers of up to SURVEYED_ROWS images.
 
     Raises:
-        ValueError: an image cannot be read, or has more than 8 bits per channel.
+        BadImages: an image cannot be read, and such ones are not to be passed over; or none can.
+        ValueError: an image has more than 8 bits per channel.
     """
     modes, sizes = set(), set()
     digest = hashlib.blake2b(str(len(rows)).encode(), digest_size=16)
     for index in np.linspace(0, len(rows) - 1, min(len(rows), SURVEYED_ROWS)).round().astype(int).tolist():
         row = rows[index]
-        encoded = encoded_image(row, index)
-        digest.update(encoded)
         try:
+            encoded = encoded_image(row, index)
+            digest.update(encoded)
             with Image.open(io.BytesIO(encoded)) as image:
                 mode, size = image.mode, image.size
         except BROKEN_IMAGE as error:
-            raise ValueError(f"{where(row, index)} cannot be read: {error}") from error
+            if skip_bad_images:
+                continue
+            raise BadImages(f"{where(row, index)} cannot be read: {reason(error)}") from error
         if mode in DEEP_MODES:
             raise ValueError(
                 f"{where(row, index)} has more than 8 bits per channel (mode {mode}): convert it to 8 bits"
             )
         modes.add(mode)
         sizes.add(size)
+    if not sizes:
+        raise BadImages(f"none of {len(rows)} images can be read")
     return Survey(1 if modes <= set(GRAYSCALE_MODES) else 3, frozenset(sizes), digest.hexdigest())
 
 
@@ -269,7 +293,7 @@ def decode(row: Mapping[str, Any], index: int, channels: int, resolution: int) -
     """An image, resized so that its shorter side is the resolution: uint8 [channels, H, W].
 
     Raises:
-        ValueError: the image cannot be read, or it has colours where the network takes none.
+        BadImages: the image cannot be read, or it has colours where the network takes none.
     """
     try:
         with Image.open(io.BytesIO(encoded_image(row, index))) as opened:
@@ -278,7 +302,7 @@ def decode(row: Mapping[str, Any], index: int, channels: int, resolution: int) -
                 raise ValueError(f"it is of mode {image.mode}, the training is on grayscale images")
             image = image.convert(PIL_MODE[channels])
     except BROKEN_IMAGE as error:
-        raise ValueError(f"{where(row, index)} cannot be read: {error}") from error
+        raise BadImages(f"{where(row, index)} cannot be read: {reason(error)}") from error
     if min(image.size) != resolution:
         scale = resolution / min(image.size)
         width, height = (max(resolution, round(side * scale)) for side in image.size)
@@ -304,10 +328,26 @@ class DecodedOnDemand:
         return decode(self.rows[index], index, self.channels, self.resolution)
 
 
-def decode_all(images: DecodedOnDemand) -> Images:
-    """Every image, decoded once: one tensor [N, C, H, W] if all have one size, else a list of [C, H, W]."""
-    decoded = [images[index] for index in range(len(images))]
-    return torch.stack(decoded) if len({image.shape for image in decoded}) == 1 else decoded
+def decode_all(images: DecodedOnDemand, skip_bad_images: bool = False) -> tuple[Images, list[int], list[str]]:
+    """Every image, decoded once: one tensor [N, C, H, W] if all have one size, else a list of [C, H, W].
+
+    Returns:
+        The images, their rows, and what is wrong with those that were passed over.
+
+    Raises:
+        BadImages: one cannot be read, and such ones are not to be passed over.
+    """
+    decoded, rows, unreadable = [], [], []
+    for index in range(len(images)):
+        try:
+            decoded.append(images[index])
+            rows.append(index)
+        except BadImages as error:
+            if not skip_bad_images:
+                raise
+            unreadable.append(str(error))
+    one_size = len({image.shape for image in decoded}) == 1
+    return torch.stack(decoded) if one_size else decoded, rows, unreadable
 
 
 @dataclass(frozen=True)
@@ -319,6 +359,7 @@ class TrainingData:
     resolution: int
     fingerprint: str  # of the images, and of the labels if there are any
     labels: Labels | None  # None for unconditional training
+    unreadable: tuple[str, ...] = ()  # what is wrong with images that were left out
 
     def describe(self, config: TrainingConfig) -> dict[str, Any]:
         """For results and logs."""
@@ -364,7 +405,7 @@ def load_data(
     labels = None
     if config.class_conditional:
         labels = read_labels(every_column, find_label_column(every_column.features, config.label_column))
-    seen = survey(rows)
+    seen = survey(rows, config.skip_bad_images)
     if channels not in (None, *PIL_MODE):
         raise ValueError(f"the network takes {channels} channels, images have 1 or 3")
     if channels == 1 and seen.channels == 3:
@@ -375,7 +416,15 @@ def load_data(
     elongation = max(max(size) / min(size) for size in seen.sizes)
     small = len(rows) * channels * resolution**2 * elongation <= IN_MEMORY_BYTES
     fingerprint = labels.extended(seen.fingerprint) if labels else seen.fingerprint
-    return TrainingData(decode_all(images) if small else images, channels, resolution, fingerprint, labels)
+    if not small:
+        return TrainingData(images, channels, resolution, fingerprint, labels)
+    decoded, kept, unreadable = decode_all(images, config.skip_bad_images)
+    for message in unreadable:
+        logger.warning("left out: %s", message)
+    check_bad_images(unreadable, config.max_bad_images)
+    if labels and unreadable:
+        labels = replace(labels, of_images=labels.of_images[kept])
+    return TrainingData(decoded, channels, resolution, fingerprint, labels, tuple(unreadable))
 
 
 class Batch(NamedTuple):
@@ -384,6 +433,7 @@ class Batch(NamedTuple):
     images: Tensor  # uint8 [B, C, resolution, resolution]
     labels: Tensor | None  # int64 [B], some of them the null label; None for unconditional training
     noise: Tensor  # float32, of the images' shape
+    unreadable: tuple[str, ...] = ()  # what is wrong with images that were passed over
 
 
 @dataclass(frozen=True)
@@ -395,10 +445,34 @@ class ImageStream(torch.utils.data.Dataset[Tensor]):
     center_crop: bool
     random_flip: bool
     label_dropout: float = 0.0
+    skip_bad_images: bool = False
 
     def __getitem__(self, position: int) -> Tensor:
         """The image at a position of the stream: uint8 [C, resolution, resolution]."""
-        image = self.data.images[image_index(self.seed, position, len(self.data.images))]
+        return self.load(position)[0]
+
+    def load(self, position: int) -> tuple[Tensor, int, list[str]]:
+        """The image at a position, its place in the data set, and what is wrong with those that were passed over.
+
+        An image that cannot be read gives way to the next one in the data set.
+
+        Raises:
+            BadImages: it cannot be read, and is not to be passed over; or none can.
+        """
+        total = len(self.data.images)
+        unreadable: list[str] = []
+        first = image_index(self.seed, position, total)
+        for index in (*range(first, total), *range(first)) if self.skip_bad_images else (first,):
+            try:
+                return self.augmented(self.data.images[index], position), index, unreadable
+            except BadImages as error:
+                if not self.skip_bad_images:
+                    raise
+                unreadable.append(str(error))
+        raise BadImages(f"none of {total} images can be read")
+
+    def augmented(self, image: Tensor, position: int) -> Tensor:
+        """The image cropped, and flipped or not, as the position says."""
         size = self.data.resolution
         if image.shape[1:] == (size, size) and not self.random_flip:
             return image
@@ -409,19 +483,20 @@ class ImageStream(torch.utils.data.Dataset[Tensor]):
         image = image[:, top : top + size, left : left + size]
         return image.flip(2) if self.random_flip and flip < 0.5 else image
 
-    def labels_at(self, positions: Sequence[int]) -> Tensor | None:
+    def labels_at(self, positions: Sequence[int], indices: Sequence[int]) -> Tensor | None:
         """The labels of the images at these positions, or the null label in their place: int64 [len(positions)]."""
         labels = self.data.labels
         if labels is None:
             return None
-        indices = [image_index(self.seed, position, len(labels.of_images)) for position in positions]
         dropped = dropped_labels(self.seed, positions, self.label_dropout)
-        return labels.of_images[indices].masked_fill(dropped, labels.null)
+        return labels.of_images[list(indices)].masked_fill(dropped, labels.null)
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """The images at these positions with their labels and their noise."""
-        images = torch.stack([self[position] for position in positions])
-        return Batch(images, self.labels_at(positions), noise_rows(self.seed, positions, images.shape[1:]))
+        images, indices, unreadable = zip(*map(self.load, positions), strict=True)
+        batch = torch.stack(images)
+        noise = noise_rows(self.seed, positions, batch.shape[1:])
+        return Batch(batch, self.labels_at(positions, indices), noise, tuple(itertools.chain(*unreadable)))
 
 
 @dataclass(frozen=True)

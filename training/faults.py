@@ -5,6 +5,7 @@
 | 0 | the run is done |
 | 1 | an error that is none of these |
 | 2 | a wrong flag, preset, data set, checkpoint or token; nothing was done |
+| 65 | an image could not be read while training, or too many were passed over |
 | 70 | the loss was not finite for too many steps in a row; the last checkpoint is of before |
 | 74 | a checkpoint could not be written; those that were there are whole |
 | 75 | SIGTERM or SIGINT; a checkpoint was written, and the same command goes on from there |
@@ -31,6 +32,12 @@ class Refused(Fault, ValueError):
     """Something is wrong with what the run was asked to do; nothing was done."""
 
     code = 2
+
+
+class BadImages(Fault, ValueError):
+    """Too many images cannot be read."""
+
+    code = 65
 
 
 class Diverged(Fault):

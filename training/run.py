@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
+from accelerate import Accelerator, PartialState
 from checkpoint import (
     Progress,
     check_same_run,
@@ -45,6 +45,12 @@ from report import device_name, final_loss, versions
 MEMORY_FORMAT = {"cpu": torch.contiguous_format, "cuda": torch.channels_last}
 # How a network is compiled: CUDA graphs spare a GPU the wait for the host, which starts hundreds of kernels a step.
 COMPILE_MODE = {"cuda": "reduce-overhead"}
+# What `accelerate launch` sets for each.
+SPLITTING_ENGINES = {
+    "FSDP": "ACCELERATE_USE_FSDP",
+    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
+    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
+}
 
 
 @dataclass
@@ -99,6 +105,8 @@ class Run:
         """What must be the same when a run is resumed, or it would be another run."""
         config = self.config
         same = ["seed", "center_crop", "random_flip", "use_ema", *PROCESS_FLAGS, *OBJECTIVE_FLAGS, "timestep_sampling"]
+        if config.skip_bad_images:
+            same.append("skip_bad_images")
         if config.loss != "simple":  # the bound is that of a variance
             same.append("ddpm_variance_type")
         model = {f"model.{k}": v for k, v in self.trained_unet.config.items() if not k.startswith("_")}
@@ -111,6 +119,20 @@ class Run:
         }
 
 
+def check_engine() -> None:
+    """Refuse engines that cut a network into parts.
+
+    Raises:
+        ValueError: the launcher was told to use one.
+    """
+    for engine, switch in SPLITTING_ENGINES.items():
+        if parse_flag_from_env(switch):
+            raise ValueError(
+                f"accelerate is told to use {engine}, which cuts a network into parts: networks of this kind fit on "
+                "every device whole, and checkpoints are written from whole ones. Use data parallelism (MULTI_GPU)."
+            )
+
+
 def build(config: TrainingConfig) -> Run:
     """Put a run together, at its start or where its checkpoint stands; nothing is written.
 
@@ -118,6 +140,7 @@ def build(config: TrainingConfig) -> Run:
         ValueError: data, network, device or checkpoint do not fit the configuration.
         FileNotFoundError: there is no such data set, model or checkpoint.
     """
+    check_engine()
     # Unless told to compute on CPUs, accelerate does not find its sibling processes there and runs unrelated copies.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     if on_cpu:
@@ -152,7 +175,8 @@ def build(config: TrainingConfig) -> Run:
     prepared_unet, optimizer = accelerator.prepare(unet, optimizer)
     objective = build_objective(config, scheduler)
     sampler = LossAwareSampler(config.ddpm_num_steps) if config.timestep_sampling == "loss_aware" else None
-    run = Run(config, accelerator, data, scheduler, prepared_unet, optimizer, ema, Progress(), objective, sampler)
+    progress = Progress(bad_images=list(data.unreadable))
+    run = Run(config, accelerator, data, scheduler, prepared_unet, optimizer, ema, progress, objective, sampler)
     checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir, "checkpoints"))
     if checkpoint is not None:
         load(run, checkpoint)
@@ -225,6 +249,7 @@ def results(run: Run) -> dict[str, Any]:
         "seconds": progress.seconds,
         "images_per_second": images / progress.seconds,
         **({"skipped_steps": progress.skipped_steps} if progress.skipped_steps else {}),
+        **({"bad_images": len(progress.bad_images)} if progress.bad_images else {}),
         **({"evaluations": progress.evaluations} if progress.evaluations else {}),
         "seed": run.config.seed,
         "num_parameters": run.trained_unet.num_parameters(),

@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cli import parse
-from data import Batch, ImageStream, StreamBatches, build_loader
+from data import Batch, ImageStream, StreamBatches, build_loader, check_bad_images
 from ddpm_from_scratch import ScratchDDPMPipeline
 from ddpm_from_scratch.objectives import LossAwareSampler
 from draws import batch_positions, derived_seed, stratified_timesteps, stratified_uniforms
@@ -48,6 +48,7 @@ def descend(run: Run, batches: Iterator[Batch], step: int) -> Tensor:
         rows = slice(first := positions.start - step * run.global_batch_size, first + len(positions))
         with accelerator.accumulate(unet):
             batch = next(batches)
+            note_bad_images(run, batch.unreadable)
             x_0 = to_unit_range(to_device(batch.images))  # x_0 ~ q(x_0)
             y = None if batch.labels is None else to_device(batch.labels)  # its class, or the null label
             t = all_t[rows]  # t ~ Uniform({1, ..., T}), counted from 0
@@ -91,6 +92,20 @@ def remember(run: Run, sampler: LossAwareSampler, all_t: Tensor, losses: list[Te
     sampler.update(all_t, by_pass.reshape(-1))
 
 
+def note_bad_images(run: Run, messages: Iterable[str]) -> None:
+    """Report images that were passed over, each once.
+
+    Raises:
+        BadImages: there are too many.
+    """
+    known = run.progress.bad_images
+    for message in messages:
+        if message not in known:
+            known.append(message)
+            logger.warning("passed over: %s", message)
+    check_bad_images(known, run.config.max_bad_images)
+
+
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on the device; a GPU copies pinned memory while the host goes on."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
@@ -106,7 +121,9 @@ def batches_from(run: Run, step: int) -> Iterator[Batch]:
     config, accelerator = run.config, run.accelerator
     passes = config.gradient_accumulation_steps
     micro_steps = range(step * passes, run.total_steps * passes)
-    stream = ImageStream(run.data, config.seed, config.center_crop, config.random_flip, config.label_dropout)
+    stream = ImageStream(
+        run.data, config.seed, config.center_crop, config.random_flip, config.label_dropout, config.skip_bad_images
+    )
     batches = StreamBatches(micro_steps, accelerator.process_index, accelerator.num_processes, config.train_batch_size)
     return iter(build_loader(stream, batches, config.dataloader_num_workers, accelerator.device.type == "cuda"))
 
@@ -217,8 +234,8 @@ def count_skipped(run: Run, steps: int, any_finite: bool) -> None:
         logger.warning("%d steps were skipped: gradients not finite", progress.skipped_steps - before)
     if progress.skipped_in_a_row >= min(config.max_skipped_steps, run.total_steps):
         raise Diverged(
-            f"the gradients of the last {progress.skipped_in_a_row} steps, up to step {progress.step}, were not finite. "
-            "The last checkpoint is of before; try a lower learning rate."
+            f"the gradients of the last {progress.skipped_in_a_row} steps, up to step {progress.step}, were not "
+            "finite. The last checkpoint is of before; try a lower learning rate."
         )
 
 
