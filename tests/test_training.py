@@ -253,6 +253,48 @@ def test_constant_rates():
     assert warm[0] == pytest.approx(0.1) and set(warm[5:]) == {0.5}
 
 
+def test_steps_that_count_images_mean_the_same_for_every_batch(inputs, tmp_path, monkeypatch):
+    """With twice the batch, everything comes after half as many optimiser steps; the saved preset is the one given."""
+    flags = ("--step_images", BATCH, "--checkpointing_steps", "4", "--lr_warmup_steps", "4", "--log_steps", "2")
+    runs = {}
+    for batch in (BATCH, 2 * BATCH):
+        rates = []
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "set_learning_rate", lambda _, rate, rates=rates: rates.append(rate))
+            folder = run_main(inputs, tmp_path / str(batch), *flags, "--train_batch_size", batch)
+        progress = checkpoint.read_state(checkpoint.list_checkpoints(folder / "checkpoints")[-1])["progress"]
+        saved = [path.name for path in checkpoint.list_checkpoints(folder / "checkpoints")]
+        results = json.loads((folder / "results.json").read_text())
+        runs[batch] = (rates, saved, [step for step, _ in progress["losses"]], results["images_seen"])
+        assert yaml.safe_load((folder / "training_config.yaml").read_text())["checkpointing_steps"] == 4
+    rates, saved, logged, images = runs[BATCH]
+    assert len(rates) == 10 and rates.index(max(rates)) in (3, 4) and images == 40
+    assert saved == ["step_00000004", "step_00000008", "step_00000010"] and logged == [2, 4, 6, 8, 10]
+    rates, saved, logged, images = runs[2 * BATCH]
+    assert len(rates) == 5 and rates.index(max(rates)) in (1, 2) and images == 40
+    assert saved == ["step_00000002", "step_00000004", "step_00000005"] and logged == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("power", [2 / 3, 0.75, 1.0])
+@pytest.mark.parametrize("ratio", [0.25, 2, 8])
+def test_the_horizon_of_the_average_is_the_same_in_images(power, ratio):
+    """The mean age, in images, of what is averaged: late in a run, and where the largest decay binds."""
+
+    def age(config, images_a_step, images):
+        average = 0.0  # of the number of images at which each weight was seen
+        steps = round(images / images_a_step)
+        for step in range(1, steps + 1):
+            decay = ema_decay(step, config.ema_inv_gamma, config.ema_power, config.ema_max_decay)
+            average = decay * average + (1 - decay) * step * images_a_step
+        return images - average
+
+    for largest in (0.9999, 0.99):
+        given = TrainingConfig(model={}, ema_power=power, ema_max_decay=largest, step_images=32)
+        resolved = optimization.in_optimizer_steps(given, round(32 * ratio))
+        expected = age(given, 32, 32 * 8000)
+        assert age(resolved, 32 * ratio, 32 * 8000) == pytest.approx(expected, rel=0.05, abs=32 * max(1, ratio))
+
+
 def test_accumulation_gives_the_same_weights_and_rates(inputs, tmp_path, monkeypatch):
     used = []
     monkeypatch.setattr(

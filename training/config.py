@@ -49,6 +49,7 @@ AT_LEAST: dict[str, int] = {
     "eval_batch_size": 1,
     "dataloader_num_workers": 0,
     "num_epochs": 1,
+    "step_images": 1,
     "max_train_steps": 1,
     "gradient_accumulation_steps": 1,
     "lr_warmup_steps": 0,
@@ -157,6 +158,11 @@ class TrainingConfig:
     train_batch_size: int = knob(16, "images per process and backward pass (paper: 128)")
     gradient_accumulation_steps: int = knob(1, "backward passes per optimiser step (paper: 1)")
     num_epochs: int = knob(100, "passes over the data; max_train_steps beats it")
+    step_images: int | None = knob(
+        None,
+        "what a step is in this configuration: so many images, whatever the batch and the number of processes; left "
+        "out: one step of the optimiser",
+    )
     max_train_steps: int | None = knob(None, "optimiser steps (paper: 800000)")
     learning_rate: float = knob(1e-4, "peak learning rate (paper: 2e-4)")
     lr_scheduler: str = knob("cosine", "how the rate goes on after the warm-up (paper: constant_with_warmup)")

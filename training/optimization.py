@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import psutil
 import torch
@@ -18,10 +19,40 @@ DECAYS: dict[str, Callable[[float], float]] = {
 }
 NO_WARMUP = ("constant",)  # as in diffusers
 
+# What a configuration counts in steps.
+STEP_FIELDS = (
+    "max_train_steps",
+    "lr_warmup_steps",
+    "log_steps",
+    "sample_steps",
+    "eval_steps",
+    "checkpointing_steps",
+)
+
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by `accelerate launch`, by `torchrun`
 
 FUSED_ADAM_DEVICES = ("cpu", "cuda")
 FAST_BF16_CPU = ("avx512_bf16", "amx_bf16", "amx_tile")
+
+
+def in_optimizer_steps(config: TrainingConfig, global_batch_size: int) -> TrainingConfig:
+    """The configuration with every number of steps, each of `step_images` images, as optimiser steps of this run.
+
+    So the warm-up, the end, the intervals and the horizon of the average come after as many images on one GPU as on
+    eight. The decay of the average after n steps is near 1 - (n / inv_gamma) ** -power; with r times as many images in
+    a step it must fall r times as far short of 1 after n / r of them, which inv_gamma * r ** (1 / power - 1) does.
+    """
+    if config.step_images is None:
+        return config
+    ratio = global_batch_size / config.step_images
+    steps = {name: max(1, round(count / ratio)) for name in STEP_FIELDS if (count := getattr(config, name))}
+    return replace(
+        config,
+        **steps,
+        ema_inv_gamma=config.ema_inv_gamma * ratio ** (1 / config.ema_power - 1),
+        ema_max_decay=config.ema_max_decay**ratio,
+        step_images=None,
+    )
 
 
 def learning_rate(step: int, config: TrainingConfig, total_steps: int) -> float:

@@ -38,7 +38,7 @@ from networks import (
     load_trained,
     network_config,
 )
-from optimization import build_optimizer, learning_rate, resolve_precision, use_all_cores
+from optimization import build_optimizer, in_optimizer_steps, learning_rate, resolve_precision, use_all_cores
 from report import device_name, final_loss, versions
 
 # The layout in which a device's convolutions are fast; activations take that of the weights.
@@ -57,7 +57,7 @@ SPLITTING_ENGINES = {
 class Run:
     """The parts of a training run."""
 
-    config: TrainingConfig
+    config: TrainingConfig  # its steps are optimiser steps
     accelerator: Accelerator
     data: TrainingData
     scheduler: ScratchDDPMScheduler
@@ -153,6 +153,8 @@ def build(config: TrainingConfig) -> Run:
         log_with=None if config.logger == "none" else config.logger,
         project_dir=str(Path(config.output_dir, config.logging_dir)),
     )
+    passes = config.gradient_accumulation_steps * accelerator.num_processes
+    config = in_optimizer_steps(config, config.train_batch_size * passes)
     torch.manual_seed(derived_seed(config.seed, "weights"))
     scheduler = build_scheduler(config)
     with accelerator.main_process_first():  # downloads happen once

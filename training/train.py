@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cli import parse
+from config import TrainingConfig
 from data import Batch, ImageStream, StreamBatches, build_loader, check_bad_images
 from ddpm_from_scratch import ScratchDDPMPipeline
 from ddpm_from_scratch.objectives import LossAwareSampler
@@ -275,9 +276,8 @@ def finish(run: Run) -> None:
     write_json(results(run), folder / "results.json")
 
 
-def start_output(run: Run) -> None:
-    """Create the output folder with the run's configuration, and the trackers."""
-    config = run.config
+def start_output(run: Run, config: TrainingConfig) -> None:
+    """Create the output folder with the configuration as it was given, and the trackers."""
     if run.accelerator.is_main_process:
         folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -312,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     with refusing():
         yardstick = build_yardstick(config, run.data) if config.eval_steps else None
         upload = Upload(config) if config.push_to_hub and main_process else None
-    start_output(run)
+    start_output(run, config)
     with StopSignals() as signals:
         train(run, yardstick, upload, signals)
     run.accelerator.wait_for_everyone()
