@@ -200,6 +200,40 @@ def test_a_full_disk_says_so_and_keeps_what_was_there(inputs, tmp_path, monkeypa
     assert checkpoint.find_checkpoint("latest", tmp_path / "model" / "checkpoints").name == "step_00000004"
 
 
+# Pickles
+
+AUDITED = """
+import sys
+unpickled = []
+watching = False
+def watch(event, arguments):
+    if watching and event == "pickle.find_class":
+        unpickled.append(arguments)
+sys.addaudithook(watch)
+training, preset = sys.argv[1:3]
+sys.path.insert(0, training)
+import pickle, evaluate, train
+from ddpm_from_scratch import ScratchDDPMPipeline
+flags = [preset, "--output_dir", "model", "--checkpointing_steps", "2"]
+watching = True
+train.main([*flags, "--max_train_steps", "4"])
+train.main([*flags, "--max_train_steps", "6"])
+ScratchDDPMPipeline.from_pretrained("model")(num_inference_steps=2)
+found = list(unpickled)
+pickle.loads(pickle.dumps(watch))
+assert len(unpickled) > len(found), "the hook sees nothing"
+print(found)
+"""
+
+
+def test_nothing_is_unpickled_in_saving_resuming_and_loading(inputs, tmp_path):  # noqa: F811
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", AUDITED, str(TRAINING), inputs.preset]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 # Engines
 
 
