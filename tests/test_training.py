@@ -618,6 +618,17 @@ def test_large_sets_are_decoded_on_demand_with_equal_results(inputs, monkeypatch
     assert len(pairs) == 6 and all(torch.equal(one.images, other.images) for one, other in pairs)
 
 
+def test_a_large_parquet_file_is_read_from_the_disk(inputs, tmp_path, monkeypatch):
+    config = TrainingConfig(dataset_name=inputs.parquet, cache_dir=str(tmp_path), class_conditional=True)
+    whole = data.load_data(config, None, None)
+    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
+    loaded = data.load_data(config, None, None)
+    rows = loaded.images.rows
+    assert rows.cache_files and all(str(tmp_path) in file["filename"] for file in rows.cache_files)
+    assert loaded.fingerprint == whole.fingerprint and torch.equal(loaded.labels.of_images, whole.labels.of_images)
+    assert all(torch.equal(loaded.images[index], whole.images[index]) for index in range(NUM_IMAGES))
+
+
 def test_broken_images_are_named(tmp_path):
     whole = encode(picture(size=(64, 64)))
     for broken in (b"no image at all", whole[: len(whole) // 2]):

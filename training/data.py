@@ -87,6 +87,9 @@ def open_rows(config: TrainingConfig, split: str = "train") -> datasets.Dataset:
         rows = datasets.load_dataset(
             "imagefolder", data_dir=config.train_data_dir, split=split, cache_dir=config.cache_dir
         )
+    elif path.suffix == ".parquet" and path.stat().st_size > IN_MEMORY_BYTES:  # read from the disk row by row
+        files = {"train": str(path)}
+        rows = datasets.load_dataset("parquet", data_files=files, split=split, cache_dir=config.cache_dir)
     elif path.suffix == ".parquet":
         table = datasets.table.InMemoryTable(pyarrow.parquet.read_table(path))  # no copy in the cache
         rows = pick_split({"train": datasets.Dataset(table)}, split, path)
