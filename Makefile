@@ -13,7 +13,7 @@ MODEL ?= outputs/ddpm-fashion-mnist-quick
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --constraint $(CONSTRAINTS)
 
-.PHONY: train evaluate demo test lint format test-oldest clean
+.PHONY: train evaluate demo test test-full lint format test-oldest clean
 
 train: $(VENV)/.train
 	$(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no training/train.py $(ARGS)
@@ -26,6 +26,10 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n auto
+
+# With every crash point and more random kills.
+test-full: $(VENV)/.test
+	FULL_TESTS=1 $(BIN)/python -m pytest -q -n auto
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check

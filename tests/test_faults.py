@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import accelerate.utils.launch
+import psutil
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -181,6 +183,39 @@ def test_a_second_signal_has_its_usual_effect():
     )
     done = subprocess.run([sys.executable, "-c", code, TRAINING], capture_output=True, text=True)
     assert done.stdout == "True\n" and done.returncode == -signal.SIGTERM
+
+
+# One of two processes
+
+
+def test_one_of_two_processes_killed(inputs, tmp_path):  # noqa: F811
+    """The other one ends too, with an error that says what happened; the same command goes on to the same weights."""
+    flags = ("--model.dropout", "0.0", "--checkpointing_steps", "1", "--max_train_steps", "40", "--log_steps", "5")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, TRAINING / "train.py", inputs.preset, "--output_dir", "model", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    with open(tmp_path / "errors.txt", "w") as errors:
+        first = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=errors)
+    try:
+        deadline = time.monotonic() + 120
+        while len(checkpoint.list_checkpoints(tmp_path / "model" / "checkpoints")) < 3:
+            assert first.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        workers = [child for child in psutil.Process(first.pid).children() if child.environ().get("RANK") == "1"]
+        workers[0].kill()
+        first.wait(timeout=120)
+    finally:
+        first.kill()
+        first.wait()
+    assert first.returncode != 0 and "Signal 9 (SIGKILL)" in (tmp_path / "errors.txt").read_text()
+    reached = checkpoint.find_checkpoint("latest", tmp_path / "model" / "checkpoints")
+    assert reached is not None and reached.name < "step_00000040"
+    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0, again.stderr
+    one = run_main(inputs, tmp_path / "one", *flags, "--gradient_accumulation_steps", "2")
+    expected = load_file(one / WEIGHTS)
+    for name, weight in load_file(tmp_path / "model" / WEIGHTS).items():
+        torch.testing.assert_close(weight, expected[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
 # A disk that is full or not to be written to

@@ -77,7 +77,7 @@ def save_checkpoint(
         about: for the manifest, beside the size and the sha256 of each file.
 
     Raises:
-        OSError: it cannot be written; those that were there are as they were.
+        OSError: it cannot be written, or an old one not be removed; those that are there are whole.
     """
     unfinished, files = begin_folder(folder), {}
     try:
@@ -85,10 +85,10 @@ def save_checkpoint(
             write_file(unfinished / name, content)
             files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         write_file(unfinished / MANIFEST, as_json({**(about or {}), "files": files}))
+        finish_folder(folder)
     except OSError:
         shutil.rmtree(unfinished, ignore_errors=True)  # what fills the disk for nothing
         raise
-    finish_folder(folder)
     for old in list_checkpoints(folder.parent)[: -total_limit if total_limit else 0]:
         remove_folder(old)
 

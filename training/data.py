@@ -4,6 +4,7 @@ import hashlib
 import io
 import itertools
 import logging
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -526,6 +527,12 @@ def as_it_is(batch: Any) -> Any:  # noqa: ANN401
     return batch
 
 
+def leave_signals_to_the_run(_: int) -> None:
+    """In a worker: a signal to the whole process group is for the run, which needs its workers to finish the step."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def build_loader(
     stream: ImageStream, batches: StreamBatches, num_workers: int, pin_memory: bool
 ) -> torch.utils.data.DataLoader[Any]:
@@ -536,4 +543,5 @@ def build_loader(
         num_workers=num_workers,
         collate_fn=as_it_is,
         pin_memory=pin_memory,
+        worker_init_fn=leave_signals_to_the_run,
     )

@@ -45,7 +45,12 @@ def finish_folder(folder: Path) -> None:
     flush_folder(unfinished)
     if folder.exists():
         folder.rename(replaced)
-    unfinished.rename(folder)
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(folder)
+        raise
     flush_folder(folder.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
@@ -64,6 +69,7 @@ def tidy(parent: Path) -> None:
     for replaced in parent.glob(f"{REPLACED}*"):
         folder = replaced.with_name(replaced.name.removeprefix(REPLACED))
         if folder.exists():
+            flush_folder(parent)
             shutil.rmtree(replaced)
         else:
             replaced.rename(folder)

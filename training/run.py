@@ -192,7 +192,7 @@ def save(run: Run) -> None:
     """Write a checkpoint; one process does, since all hold the same.
 
     Raises:
-        CannotSave: it cannot be written; those that were there are as they were.
+        CannotSave: it cannot be written; those that are there are whole.
     """
     if not run.accelerator.is_main_process:
         return
@@ -211,7 +211,7 @@ def save(run: Run) -> None:
         save_checkpoint(folder, tensors, state, run.config.checkpoints_total_limit, about)
     except OSError as error:
         raise CannotSave(
-            f"the checkpoint of step {progress.step} cannot be written: {error}. Those that were there are whole; make "
+            f"the checkpoint of step {progress.step} cannot be written: {error}. Those that are there are whole; make "
             "room and run the same command again."
         ) from error
 
