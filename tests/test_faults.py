@@ -3,6 +3,7 @@
 import errno
 import inspect
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -287,6 +288,31 @@ def test_the_examples_of_accelerates_configuration_are_its_own():
     found = [load_config_from_file(str(file)) for file in files]
     assert [(config.num_machines, config.num_processes) for config in found] == [(1, 8), (2, 16), (1, 1)]
     assert {config.mixed_precision for config in found} == {"no"}
+
+
+@pytest.mark.parametrize("place", ["/dev/null/model", "/proc/model"])
+def test_a_folder_that_cannot_be_written_is_refused(inputs, place):  # noqa: F811
+    with pytest.raises(Refused, match="model"):
+        run_main(inputs, place, "--max_train_steps", "1")
+
+
+def test_a_real_process_meets_a_full_disk(inputs, tmp_path):  # noqa: F811
+    """RLIMIT_FSIZE stands in for it: a file may not grow beyond 40 kB, which the weights' does."""
+
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    flags = ("--output_dir", "model", "--checkpointing_steps", "2", "--max_train_steps", "4")
+    wide = ("--model.block_out_channels", "[16, 32]")
+    command = [sys.executable, TRAINING / "train.py", inputs.preset, *flags, *wide]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = {"capture_output": True, "text": True, "cwd": tmp_path, "env": environment}
+    done = subprocess.run(command, **options, preexec_fn=limited)
+    assert done.returncode == CannotSave.code, done.stderr
+    assert "checkpoint of step 2 cannot be written: [Errno 27] File too large" in done.stderr
+    assert list((tmp_path / "model" / "checkpoints").iterdir()) == []
+    assert subprocess.run(command, **options).returncode == 0
 
 
 def test_exit_codes_are_those_of_the_table():

@@ -314,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     with refusing():
         yardstick = build_yardstick(config, run.data) if config.eval_steps else None
         upload = Upload(config) if config.push_to_hub and main_process else None
-    start_output(run, config)
+        start_output(run, config)
     with StopSignals() as signals:
         train(run, yardstick, upload, signals)
     run.accelerator.wait_for_everyone()
