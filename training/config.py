@@ -228,7 +228,7 @@ class TrainingConfig:
 
     def to_yaml(self) -> str:
         """A preset that gives this configuration again."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, width=120)
+        return as_yaml(self.to_dict())
 
     def validate(self) -> None:
         """Check the whole configuration; nothing is written and nothing is downloaded.
@@ -249,6 +249,12 @@ class TrainingConfig:
         )
         for check in checks:
             check(self)
+
+
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """A configuration as a preset."""
+    text: str = yaml.safe_dump(dict(values), sort_keys=False, width=120)
+    return text
 
 
 def suggestion(wrong: str, allowed: Collection[str]) -> str:

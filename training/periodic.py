@@ -8,7 +8,6 @@ import torch
 
 from config import EMBEDDED_TEST_SET, TrainingConfig
 from data import TrainingData, load_data
-from ddpm_from_scratch import ScratchDDPMPipeline
 from ddpm_from_scratch.features import Features, extract
 from ddpm_from_scratch.likelihood import bits_per_dim
 from ddpm_from_scratch.metrics import kernel_distance_with_error
@@ -58,7 +57,7 @@ def evaluate_run(run: Run, yardstick: Yardstick) -> dict[str, float]:
     held-out images, is an unbiased estimate from some of its terms.
     """
     config, unet = run.config, run.final_unet
-    pipeline = ScratchDDPMPipeline(unet=unet, scheduler=run.scheduler, id2label=run.id2label)
+    pipeline = run.pipeline
     pipeline.set_progress_bar_config(disable=True)
     options = Options(config.eval_num_images, batch_size=config.eval_batch_size, seed=config.seed)
     was_training = unet.training
@@ -93,7 +92,6 @@ def keep_best(run: Run, figures: dict[str, Any]) -> None:
     """Put the model into the folder of the best one, whole, with its figures; one process does."""
     folder = Path(run.config.output_dir, BEST)
     unfinished = begin_folder(folder)
-    pipeline = ScratchDDPMPipeline(unet=run.final_unet, scheduler=run.scheduler, id2label=run.id2label)
-    pipeline.save_pretrained(unfinished)
+    run.pipeline.save_pretrained(unfinished)
     write_json(figures, unfinished / "evaluation.json")
     finish_folder(folder)

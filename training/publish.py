@@ -22,7 +22,7 @@ import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
-from config import looks_local, public_config
+from config import as_yaml, looks_local, public_config
 from ddpm_from_scratch import ScratchDDPMPipeline
 from ddpm_from_scratch.hub import MODEL_FILES, open_repository, push
 from ddpm_from_scratch.interchange import write_config
@@ -96,7 +96,7 @@ def write_public_config(path: Path, copy: Path) -> None:
     text = path.read_text(encoding="utf-8")
     header = text.partition("\n")[0] + "\n" if text.startswith("#") else ""
     values = public_config(yaml.safe_load(text) or {})
-    copy.write_text(header + yaml.safe_dump(values, sort_keys=False, width=120), encoding="utf-8")
+    copy.write_text(header + as_yaml(values), encoding="utf-8")
 
 
 def hub_datasets(config: Mapping[str, Any]) -> list[str]:
@@ -148,6 +148,16 @@ def run_usage(page: str, repository: str, stage: Path) -> str:
     return done.stdout.strip()
 
 
+@contextmanager
+def documented(folder: Path, repository: str, license: str | None) -> Iterator[Path]:
+    """What is to be pushed of a model's folder, which gets its page and the code too; see `write_page`."""
+    with staged(folder) as stage:
+        write_page(stage, repository, license)
+        for file in WRITTEN:
+            shutil.copyfile(stage / file, folder / file)
+        yield stage
+
+
 def publish(folder: Path, repository: str, *, token: str | None, license: str | None = None) -> str:
     """Write the page of a model and push all of it; the address of the commit.
 
@@ -161,10 +171,7 @@ def publish(folder: Path, repository: str, *, token: str | None, license: str | 
         ValueError, RuntimeError: see `write_page`; nothing is pushed.
         PermissionError, ConnectionError: see `hub.push`; the repository is as it was.
     """
-    with staged(folder) as stage:
-        write_page(stage, repository, license)
-        for file in WRITTEN:
-            shutil.copyfile(stage / file, folder / file)
+    with documented(folder, repository, license) as stage:
         return push(stage, repository, message="The trained model", token=token)
 
 
@@ -174,11 +181,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check(args)
     name = args.hub_model_id or args.folder.resolve().name
     if args.page_only:
-        with staged(args.folder) as stage:
-            write_page(stage, args.hub_model_id or (args.folder.as_posix() if args.folder.name else name), args.license)
-            for file in WRITTEN:
-                shutil.copyfile(stage / file, args.folder / file)
-        print(args.folder / "README.md")
+        page_name = args.folder.as_posix() if args.folder.name else name
+        with documented(args.folder, args.hub_model_id or page_name, args.license):
+            print(args.folder / "README.md")
         return
     repository = open_repository(name, private=args.hub_private_repo, token=args.hub_token)
     print(publish(args.folder, repository, token=args.hub_token, license=args.license))

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
-from accelerate import Accelerator, PartialState
 from checkpoint import (
     Progress,
     check_same_run,
@@ -23,7 +23,7 @@ from checkpoint import (
 )
 from config import TrainingConfig, check_halvings
 from data import TrainingData, load_data
-from ddpm_from_scratch import ScratchDDPMScheduler, ScratchUNet2DModel
+from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel
 from ddpm_from_scratch.objectives import LossAwareSampler, Objective
 from draws import derived_seed
 from ema import EMA
@@ -95,6 +95,11 @@ class Run:
     def id2label(self) -> dict[int, str] | None:
         """The names of the classes, as the pipeline takes them; None for unconditional training."""
         return self.data.labels.id2label if self.data.labels else None
+
+    @property
+    def pipeline(self) -> ScratchDDPMPipeline:
+        """The model as it is now."""
+        return ScratchDDPMPipeline(unet=self.final_unet, scheduler=self.scheduler, id2label=self.id2label)
 
     @cached_property
     def parameter_names(self) -> dict[Tensor, str]:

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from cli import parse
 from config import TrainingConfig
 from data import Batch, ImageStream, StreamBatches, build_loader, check_bad_images
-from ddpm_from_scratch import ScratchDDPMPipeline
 from ddpm_from_scratch.objectives import LossAwareSampler
 from draws import batch_positions, derived_seed, stratified_timesteps, stratified_uniforms
 from dry_run import dry_run
@@ -269,8 +268,7 @@ def draw_grid(run: Run, path: Path) -> None:
 def finish(run: Run) -> None:
     """Write the model folder: the network, samples, the loss curve and results."""
     folder = Path(run.config.output_dir)
-    pipeline = ScratchDDPMPipeline(unet=run.final_unet, scheduler=run.scheduler, id2label=run.id2label)
-    pipeline.save_pretrained(folder)
+    run.pipeline.save_pretrained(folder)
     draw_grid(run, folder / "samples.png")
     plot_losses(run.progress.losses, LOSS_LABELS[run.config.loss], folder / "loss.png")
     for picture in ("neighbors.png", "bound.png"):  # of an evaluation of the model that was here before

@@ -5,11 +5,9 @@ import shlex
 import shutil
 from pathlib import Path
 
-import yaml
 from huggingface_hub.utils import disable_progress_bars
 
-from config import TrainingConfig, public_config
-from ddpm_from_scratch import ScratchDDPMPipeline
+from config import TrainingConfig, as_yaml, public_config
 from ddpm_from_scratch.hub import BackgroundPush, open_repository, push
 from ddpm_from_scratch.model_page import model_page
 from publish import CONFIG, TEMPLATE, hub_datasets, publish
@@ -48,10 +46,10 @@ class Upload:
 
     def _write(self, run: Run, stage: Path) -> None:
         """What is pushed of an unfinished run."""
-        pipeline = ScratchDDPMPipeline(unet=run.final_unet, scheduler=run.scheduler, id2label=run.id2label)
+        pipeline = run.pipeline
         pipeline.save_pretrained(stage)
         values = public_config(self.config.to_dict())
-        (stage / CONFIG).write_text(yaml.safe_dump(values, sort_keys=False, width=120), encoding="utf-8")
+        (stage / CONFIG).write_text(as_yaml(values), encoding="utf-8")
         write_json(results(run), stage / "results.json")
         page = model_page(
             pipeline,
