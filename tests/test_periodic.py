@@ -123,9 +123,8 @@ def test_a_failed_save_keeps_the_best_so_far(inputs, evaluated, tmp_path, monkey
         raise Full
 
     before = {path: path.read_bytes() for path in (evaluated / "best").rglob("*") if path.is_file()}
-    run = type("Run", (), {"config": config.TrainingConfig(output_dir=str(evaluated)), "id2label": None})()
-    pipeline = ScratchDDPMPipeline.from_pretrained(evaluated)
-    run.final_unet, run.scheduler = pipeline.unet, pipeline.scheduler
+    run = type("Run", (), {"config": config.TrainingConfig(output_dir=str(evaluated))})()
+    run.pipeline = ScratchDDPMPipeline.from_pretrained(evaluated)
     monkeypatch.setattr(periodic, "write_json", fail)
     with pytest.raises(Full):
         periodic.keep_best(run, {})
