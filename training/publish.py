@@ -85,18 +85,18 @@ def staged(folder: Path) -> Iterator[Path]:
             (stage / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / file, stage / file)
         if (stage / CONFIG).is_file():
-            write_public_config(stage / CONFIG, stage / CONFIG)
+            make_public(stage / CONFIG)
         for path in stage.glob("*/*.json"):
             write_config(path.read_text(encoding="utf-8"), path)  # stock diffusers notes where a model was loaded from
         yield stage
 
 
-def write_public_config(path: Path, copy: Path) -> None:
-    """A training configuration as it may be published; its first comment, the versions, stays."""
+def make_public(path: Path) -> None:
+    """Rewrite a training configuration as it may be published; its first comment, the versions, stays."""
     text = path.read_text(encoding="utf-8")
     header = text.partition("\n")[0] + "\n" if text.startswith("#") else ""
     values = public_config(yaml.safe_load(text) or {})
-    copy.write_text(header + as_yaml(values), encoding="utf-8")
+    path.write_text(header + as_yaml(values), encoding="utf-8")
 
 
 def hub_datasets(config: Mapping[str, Any]) -> list[str]:

@@ -184,7 +184,8 @@ def build(config: TrainingConfig) -> Run:
     sampler = LossAwareSampler(config.ddpm_num_steps) if config.timestep_sampling == "loss_aware" else None
     progress = Progress(bad_images=list(data.unreadable))
     run = Run(config, accelerator, data, scheduler, prepared_unet, optimizer, ema, progress, objective, sampler)
-    checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir, "checkpoints"))
+    with accelerator.main_process_first():  # it clears up what a killed run left, once
+        checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir, "checkpoints"))
     if checkpoint is not None:
         load(run, checkpoint)
     if accelerator.scaler is None:
@@ -203,6 +204,8 @@ def save(run: Run) -> None:
         return
     progress, scaler = run.progress, run.accelerator.scaler
     progress.gradient_scaler = scaler.state_dict() if scaler is not None else {}
+    if run.guard:
+        progress.skipped_steps, progress.skipped_in_a_row = run.guard.counts()
     tensors = {
         "unet": run.trained_unet.state_dict(),
         "optimizer": optimizer_tensors(run.optimizer, run.parameter_names),

@@ -174,8 +174,6 @@ def train(run: Run, yardstick: Yardstick | None, upload: Upload | None, signals:
         if asked_to_stop(run, signals, bool(logging_now)):
             progress.seconds += time.perf_counter() - clock
             progress.unread = [float(loss) for loss in unread]  # so that the next log is that of a run without a stop
-            if run.guard:
-                progress.skipped_steps, progress.skipped_in_a_row = run.guard.counts()
             if not saving:
                 save(run)
             raise Stopped(f"stopped after step {progress.step}; a checkpoint is written: the same command goes on.")
