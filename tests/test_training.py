@@ -29,6 +29,7 @@ import draws
 import networks
 import optimization
 import report
+import sources
 import train
 from config import EMBEDDED_DATA, EMBEDDED_TEST_SET, PRESETS, TrainingConfig
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchUNet2DModel
@@ -314,16 +315,8 @@ def test_accumulation_gives_the_same_weights_and_rates(inputs, tmp_path, monkeyp
 
 def test_two_processes_equal_one_with_accumulation(inputs, tmp_path):
     """One launch of two processes; `accelerate launch --cpu --num_processes 2` would run a single one."""
-    common = (
-        "--model.dropout",
-        "0.0",
-        "--checkpointing_steps",
-        "4",
-        "--max_train_steps",
-        "4",
-        "--train_batch_size",
-        "2",
-    )
+    steps = ("--checkpointing_steps", "4", "--max_train_steps", "4", "--log_steps", "1", "--sample_steps", "2")
+    common = ("--model.dropout", "0.0", *steps, "--train_batch_size", "2", "--eval_batch_size", "5")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(TRAINING / "train.py")]
     arguments = [inputs.preset, "--output_dir", str(tmp_path / "two"), *common]
     done = run_process([*command, *arguments])
@@ -334,6 +327,14 @@ def test_two_processes_equal_one_with_accumulation(inputs, tmp_path):
     expected = checkpoint_tensors(one, 4)
     for name, tensor in checkpoint_tensors(tmp_path / "two", 4).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    curves = [
+        checkpoint.read_state(folder / "checkpoints" / "step_00000004")["progress"]["losses"]
+        for folder in (one, tmp_path / "two")
+    ]
+    assert len(curves[0]) == 4 and np.asarray(curves[1]) == pytest.approx(np.asarray(curves[0]), rel=1e-5)
+    for grid in ("samples.png", "samples/step_2.png"):  # five images, which two processes share
+        alone, shared = (np.asarray(Image.open(folder / grid)).astype(int) for folder in (one, tmp_path / "two"))
+        assert np.abs(alone - shared).max() <= 1 and alone.std() > 10
 
 
 def test_gradients_are_clipped(inputs, tmp_path):
@@ -622,9 +623,10 @@ def test_a_large_parquet_file_is_read_from_the_disk(inputs, tmp_path, monkeypatc
     config = TrainingConfig(dataset_name=inputs.parquet, cache_dir=str(tmp_path), class_conditional=True)
     whole = data.load_data(config, None, None)
     monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(sources, "READ_WHOLE_BYTES", 0)
     loaded = data.load_data(config, None, None)
-    rows = loaded.images.rows
-    assert rows.cache_files and all(str(tmp_path) in file["filename"] for file in rows.cache_files)
+    files = loaded.images.rows.cache_files
+    assert files and all(str(tmp_path) in file["filename"] for file in files)
     assert loaded.fingerprint == whole.fingerprint and torch.equal(loaded.labels.of_images, whole.labels.of_images)
     assert all(torch.equal(loaded.images[index], whole.images[index]) for index in range(NUM_IMAGES))
 

@@ -48,6 +48,7 @@ AT_LEAST: dict[str, int] = {
     "train_batch_size": 1,
     "eval_batch_size": 1,
     "dataloader_num_workers": 0,
+    "shuffle_window_mb": 1,
     "num_epochs": 1,
     "step_images": 1,
     "max_train_steps": 1,
@@ -102,6 +103,12 @@ class TrainingConfig:
     dataset_config_name: str | None = knob(None, "the data set's configuration, where it has several")
     dataset_revision: str | None = knob(None, "commit, tag or branch of a Hub data set; its newest if left out")
     train_data_dir: str | None = knob(None, "folder of images, in place of dataset_name")
+    streaming: bool = knob(
+        False, "read dataset_name while training, without a copy in the cache; for sets that do not fit elsewhere"
+    )
+    shuffle_window_mb: int = knob(
+        128, "MiB of encoded images that streaming reads from places all over the set and shuffles, in every process"
+    )
     cache_dir: str | None = knob(None, "where downloads are kept; the Hugging Face cache by default")
     resolution: int | None = knob(None, "image size in pixels; the images' own if left out (paper: 32)")
     center_crop: bool = knob(False, "crop images that are not square at the centre; at a random place otherwise")
@@ -401,6 +408,8 @@ def check_paths(config: TrainingConfig) -> None:
         name = getattr(config, field)
         if getattr(config, revision) is not None and (name is None or looks_local(name) or Path(name).exists()):
             raise ValueError(f"{revision} is of a {field} on the Hub, got {name}: leave it out")
+    if config.streaming and config.train_data_dir is not None:
+        raise ValueError("streaming is of a dataset_name; the files of a train_data_dir are read one by one as it is")
     if config.train_data_dir is not None and not Path(config.train_data_dir).is_dir():
         raise FileNotFoundError(f"train_data_dir: no folder {config.train_data_dir}")
     for field in ("dataset_name", "test_set", "model_config_name_or_path"):

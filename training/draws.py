@@ -7,8 +7,11 @@ or loader workers.
 """
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +38,61 @@ def image_index(seed: int, position: int, num_images: int) -> int:
     """Which image stands at a position of the stream; every num_images positions hold each image once."""
     epoch, offset = divmod(position, num_images)
     return int(epoch_order(seed, epoch, num_images)[offset])
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of a streamed data set that are read together: start .. stop - 1."""
+
+    start: int
+    stop: int
+    num_bytes: int
+
+
+class Window(NamedTuple):
+    """Blocks whose rows are shuffled together, at places start .. start + rows - 1 of an epoch."""
+
+    start: int
+    blocks: list[Block]
+
+
+@dataclass(frozen=True, eq=False)  # so that a lookup in a cache compares no blocks
+class WindowedOrder:
+    """A permutation for each epoch that needs few blocks at a time.
+
+    The blocks are shuffled, cut into windows of at most `window_bytes` (or one block), and the rows of each window are
+    shuffled.
+    """
+
+    blocks: tuple[Block, ...]
+    window_bytes: int
+
+    def index_at(self, seed: int, position: int) -> int:
+        """Which image stands at a position of the stream; an epoch holds each image once."""
+        epoch, place = divmod(position, self.blocks[-1].stop)
+        windows = self.windows(seed, epoch)
+        number = bisect_right(windows, place, key=lambda window: window.start) - 1
+        return int(self.rows(seed, epoch, number)[place - windows[number].start])
+
+    @lru_cache(maxsize=2)  # noqa: B019 - one order lives as long as the run
+    def windows(self, seed: int, epoch: int) -> list[Window]:
+        """The windows of an epoch."""
+        windows: list[Window] = []
+        start, room = 0, 0
+        for number in torch.randperm(len(self.blocks), generator=generator(seed, "blocks", epoch)).tolist():
+            block = self.blocks[number]
+            if not windows or block.num_bytes > room:
+                windows.append(Window(start, []))
+                room = self.window_bytes
+            windows[-1].blocks.append(block)
+            start, room = start + block.stop - block.start, room - block.num_bytes
+        return windows
+
+    @lru_cache(maxsize=2)  # noqa: B019
+    def rows(self, seed: int, epoch: int, window: int) -> Tensor:
+        """The rows of a window in their order."""
+        rows = torch.cat([torch.arange(block.start, block.stop) for block in self.windows(seed, epoch)[window].blocks])
+        return rows[torch.randperm(len(rows), generator=generator(seed, "window", epoch, window))]
 
 
 def batch_positions(micro_step: int, rank: int, world_size: int, batch_size: int) -> range:

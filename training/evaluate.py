@@ -315,6 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     if evaluated is not None:
         write(path, {"model": public_name(args.model), "revision": args.revision}, evaluated, real)
         print(path, flush=True)
+    accelerator.wait_for_everyone()  # a launcher ends the others with the one that leaves
     accelerator.end_training()
     return path
 

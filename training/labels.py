@@ -78,14 +78,12 @@ class Labels:
         return hashlib.blake2b(self.of_images.numpy().tobytes(), key=fingerprint.encode(), digest_size=16).hexdigest()
 
 
-def read_labels(rows: datasets.Dataset, column: str) -> Labels:
+def read_labels(feature: Any, column: str, values: list[Any]) -> Labels:  # noqa: ANN401
     """The labels in a column, counted from 0: as they are, or strings in sorted order.
 
     Raises:
         ValueError: an image has no label, or one that is no class.
     """
-    feature = rows.features[column]
-    values = rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
     for row, value in enumerate(values):
         if value is None or (not isinstance(value, str) and value < 0):
             raise ValueError(f"row {row} of the data set has no label: {column} is {value}. Label it or leave it out")

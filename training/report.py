@@ -3,7 +3,7 @@
 import json
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 from PIL import Image
 
 from config import TrainingConfig
-from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel
+from ddpm_from_scratch import ScratchDDPMScheduler
 
 SAMPLERS: dict[str, Callable[[ScratchDDPMScheduler], SchedulerMixin]] = {
     "ddpm": lambda scheduler: scheduler,
@@ -33,27 +33,6 @@ LOSS_LABELS = {
 }
 TINY = 64  # pixels; smaller images are enlarged so that a grid can be looked at
 FINAL_PART = 0.1  # of the run, over which the final loss is averaged
-
-
-def sample_images(
-    unet: ScratchUNet2DModel,
-    scheduler: ScratchDDPMScheduler,
-    config: TrainingConfig,
-    id2label: Mapping[int, str] | None,
-) -> list[Image.Image]:
-    """The images of a grid, from the same noise each time; of a class-conditional network, the classes in turn."""
-    pipeline = ScratchDDPMPipeline(unet=unet, scheduler=scheduler)
-    pipeline.scheduler = SAMPLERS[config.sample_scheduler](scheduler)
-    pipeline.set_progress_bar_config(disable=True)
-    images, *_ = pipeline(
-        batch_size=config.eval_batch_size,
-        class_labels=[image % len(id2label) for image in range(config.eval_batch_size)] if id2label else None,
-        generator=torch.Generator().manual_seed(config.seed),
-        num_inference_steps=config.ddpm_num_inference_steps,
-        output_type="pil",
-        return_dict=False,
-    )
-    return images
 
 
 def image_grid(images: Sequence[Image.Image]) -> Image.Image:

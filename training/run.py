@@ -112,6 +112,8 @@ class Run:
         same = ["seed", "center_crop", "random_flip", "use_ema", *PROCESS_FLAGS, *OBJECTIVE_FLAGS, "timestep_sampling"]
         if config.skip_bad_images:
             same.append("skip_bad_images")
+        if config.streaming:
+            same += ["streaming", "shuffle_window_mb"]
         if config.loss != "simple":  # the bound is that of a variance
             same.append("ddpm_variance_type")
         model = {f"model.{k}": v for k, v in self.trained_unet.config.items() if not k.startswith("_")}

@@ -1,14 +1,17 @@
 """Train a denoising diffusion probabilistic model: `accelerate launch training/train.py [preset.yaml] [--flags]`."""
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,10 +22,11 @@ from ddpm_from_scratch.objectives import LossAwareSampler
 from draws import batch_positions, derived_seed, stratified_timesteps, stratified_uniforms
 from dry_run import dry_run
 from ema import ema_decay
+from evaluation import Options, generate
 from faults import Diverged, Fault, Stopped, StopSignals, refusing
 from optimization import learning_rate, set_learning_rate
 from periodic import Yardstick, build_yardstick, evaluate_run, is_best, keep_best
-from report import LOSS_LABELS, config_with_header, image_grid, plot_losses, sample_images, write_json
+from report import LOSS_LABELS, SAMPLERS, config_with_header, image_grid, plot_losses, write_json
 from run import Run, build, results, save
 from upload import Upload
 
@@ -250,24 +254,35 @@ def compare(run: Run, yardstick: Yardstick) -> None:
 
 
 def draw_grid(run: Run, path: Path) -> None:
-    """Sample with the network as it is now; one process does."""
-    if not run.accelerator.is_main_process:
-        return
-    unet = run.final_unet
+    """Sample with the network as it is now, from the same noise each time; the processes share the work.
+
+    Of a class-conditional network, the classes in turn.
+    """
+    config, unet, accelerator = run.config, run.final_unet, run.accelerator
+    pipeline = run.pipeline
+    pipeline.scheduler = SAMPLERS[config.sample_scheduler](run.scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    each = math.ceil(config.eval_batch_size / accelerator.num_processes)
+    options = Options(
+        config.eval_batch_size, balanced_labels=run.id2label is not None, batch_size=each, seed=config.seed
+    )
     was_training = unet.training
     unet.eval()
-    with run.accelerator.autocast():
-        images = sample_images(unet, run.scheduler, run.config, run.id2label)
+    with accelerator.autocast():
+        images = generate(pipeline, config.ddpm_num_inference_steps, options, accelerator, progress=False)
     unet.train(was_training)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(images).save(path)
+    if accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image_grid([Image.fromarray(image.squeeze()) for image in images]).save(path)
 
 
 def finish(run: Run) -> None:
     """Write the model folder: the network, samples, the loss curve and results."""
     folder = Path(run.config.output_dir)
-    run.pipeline.save_pretrained(folder)
     draw_grid(run, folder / "samples.png")
+    if not run.accelerator.is_main_process:
+        return
+    run.pipeline.save_pretrained(folder)
     plot_losses(run.progress.losses, LOSS_LABELS[run.config.loss], folder / "loss.png")
     for picture in ("neighbors.png", "bound.png"):  # of an evaluation of the model that was here before
         (folder / picture).unlink(missing_ok=True)
@@ -283,6 +298,22 @@ def start_output(run: Run, config: TrainingConfig) -> None:
     # Trackers take plain values; a list, a mapping or None becomes text.
     plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in config.to_dict().items()}
     run.accelerator.init_trackers("ddpm", config=plain)
+
+
+@contextmanager
+def leaving_together(run: Run) -> Iterator[None]:
+    """At the end of a run, or where all its processes stop at the same step: none leaves before the others are ready.
+
+    A launcher ends all processes as soon as one fails, though another may be writing a checkpoint. And a process that
+    leaves in the wake of a collective call can hang: torch's gloo frees its tensors with the help of the interpreter,
+    which waits for gloo.
+    """
+    try:
+        yield
+    except (Stopped, Diverged):
+        run.accelerator.wait_for_everyone()
+        raise
+    run.accelerator.wait_for_everyone()
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
@@ -311,10 +342,8 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         yardstick = build_yardstick(config, run.data) if config.eval_steps else None
         upload = Upload(config) if config.push_to_hub and main_process else None
         start_output(run, config)
-    with StopSignals() as signals:
+    with StopSignals() as signals, leaving_together(run):
         train(run, yardstick, upload, signals)
-    run.accelerator.wait_for_everyone()
-    if main_process:
         finish(run)
     run.accelerator.end_training()
     if main_process:
