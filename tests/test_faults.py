@@ -101,7 +101,8 @@ def test_the_guard_makes_the_optimiser_skip(fused):
     layers = [nn.Linear(3, 2) for _ in range(2)]
     layers[1].load_state_dict(layers[0].state_dict())
     optimizers = [torch.optim.AdamW(layer.parameters(), lr=0.1, fused=fused) for layer in layers]
-    guard = FiniteGuard(optimizers[0], torch.device("cpu"), 5, 0)
+    guard = FiniteGuard(optimizers[0], torch.device("cpu"))
+    guard.go_on(5, 0)
     for step in range(4):
         spoilt = step in (1, 2)
         for layer, optimizer in zip(layers, optimizers, strict=True):
@@ -121,6 +122,25 @@ def test_the_guard_makes_the_optimiser_skip(fused):
         assert torch.equal(weight, layers[1].state_dict()[name]), name
     states = [optimizer.state[layer.weight] for layer, optimizer in zip(layers, optimizers, strict=True)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+
+
+def test_under_a_gradient_scaler_every_skipped_step_is_counted():
+    """PyTorch's scaler skips, lowers its scale and does not tell; two of these four steps are spoilt."""
+    layer = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    scaler, guard = torch.amp.GradScaler("cpu", init_scale=2.0**10), FiniteGuard(None, torch.device("cpu"))
+    counts = []
+    for factor in (1, float("inf"), float("nan"), 1):
+        optimizer.zero_grad()
+        before = layer.weight.detach().clone()
+        scaler.scale(layer(torch.ones(1, 3) * factor).sum()).backward()
+        scaler.unscale_(optimizer)
+        guard.check(nn.utils.clip_grad_norm_(layer.parameters(), 1.0))
+        scaler.step(optimizer)
+        scaler.update()
+        counts.append(guard.counts())
+        assert torch.equal(layer.weight, before) == (factor != 1)
+    assert counts == [(0, 0), (1, 1), (2, 2), (2, 0)] and scaler.get_scale() == 2.0**8
 
 
 # Signals

@@ -94,22 +94,27 @@ class FiniteGuard:
 
     Args:
         optimizer: of PyTorch. Its fused kernels leave weights and state as they are where `found_inf` is 1, which
-            gradient scalers set too.
+            gradient scalers set too. None where one does: this only counts then.
         device: of the weights.
-        skipped: how many steps were skipped so far.
-        in_a_row: how many of them just before.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, skipped: int, in_a_row: int) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer | None, device: torch.device) -> None:
         self._optimizer = optimizer
-        self._skipped = torch.tensor(float(skipped), device=device)
-        self._in_a_row = torch.tensor(float(in_a_row), device=device)
+        self._skipped = torch.zeros((), device=device)
+        self._in_a_row = torch.zeros((), device=device)
+
+    def go_on(self, skipped: int, in_a_row: int) -> None:
+        """Count on from what `counts` told."""
+        self._skipped.fill_(skipped)
+        self._in_a_row.fill_(in_a_row)
 
     def check(self, gradient_norm: Tensor) -> None:
         """Before an optimiser step, with the norm of all its gradients, which is the same on all processes."""
         found = (~gradient_norm.isfinite()).float()
         self._skipped = self._skipped + found
         self._in_a_row = (self._in_a_row + 1) * found
+        if self._optimizer is None:
+            return
         if self._optimizer.defaults["fused"]:
             self._optimizer.found_inf = found  # type: ignore[attr-defined]
         elif found:

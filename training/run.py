@@ -67,7 +67,7 @@ class Run:
     progress: Progress
     objective: Objective
     sampler: LossAwareSampler | None  # of timesteps; None for uniform ones
-    guard: FiniteGuard | None = None  # None where a gradient scaler does its work
+    guard: FiniteGuard
 
     @cached_property
     def global_batch_size(self) -> int:
@@ -185,14 +185,12 @@ def build(config: TrainingConfig) -> Run:
     objective = build_objective(config, scheduler)
     sampler = LossAwareSampler(config.ddpm_num_steps) if config.timestep_sampling == "loss_aware" else None
     progress = Progress(bad_images=list(data.unreadable))
-    run = Run(config, accelerator, data, scheduler, prepared_unet, optimizer, ema, progress, objective, sampler)
+    guard = FiniteGuard(optimizer.optimizer if accelerator.scaler is None else None, accelerator.device)
+    run = Run(config, accelerator, data, scheduler, prepared_unet, optimizer, ema, progress, objective, sampler, guard)
     with accelerator.main_process_first():  # it clears up what a killed run left, once
         checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir, "checkpoints"))
     if checkpoint is not None:
         load(run, checkpoint)
-    if accelerator.scaler is None:
-        counts = run.progress.skipped_steps, run.progress.skipped_in_a_row
-        run.guard = FiniteGuard(optimizer.optimizer, accelerator.device, *counts)
     return run
 
 
@@ -206,8 +204,7 @@ def save(run: Run) -> None:
         return
     progress, scaler = run.progress, run.accelerator.scaler
     progress.gradient_scaler = scaler.state_dict() if scaler is not None else {}
-    if run.guard:
-        progress.skipped_steps, progress.skipped_in_a_row = run.guard.counts()
+    progress.skipped_steps, progress.skipped_in_a_row = run.guard.counts()
     tensors = {
         "unet": run.trained_unet.state_dict(),
         "optimizer": optimizer_tensors(run.optimizer, run.parameter_names),
@@ -238,6 +235,7 @@ def load(run: Run, checkpoint: Path) -> None:
     run.progress = Progress(**state["progress"])
     if run.progress.step > run.total_steps:
         raise ValueError(f"{checkpoint} has done {run.progress.step} steps, the run has {run.total_steps}")
+    run.guard.go_on(run.progress.skipped_steps, run.progress.skipped_in_a_row)
     run.trained_unet.load_state_dict(read_tensors(checkpoint, "unet"))
     load_optimizer_tensors(run.optimizer, run.parameter_names, read_tensors(checkpoint, "optimizer"))
     if run.ema:

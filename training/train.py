@@ -64,8 +64,7 @@ def descend(run: Run, batches: Iterator[Batch], step: int) -> Tensor:
             accelerator.backward(loss)  # ∇_θ
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
-                if run.guard:
-                    run.guard.check(norm)
+                run.guard.check(norm)
             run.optimizer.step()
             run.optimizer.zero_grad()
         seen.append(loss_of_image.detach())
@@ -208,7 +207,7 @@ def log(run: Run, bar: "tqdm[Any]", unread: list[Tensor], seconds: float) -> Non
     steps = len(unread)
     images_per_second = steps * run.global_batch_size / seconds
     unread.clear()
-    count_skipped(run, steps, bool(count))
+    count_skipped(run)
     if not count:
         return
     loss = total / count
@@ -222,18 +221,15 @@ def log(run: Run, bar: "tqdm[Any]", unread: list[Tensor], seconds: float) -> Non
     bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {images_per_second:.0f} images/s")
 
 
-def count_skipped(run: Run, steps: int, any_finite: bool) -> None:
-    """Note how many of the last steps were skipped, or failed under a gradient scaler, which does not tell.
+def count_skipped(run: Run) -> None:
+    """Note how many steps were skipped.
 
     Raises:
         Diverged: too many did, one after the other.
     """
     config, progress = run.config, run.progress
     before = progress.skipped_steps
-    if run.guard:
-        progress.skipped_steps, progress.skipped_in_a_row = run.guard.counts()
-    else:
-        progress.skipped_in_a_row = 0 if any_finite else progress.skipped_in_a_row + steps
+    progress.skipped_steps, progress.skipped_in_a_row = run.guard.counts()
     if progress.skipped_steps > before and run.accelerator.is_main_process:
         logger.warning("%d steps were skipped: gradients not finite", progress.skipped_steps - before)
     if progress.skipped_in_a_row >= min(config.max_skipped_steps, run.total_steps):
