@@ -166,3 +166,44 @@ def test_every_file_reaches_the_disk_before_it_counts(tmp_path, monkeypatch):
     files = [str(unfinished / name) for name in ("unet.safetensors", "optimizer.safetensors", "state.json")]
     assert events == [*files, str(unfinished / "manifest.json"), str(unfinished), str(tmp_path)]
     assert path.exists()
+
+
+# Single files
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_file_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    durable.replace_file(path, b"old")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        patch.setattr(durable.os, "fsync", full)
+        durable.replace_file(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    durable.replace_file(path, b"new")
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("cause", ["the writer", "the disk"])
+def test_files_stay_until_all_new_ones_are_written(tmp_path, monkeypatch, cause):
+    def write(content):
+        with durable.replacing_files(tmp_path) as folder:
+            (folder / "unet").mkdir()
+            (folder / "unet" / "weights").write_bytes(content)
+            if content == b"bad":
+                raise ValueError("half written")
+            (folder / "about").write_bytes(content)
+
+    (tmp_path / "other").write_bytes(b"stays")
+    write(b"old")
+    with monkeypatch.context() as patch, pytest.raises((ValueError, OSError)):
+        if cause == "the disk":
+            patch.setattr(durable.os, "fsync", full)
+        write(b"bad" if cause == "the writer" else b"new")
+    there = {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert there == {"other": b"stays", "unet/weights": b"old", "about": b"old"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["about", "other", "unet"]
+    write(b"new")
+    assert (tmp_path / "unet" / "weights").read_bytes() == (tmp_path / "about").read_bytes() == b"new"

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
+import pyarrow
 import torch
 from torch import Tensor
 
@@ -102,6 +103,8 @@ def load_data(
     if not small:
         return TrainingData(images, channels, resolution, fingerprint, labels)
     decoded, kept, unreadable = decode_all(images, config.skip_bad_images)
+    del source, images
+    pyarrow.default_memory_pool().release_unused()  # twice the decoded images would be kept for later use
     for message in unreadable:
         logger.warning("left out: %s", message)
     check_bad_images(unreadable, config.max_bad_images)

@@ -6,6 +6,8 @@ their way in or out; `tidy` clears up what a killed process left of them.
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 UNFINISHED = ".unfinished-"  # being written: of no use to anybody
@@ -19,6 +21,23 @@ def write_file(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file; one that was there stays until the new one is whole.
+
+    Raises:
+        OSError: it cannot be written; the error names it.
+    """
+    unfinished = path.with_name(UNFINISHED + path.name)
+    try:
+        unfinished.unlink(missing_ok=True)
+        write_file(unfinished, content)
+        unfinished.replace(path)
+        flush_folder(path.parent)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def flush_folder(folder: Path) -> None:
@@ -54,6 +73,28 @@ def finish_folder(folder: Path) -> None:
     flush_folder(folder.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
+
+
+@contextmanager
+def replacing_files(folder: Path) -> Iterator[Path]:
+    """An empty folder, whose files, when all are written, take their places in another one.
+
+    A file of the same name stays there until then; so do all if anything fails.
+    """
+    unfinished = begin_folder(folder / "files")
+    try:
+        yield unfinished
+        files = [path.relative_to(unfinished) for path in unfinished.rglob("*") if path.is_file()]
+        for file in files:
+            with open(unfinished / file, "rb") as opened:
+                os.fsync(opened.fileno())
+        for file in files:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (unfinished / file).replace(folder / file)
+        for parent in {(folder / file).parent for file in files}:
+            flush_folder(parent)
+    finally:
+        shutil.rmtree(unfinished)
 
 
 def remove_folder(folder: Path) -> None:

@@ -7,7 +7,7 @@
 | 2 | a wrong flag, preset, data set, checkpoint or token; nothing was done |
 | 65 | an image could not be read while training, or too many were passed over |
 | 70 | the loss was not finite for too many steps in a row; the last checkpoint is of before |
-| 74 | a checkpoint could not be written; those that were there are whole |
+| 74 | a checkpoint, the model or its pictures could not be written; the checkpoints that were there are whole |
 | 75 | SIGTERM or SIGINT; a checkpoint was written, and the same command goes on from there |
 
 `accelerate launch` and `torchrun` turn every code but 0 into 1.
@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 
@@ -47,7 +48,7 @@ class Diverged(Fault):
 
 
 class CannotSave(Fault):
-    """A checkpoint could not be written."""
+    """A checkpoint, the model or its pictures could not be written."""
 
     code = 74
 
@@ -65,6 +66,22 @@ def refusing() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise Refused(str(error)) from error
+
+
+@contextmanager
+def saving(what: str) -> Iterator[None]:
+    """Errors in here are of a disk that is full or fails.
+
+    Raises:
+        CannotSave: there was one.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CannotSave(
+            f"{what} cannot be written: {error}. The checkpoints that are there are whole: make room and run the same "
+            "command again."
+        ) from error
 
 
 class StopSignals:

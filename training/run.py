@@ -27,7 +27,7 @@ from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, Scratch
 from ddpm_from_scratch.objectives import LossAwareSampler, Objective
 from draws import derived_seed
 from ema import EMA
-from faults import CannotSave, FiniteGuard
+from faults import FiniteGuard, saving
 from networks import (
     OBJECTIVE_FLAGS,
     PROCESS_FLAGS,
@@ -214,13 +214,8 @@ def save(run: Run) -> None:
     state = {"progress": vars(progress), "identity": run.identity()}
     about = {"step": progress.step, "config": run.config.to_dict(), "versions": versions()}
     folder = Path(run.config.output_dir, "checkpoints", f"step_{progress.step:08d}")
-    try:
+    with saving(f"the checkpoint of step {progress.step}"):
         save_checkpoint(folder, tensors, state, run.config.checkpoints_total_limit, about)
-    except OSError as error:
-        raise CannotSave(
-            f"the checkpoint of step {progress.step} cannot be written: {error}. Those that are there are whole; make "
-            "room and run the same command again."
-        ) from error
 
 
 def load(run: Run, checkpoint: Path) -> None:

@@ -21,9 +21,10 @@ from data import Batch, ImageStream, StreamBatches, build_loader, check_bad_imag
 from ddpm_from_scratch.objectives import LossAwareSampler
 from draws import batch_positions, derived_seed, stratified_timesteps, stratified_uniforms
 from dry_run import dry_run
+from durable import replace_file, replacing_files
 from ema import ema_decay
 from evaluation import Options, generate
-from faults import Diverged, Fault, Stopped, StopSignals, refusing
+from faults import Diverged, Fault, Stopped, StopSignals, refusing, saving
 from optimization import learning_rate, set_learning_rate
 from periodic import Yardstick, build_yardstick, evaluate_run, is_best, keep_best
 from report import LOSS_LABELS, SAMPLERS, config_with_header, image_grid, plot_losses, write_json
@@ -172,7 +173,7 @@ def train(run: Run, yardstick: Yardstick | None, upload: Upload | None, signals:
                 if upload and not last:
                     upload.snapshot(run)
             if sampling:
-                draw_grid(run, Path(config.output_dir, "samples", f"step_{progress.step}.png"))
+                save_grid(run, draw_grid(run))
             clock = time.perf_counter()  # so that saving and sampling do not count as training
         if asked_to_stop(run, signals, bool(logging_now)):
             progress.seconds += time.perf_counter() - clock
@@ -245,11 +246,12 @@ def compare(run: Run, yardstick: Yardstick) -> None:
     run.progress.evaluations.append(figures)
     run.accelerator.log({f"eval/{name}": value for name, value in figures.items()}, step=run.progress.step)
     if run.accelerator.is_main_process and is_best(run.progress.evaluations):
-        keep_best(run, figures)
+        with saving("the best model so far"):
+            keep_best(run, figures)
     run.accelerator.wait_for_everyone()
 
 
-def draw_grid(run: Run, path: Path) -> None:
+def draw_grid(run: Run) -> Image.Image:
     """Sample with the network as it is now, from the same noise each time; the processes share the work.
 
     Of a class-conditional network, the classes in turn.
@@ -267,22 +269,39 @@ def draw_grid(run: Run, path: Path) -> None:
     with accelerator.autocast():
         images = generate(pipeline, config.ddpm_num_inference_steps, options, accelerator, progress=False)
     unet.train(was_training)
-    if accelerator.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image_grid([Image.fromarray(image.squeeze()) for image in images]).save(path)
+    return image_grid([Image.fromarray(image.squeeze()) for image in images])
+
+
+def save_grid(run: Run, grid: Image.Image) -> None:
+    """Keep a grid on the way; one process does.
+
+    Raises:
+        CannotSave: it cannot be written.
+    """
+    if run.accelerator.is_main_process:
+        path = Path(run.config.output_dir, "samples", f"step_{run.progress.step}.png")
+        with saving("a grid of samples"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grid.save(path)
 
 
 def finish(run: Run) -> None:
-    """Write the model folder: the network, samples, the loss curve and results."""
-    folder = Path(run.config.output_dir)
-    draw_grid(run, folder / "samples.png")
+    """Write the model folder: the network, samples, the loss curve and results.
+
+    Raises:
+        CannotSave: it cannot be written; files that were there are whole.
+    """
+    grid = draw_grid(run)
     if not run.accelerator.is_main_process:
         return
-    run.pipeline.save_pretrained(folder)
-    plot_losses(run.progress.losses, LOSS_LABELS[run.config.loss], folder / "loss.png")
+    folder = Path(run.config.output_dir)
+    with saving("the model"), replacing_files(folder) as unfinished:
+        run.pipeline.save_pretrained(unfinished)
+        grid.save(unfinished / "samples.png")
+        plot_losses(run.progress.losses, LOSS_LABELS[run.config.loss], unfinished / "loss.png")
+        write_json(results(run), unfinished / "results.json")
     for picture in ("neighbors.png", "bound.png"):  # of an evaluation of the model that was here before
         (folder / picture).unlink(missing_ok=True)
-    write_json(results(run), folder / "results.json")
 
 
 def start_output(run: Run, config: TrainingConfig) -> None:
@@ -290,7 +309,7 @@ def start_output(run: Run, config: TrainingConfig) -> None:
     if run.accelerator.is_main_process:
         folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "training_config.yaml").write_text(config_with_header(config))
+        replace_file(folder / "training_config.yaml", config_with_header(config).encode())
     # Trackers take plain values; a list, a mapping or None becomes text.
     plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in config.to_dict().items()}
     run.accelerator.init_trackers("ddpm", config=plain)
