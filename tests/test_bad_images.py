@@ -21,7 +21,7 @@ from test_training import (  # noqa: F401
 
 import checkpoint
 import data
-import images
+import sources
 from config import TrainingConfig
 from faults import BadImages
 
@@ -136,7 +136,7 @@ def test_none_that_can_be_read(tmp_path):
 
 def test_colours_where_the_network_takes_none_are_named(tmp_path, monkeypatch):
     """More rows than are looked at beforehand, so that it is found in training."""
-    monkeypatch.setattr(images, "SURVEYED_ROWS", 2)
+    monkeypatch.setattr(sources, "SURVEYED_ROWS", 2)
     monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
     path = str(write_parquet(tmp_path / "set.parquet", [picture(), picture(), colour(), picture(), picture()]))
     stream = data.ImageStream(load(path), 0, True, False)

@@ -755,6 +755,14 @@ def test_several_numbers_of_steps(inputs, whole, tmp_path):
     assert not np.array_equal(pixels(tmp_path / "2" / "samples.png"), pixels(tmp_path / "1" / "samples.png"))
 
 
+def test_a_streamed_training_set(inputs, whole, tmp_path):
+    cache = tmp_path / "cache"
+    arguments = flags(inputs, images=whole.file, streaming=(), output_dir=tmp_path, cache_dir=cache)
+    ours, expected = run(whole.folder, arguments)["evaluation"], whole.results["evaluation"]
+    assert ours["samples"][0]["kernel_distance"] == pytest.approx(expected["samples"][0]["kernel_distance"], rel=1e-3)
+    assert ours["samples"][0]["memorization"] == expected["samples"][0]["memorization"]
+
+
 def test_some_terms_of_the_bound(inputs, whole, tmp_path):
     arguments = flags(inputs, num_terms=4, num_bound_images=2, output_dir=tmp_path)
     bound = run(whole.folder, arguments)["evaluation"]["bound"]
@@ -786,6 +794,7 @@ def test_the_seed_changes_everything_random(inputs, whole, tmp_path):
 
 
 WRONG = [
+    ({"dataset_name": None, "streaming": ()}, "--streaming is of a --dataset_name"),
     ({"num_images": 19}, "--num_images 19: it must be at least 20"),
     ({"num_inference_steps": (3, 0)}, "--num_inference_steps 0: it must be at least 1"),
     ({"num_inference_steps": (3, T + 1)}, "21 steps were asked for, and the chain of this model has 20"),

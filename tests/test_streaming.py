@@ -174,6 +174,17 @@ def test_the_largest_block_is_always_kept():
     assert [rows[index]["image"] for index in (2, 3)] == [b"c", b"d"] and list(rows.kept) == [1]
 
 
+def test_some_rows_are_looked_at_in_few_blocks():
+    blocks = tuple(Block(start, start + 10, 1) for start in range(0, 1000, 10))
+    rows = sources.StreamedRows(None, blocks, 20)
+    assert len({row // 10 for row in rows.evenly(4)}) == 4
+    some = rows.evenly(100)
+    assert len(some) == 100 == len(set(some)) and some == sorted(some)
+    touched = {row // 10 for row in some}
+    assert len(touched) == 16 and {0, 99} <= touched  # 4 blocks and 8 hold too few
+    assert rows.evenly(5000) == list(range(1000))
+
+
 def test_a_set_that_changes_under_the_run_is_told(tmp_path):
     folder = write_shards(tmp_path / "data")
     loaded = load(folder, tmp_path)
@@ -284,6 +295,17 @@ def test_a_run_resumes_exactly(inputs, shards, tmp_path, workers):  # noqa: F811
     assert json.loads((whole / "results.json").read_text())["dataset"]["streaming"] is True
     with pytest.raises(Exception, match="shuffle_window_mb"):
         run_main(inputs, tmp_path / "resumed", *flags, "--max_train_steps", STEPS + 1, "--shuffle_window_mb", 3)
+
+
+def test_evaluations_on_the_way_read_the_stream(inputs, shards, tmp_path):  # noqa: F811
+    flags = ("--dataset_name", shards, "--cache_dir", tmp_path / "cache", "--max_train_steps", 1)
+    flags += ("--eval_steps", 1, "--eval_num_images", 20, "--log_steps", 1)
+    evaluations = [
+        json.loads((run_main(inputs, tmp_path / kind, *flags, f"--streaming={kind}") / "results.json").read_text())
+        for kind in ("true", "false")
+    ]
+    ours, whole = (results["evaluations"][0]["kernel_distance"] for results in evaluations)
+    assert ours != whole and ours == pytest.approx(whole, rel=0.2)  # of other images: the order is another one
 
 
 @pytest.mark.usefixtures("small_window")

@@ -16,7 +16,7 @@ from draws import WindowedOrder, batch_positions, dropped_labels, generator, ima
 from faults import BadImages
 from images import PIL_MODE, DecodedOnDemand, Images, check_bad_images, decode_all, survey
 from labels import Labels, find_label_column, read_labels
-from sources import MIB, open_source
+from sources import MIB, StreamedRows, evenly, open_source
 
 IN_MEMORY_BYTES = 2**30  # sets that decode to less are decoded once
 
@@ -40,6 +40,12 @@ class TrainingData:
         if self.order:
             return self.order.index_at(seed, position)
         return image_index(seed, position, len(self.images))
+
+    def evenly(self, count: int) -> list[int]:
+        """At most `count` images, spread over the set, that are quick to read."""
+        if isinstance(self.images, DecodedOnDemand) and isinstance(self.images.rows, StreamedRows):
+            return self.images.rows.evenly(count)
+        return evenly(count, len(self.images)).tolist()
 
     def describe(self, config: TrainingConfig) -> dict[str, Any]:
         """For results and logs."""

@@ -68,6 +68,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     data.add_argument("--dataset_config_name", help="as for train.py")
     data.add_argument("--dataset_revision", help="as for train.py")
     data.add_argument("--train_data_dir", help="as for train.py")
+    data.add_argument("--streaming", action="store_true", help="as for train.py")
     data.add_argument(
         "--test_set", help="held-out images, like --dataset_name; default: the embedded ones, for the embedded data"
     )
@@ -151,6 +152,8 @@ def check_paths(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f"{name}: no file or folder {value}")
     if args.train_data_dir and not Path(args.train_data_dir).is_dir():
         raise FileNotFoundError(f"--train_data_dir: no folder {args.train_data_dir}")
+    if args.streaming and not args.dataset_name:
+        raise ValueError("--streaming is of a --dataset_name.")
     if args.images and not args.images.is_file():
         raise FileNotFoundError(f"--images: no file {args.images}")
     if args.save_images and args.save_images.suffix != ".npz":
@@ -168,6 +171,7 @@ def real_images(args: argparse.Namespace, channels: int, size: int) -> RealImage
         dataset_config_name=args.dataset_config_name,
         dataset_revision=args.dataset_revision,
         train_data_dir=args.train_data_dir,
+        streaming=args.streaming,
     )
     data = load_data(config, channels, size)
     training, facts = to_array(data.images, size), {"training": data.describe(config)}

@@ -16,14 +16,15 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from data import Images
 from ddpm_from_scratch import ScratchDDPMScheduler
 from ddpm_from_scratch.features import CACHE_DIR, Features, cached_features, extract
 from ddpm_from_scratch.likelihood import bits_per_dim
 from ddpm_from_scratch.metrics import Neighbors, measure, memorization, nearest_neighbors
 from draws import derived_seed, generator
+from images import Images
 from models import classes, has_null_label, image_form
 from report import device_name, versions
+from sources import evenly
 
 LEAST_IMAGES = 20  # that the standard error of the kernel distance needs
 MOST_IMAGES, MOST_BYTES = 100_000, 2**31  # of a real set that are looked at; of more, so many evenly spaced ones
@@ -99,11 +100,6 @@ def check_options(pipeline: DiffusionPipeline, options: Options) -> None:
 
 
 # --- its images ----------------------------------------------------------------------------------------------------
-
-
-def evenly(count: int, total: int) -> np.ndarray:
-    """At most `count` of the numbers 0 .. total - 1, evenly spaced: sets are often in the order of their classes."""
-    return np.linspace(0, total - 1, min(count, total)).round().astype(int)
 
 
 def to_array(images: Images, size: int) -> np.ndarray:

@@ -15,8 +15,6 @@ from torch import Tensor
 from faults import BadImages
 from sources import Rows, Source
 
-SURVEYED_ROWS = 20_000  # of larger sets, this many rows are looked at before the run
-
 GRAYSCALE_MODES = ("1", "L", "LA")
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # PIL would clip them to 8 bits, not scale them
 PIL_MODE = {1: "L", 3: "RGB"}
@@ -96,7 +94,7 @@ def survey(source: Source, skip_bad_images: bool = False) -> Survey:
     """
     modes, sizes = set(), set()
     digest = hashlib.blake2b(source.extent.encode(), digest_size=16)
-    for index in source.evenly(SURVEYED_ROWS):
+    for index in source.surveyed:
         row = source.images[index]
         try:
             encoded = encoded_image(row, index)

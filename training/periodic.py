@@ -12,7 +12,7 @@ from ddpm_from_scratch.features import Features, extract
 from ddpm_from_scratch.likelihood import bits_per_dim
 from ddpm_from_scratch.metrics import kernel_distance_with_error
 from durable import begin_folder, finish_folder
-from evaluation import Options, evenly, generate, to_array
+from evaluation import Options, generate, to_array
 from report import write_json
 from run import Run
 
@@ -40,13 +40,13 @@ def build_yardstick(config: TrainingConfig, data: TrainingData) -> Yardstick:
             f"eval_num_images {config.eval_num_images} exceeds the {len(data.images)} training images it takes to "
             f"compare with"
         )
-    chosen = [data.images[index] for index in evenly(config.eval_num_images, len(data.images)).tolist()]
+    chosen = [data.images[index] for index in data.evenly(config.eval_num_images)]
     reference = extract(to_array(chosen, data.resolution))
     test_set = config.test_set or (str(EMBEDDED_TEST_SET) if config.trains_on_embedded_data else None)
     if test_set is None:
         return Yardstick(reference, None)
-    tests = load_data(TrainingConfig(dataset_name=test_set), data.channels, data.resolution).images
-    some = [tests[index] for index in evenly(NUM_BOUND_IMAGES, len(tests)).tolist()]
+    tests = load_data(TrainingConfig(dataset_name=test_set), data.channels, data.resolution)
+    some = [tests.images[index] for index in tests.evenly(NUM_BOUND_IMAGES)]
     return Yardstick(reference, torch.from_numpy(to_array(some, data.resolution)).permute(0, 3, 1, 2).contiguous())
 
 

@@ -20,7 +20,8 @@ from config import EMBEDDED_DATA, TrainingConfig
 from draws import Block
 
 READ_WHOLE_BYTES = 2**30  # a single parquet file up to this size
-SURVEYED_BLOCKS = 4  # of a streamed set that are looked at before the run
+SURVEYED_ROWS = 20_000  # of larger sets, this many rows are looked at before the run
+SURVEYED_STREAM_ROWS, LEAST_BLOCKS = 2000, 4  # of a streamed one, fewer rows, from at least so many blocks
 FOOTERS_AT_ONCE = 16
 MIB = 2**20
 
@@ -40,7 +41,7 @@ class Source:
     features: Mapping[str, Any]  # the columns
     images: Rows
     values: Callable[[str], list[Any]]  # of a column, whole
-    evenly: Callable[[int], list[int]]  # at most so many rows, spread over the set, that are quick to read
+    surveyed: Sequence[int]  # rows spread over the set, to look at before the run
     blocks: tuple[Block, ...] | None = None  # of a streamed set
 
     @property
@@ -74,7 +75,7 @@ def open_rows(config: TrainingConfig, split: str) -> Source:
         rows.features,
         image_column(rows),
         lambda column: rows.select_columns([column]).with_format("arrow")[:][column].to_pylist(),
-        lambda most: np.linspace(0, len(rows) - 1, min(len(rows), most)).round().astype(int).tolist(),
+        evenly(SURVEYED_ROWS, len(rows)).tolist(),
     )
 
 
@@ -171,13 +172,21 @@ class StreamedRows:
             )
         return table
 
-    def evenly(self, most: int) -> list[int]:
-        """At most so many rows, at the beginnings of blocks spread over the set."""
-        numbers = np.linspace(0, len(self.blocks) - 1, min(len(self.blocks), SURVEYED_BLOCKS)).round().astype(int)
-        chosen = [self.blocks[number] for number in numbers]
-        return [
-            row for block in chosen for row in range(block.start, min(block.stop, block.start + most // len(chosen)))
-        ]
+    def evenly(self, count: int) -> list[int]:
+        """At most `count` rows, spread evenly over some blocks, which are spread evenly over the set."""
+        number = LEAST_BLOCKS
+        while True:
+            chosen = [self.blocks[block] for block in evenly(number, len(self.blocks))]
+            rows = np.concatenate([np.arange(block.start, block.stop) for block in chosen])
+            if len(rows) >= count or number >= len(self.blocks):
+                found: list[int] = rows[evenly(count, len(rows))].tolist()
+                return found
+            number *= 2
+
+
+def evenly(count: int, total: int) -> np.ndarray:
+    """At most `count` of the numbers 0 .. total - 1, evenly spaced: sets are often in the order of their classes."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int)
 
 
 def tables(stream: datasets.IterableDataset) -> list[pyarrow.Table]:
@@ -213,7 +222,7 @@ def open_stream(config: TrainingConfig, split: str) -> Source:
         return pyarrow.concat_tables(tables(one.select_columns([column])))[column].to_pylist()
 
     rows = StreamedRows(images, blocks, config.shuffle_window_mb * MIB)
-    return Source(stream.features, rows, values, rows.evenly, blocks)
+    return Source(stream.features, rows, values, rows.evenly(SURVEYED_STREAM_ROWS), blocks)
 
 
 def stream_builder(config: TrainingConfig, path: Path, **options: Any) -> datasets.DatasetBuilder:  # noqa: ANN401
