@@ -3,7 +3,7 @@
     python benchmarks/memory.py [--rows 1000000] [--workers 0 2]
 
 Writes sharded Parquet files of 28x28 PNG (the embedded images, moved up by 0 to 27 pixels and mirrored or not, so that
-few are alike), trains on them by `train.py --streaming` for an epoch with a tiny network, and the same on the embedded
+few are alike), trains on them by `train.py --streaming` with a tiny network, and the same on the embedded
 set for what a run needs anyway. Memory is that of all processes of a run: their resident sets with shared pages counted
 once, and the resident set of the process that trains, sampled while they run. `python docs/make_training.py` makes a
 table in docs/training.md of the results.
@@ -55,7 +55,6 @@ NETWORK = {  # the least that there is: images pass as fast as they are read
 PRESET = {
     "model": NETWORK,
     "train_batch_size": BATCH,
-    "num_epochs": 1,
     "mixed_precision": "no",
     "eval_batch_size": 1,
     "ddpm_num_inference_steps": 1,
@@ -181,7 +180,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the data set that is streamed")
     parser.add_argument("--rows_of_shard", type=int, default=100_000)
-    parser.add_argument("--in_memory_rows", type=int, default=500_000, help="of the data set that is decoded")
+    parser.add_argument("--images", type=int, default=300_000, help="to train on: more than a window holds")
+    parser.add_argument("--in_memory_rows", type=int, default=200_000, help="of the data set that is decoded")
     parser.add_argument("--workers", type=int, nargs="+", default=(0, 2), help="loader processes")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results" / "memory.json")
     return parser.parse_args(arguments)
@@ -197,13 +197,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         size = write_set(folder / "images", args.rows, args.rows_of_shard)
         write_set(folder, args.in_memory_rows, args.in_memory_rows)  # one file
         in_memory = in_fresh_process(decode_in_memory, folder / "train-00000.parquet")
-        embedded = len(load_data(TrainingConfig(), 1, SIDE).images)
         runs = []
         for workers in args.workers:
             count = ("--dataloader_num_workers", workers)
-            same_images = ("--max_train_steps", embedded // BATCH)
-            alone = train(folder, "--dataset_name", EMBEDDED_DATA, *count, *same_images)
-            streamed = train(folder, "--dataset_name", folder / "images", "--streaming", *count)
+            alone = train(folder, "--dataset_name", EMBEDDED_DATA, "--num_epochs", 1, *count)
+            length = ("--max_train_steps", args.images // BATCH)
+            streamed = train(folder, "--dataset_name", folder / "images", "--streaming", *length, *count)
             runs.append({"workers": workers, "model_alone": alone, "streamed": streamed})
     results = {
         "rows": args.rows,
