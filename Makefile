@@ -13,13 +13,17 @@ MODEL ?= outputs/ddpm-fashion-mnist-quick
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --constraint $(CONSTRAINTS)
 
-.PHONY: train evaluate demo test test-full lint format test-oldest clean
+.PHONY: train evaluate demo bench test test-full lint format test-oldest clean
 
 train: $(VENV)/.train
 	$(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no training/train.py $(ARGS)
 
 evaluate: $(VENV)/.metrics
 	$(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no training/evaluate.py $(MODEL) $(ARGS)
+
+# Training and sampling beside stock diffusers, with the threads that PyTorch takes by itself.
+bench: $(VENV)/.train
+	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 demo: $(VENV)/.demo
 	$(BIN)/python demo/app.py $(MODEL) $(ARGS)

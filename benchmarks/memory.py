@@ -3,8 +3,8 @@
     python benchmarks/memory.py [--rows 1000000] [--workers 0 2]
 
 Writes sharded Parquet files of 28x28 PNG (the embedded images, moved up by 0 to 27 pixels and mirrored or not, so that
-few are alike), trains on them by `train.py --streaming` with a tiny network, and the same on the embedded
-set for what a run needs anyway. Memory is that of all processes of a run: their resident sets with shared pages counted
+few are alike), trains on them by `train.py --streaming` with a tiny network, and the same on the embedded set for what
+a run needs anyway. Memory is that of all processes of a run: their resident sets with shared pages counted
 once, and the resident set of the process that trains, sampled while they run. `python docs/make_training.py` makes a
 table in docs/training.md of the results.
 """
@@ -80,26 +80,20 @@ def as_png(image: np.ndarray) -> bytes:
     return bytes(sink.getvalue().to_pybytes())
 
 
-def write_shard(job: tuple[Path, range]) -> int:
-    """A Parquet file of images with these numbers, in row groups as pyarrow cuts them; its size."""
-    path, numbers = job
-    images = load_data(TrainingConfig(), 1, SIDE).images
-    encoded = [as_png(variant(images[number % len(images)][0].numpy(), number // len(images))) for number in numbers]
-    features = datasets.Features({"image": datasets.Image()})
-    rows = {"image": [{"bytes": image, "path": None} for image in encoded]}
-    pyarrow.parquet.write_table(pyarrow.Table.from_pydict(rows, schema=features.arrow_schema), path)
-    return path.stat().st_size
-
-
 def write_set(folder: Path, rows: int, rows_of_shard: int) -> int:
-    """A data set of so many images; the bytes of its files."""
-    starts = range(0, rows, rows_of_shard)
-    jobs = [
-        (folder / f"train-{shard:05d}.parquet", range(start, min(rows, start + rows_of_shard)))
-        for shard, start in enumerate(starts)
-    ]
-    with multiprocessing.get_context("spawn").Pool() as pool:
-        return sum(tqdm(pool.imap(write_shard, jobs), "writing", len(jobs), unit="file"))
+    """A data set of so many images, in row groups as pyarrow cuts them; the bytes of its files."""
+    embedded = load_data(TrainingConfig(), 1, SIDE).images
+    images = [embedded[index][0].numpy() for index in range(len(embedded))]
+    schema = datasets.Features({"image": datasets.Image()}).arrow_schema
+    total = 0
+    for shard, start in enumerate(tqdm(range(0, rows, rows_of_shard), "writing", unit="file")):
+        numbers = range(start, min(rows, start + rows_of_shard))
+        encoded = [as_png(variant(images[number % len(images)], number // len(images))) for number in numbers]
+        table = pyarrow.Table.from_pydict({"image": [{"bytes": each, "path": None} for each in encoded]}, schema=schema)
+        path = folder / f"train-{shard:05d}.parquet"
+        pyarrow.parquet.write_table(table, path)
+        total += path.stat().st_size
+    return total
 
 
 # --- measuring -----------------------------------------------------------------------------------------------------

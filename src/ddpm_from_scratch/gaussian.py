@@ -20,14 +20,7 @@ class Gaussian(NamedTuple):
 
     def sample(self, generator: Generators = None, dtype: torch.dtype | None = None) -> Tensor:
         """Mean + standard deviation * noise, shaped like mean. The noise is drawn in `dtype`, or in the mean's."""
-        if isinstance(generator, list) and len(generator) != len(self.mean):
-            raise ValueError(
-                f"{len(generator)} generators for a batch of {len(self.mean)}: pass one, or one per sample."
-            )
-        noise = randn_tensor(
-            self.mean.shape, generator=generator, device=self.mean.device, dtype=dtype or self.mean.dtype
-        )
-        return self.mean + torch.exp(0.5 * self.log_variance) * noise
+        return self.mean + torch.exp(0.5 * self.log_variance) * noise_like(self.mean, generator, dtype)
 
     def kl(self, other: "Gaussian") -> Tensor:
         """KL(self || other) in nats, per element, shaped like the means."""
@@ -51,6 +44,17 @@ class Gaussian(NamedTuple):
         log_lower, log_upper = _log_ndtr(lower), _log_ndtr(upper)
         mass = -torch.expm1(log_lower - log_upper)
         return log_upper + torch.log(mass.clamp(min=torch.finfo(mass.dtype).tiny))
+
+
+def noise_like(x: Tensor, generator: Generators = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Standard normal noise of the shape and on the device of x, in `dtype` or in that of x.
+
+    Raises:
+        ValueError: for a list of generators that is not as long as the batch.
+    """
+    if isinstance(generator, list) and len(generator) != len(x):
+        raise ValueError(f"{len(generator)} generators for a batch of {len(x)}: pass one, or one per sample.")
+    return randn_tensor(x.shape, generator=generator, device=x.device, dtype=dtype or x.dtype)
 
 
 def _log_ndtr(z: Tensor) -> Tensor:

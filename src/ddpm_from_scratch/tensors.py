@@ -24,6 +24,11 @@ def broadcast(value: Coefficient, x: Tensor) -> float | Tensor:
     return tensor.to(x.device, non_blocking=True)
 
 
+def plus(x: Tensor, factor: float | Tensor, y: Tensor) -> Tensor:
+    """x + factor * y; in one pass where the factor is a number."""
+    return x + factor * y if isinstance(factor, Tensor) else torch.add(x, y, alpha=factor)
+
+
 def as_tensor(value: Coefficient | Tensor, x: Tensor) -> Tensor:
     """A coefficient, or a tensor, as a tensor that broadcasts over x. A scalar stays on the host, which is free."""
     return value if isinstance(value, Tensor) else torch.as_tensor(broadcast(value, x), dtype=x.dtype)
