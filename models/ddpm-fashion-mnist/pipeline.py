@@ -146,14 +146,7 @@ class Gaussian(NamedTuple):
 
     def sample(self, generator: Generators = None, dtype: torch.dtype | None = None) -> Tensor:
         """Mean + standard deviation * noise, shaped like mean. The noise is drawn in `dtype`, or in the mean's."""
-        if isinstance(generator, list) and len(generator) != len(self.mean):
-            raise ValueError(
-                f"{len(generator)} generators for a batch of {len(self.mean)}: pass one, or one per sample."
-            )
-        noise = randn_tensor(
-            self.mean.shape, generator=generator, device=self.mean.device, dtype=dtype or self.mean.dtype
-        )
-        return self.mean + torch.exp(0.5 * self.log_variance) * noise
+        return self.mean + torch.exp(0.5 * self.log_variance) * noise_like(self.mean, generator, dtype)
 
     def kl(self, other: "Gaussian") -> Tensor:
         """KL(self || other) in nats, per element, shaped like the means."""
@@ -177,6 +170,17 @@ class Gaussian(NamedTuple):
         log_lower, log_upper = _log_ndtr(lower), _log_ndtr(upper)
         mass = -torch.expm1(log_lower - log_upper)
         return log_upper + torch.log(mass.clamp(min=torch.finfo(mass.dtype).tiny))
+
+
+def noise_like(x: Tensor, generator: Generators = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Standard normal noise of the shape and on the device of x, in `dtype` or in that of x.
+
+    Raises:
+        ValueError: for a list of generators that is not as long as the batch.
+    """
+    if isinstance(generator, list) and len(generator) != len(x):
+        raise ValueError(f"{len(generator)} generators for a batch of {len(x)}: pass one, or one per sample.")
+    return randn_tensor(x.shape, generator=generator, device=x.device, dtype=dtype or x.dtype)
 
 
 def _log_ndtr(z: Tensor) -> Tensor:
@@ -368,6 +372,11 @@ def broadcast(value: Coefficient, x: Tensor) -> float | Tensor:
     return tensor.to(x.device, non_blocking=True)
 
 
+def plus(x: Tensor, factor: float | Tensor, y: Tensor) -> Tensor:
+    """x + factor * y; in one pass where the factor is a number."""
+    return x + factor * y if isinstance(factor, Tensor) else torch.add(x, y, alpha=factor)
+
+
 def as_tensor(value: Coefficient | Tensor, x: Tensor) -> Tensor:
     """A coefficient, or a tensor, as a tensor that broadcasts over x. A scalar stays on the host, which is free."""
     return value if isinstance(value, Tensor) else torch.as_tensor(broadcast(value, x), dtype=x.dtype)
@@ -542,6 +551,17 @@ class Transition(NamedTuple):
     optimal: bool  # whether the reverse variance is the optimal one
 
 
+class StepPlan(NamedTuple):
+    """The numbers of a step t -> s of the sampling chain, which depend on nothing that is sampled."""
+
+    transition: Transition
+    signal: float  # √ᾱ_t
+    sigma: float  # √(1 - ᾱ_t)
+    on_x_0: float  # of the mean, see `_coefficients`
+    on_x_t: float
+    noise: float | None  # standard deviation of p(x_s | x_t); 0 where none is drawn, None where the network says it
+
+
 class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     r"""DDPM's forward process, posterior, bound, losses and sampler, with the surface of `diffusers.DDPMScheduler`.
 
@@ -698,16 +718,14 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         output, variance_values = self._split(model_output, x_t)
         x_t = upcast(x_t)
         signal, sigma = self._signal_and_sigma(t, x_t)
+        x_0 = self._x_0(output, x_t, signal, sigma)
         kind = self.config["prediction_type"]
-        if kind == "epsilon":
-            x_0, epsilon = (x_t - sigma * output) / signal, output
-        elif kind == "sample":
-            x_0, epsilon = output, (x_t - signal * output) / sigma
+        if kind == "sample" or limits_x_0(self.config):
+            epsilon = plus(x_t, -signal, x_0) / sigma
+        elif kind == "epsilon":
+            epsilon = output
         else:
-            x_0, epsilon = signal * x_t - sigma * output, signal * output + sigma * x_t
-        if limits_x_0(self.config):
-            x_0 = self._limit(x_0)
-            epsilon = (x_t - signal * x_0) / sigma
+            epsilon = plus(signal * output, sigma, x_t)
         return Prediction(x_0, epsilon, variance_values)
 
     def p_reverse(self, model_output: Tensor, x_t: Tensor, t: Timestep, s: Timestep | None = None) -> Gaussian:
@@ -744,17 +762,19 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: for a timestep that is not in `timesteps`, or shapes that do not fit.
         """
-        t = self._one_timestep(timestep)
-        s = self.previous_timestep(t)
-        prediction = self.predict(model_output, sample, t)
-        transition = self._transition(t, s)
-        reverse = self._reverse(prediction, upcast(sample), transition)
-        if transition.optimal and limits_x_0(self.config) and s == 0:
-            most = max((LAST_NOISE * self.config["clip_sample_range"]) ** 2, float(self._coefficients(transition)[2]))
-            reverse = reverse._replace(log_variance=reverse.log_variance.clamp(max=math.log(most)))
-        noiseless = s < 0 or (transition.eta == 0 and not transition.optimal)
-        x_s = reverse.mean if noiseless else reverse.sample(generator, dtype=sample.dtype)
-        x_s, x_0 = x_s.to(sample.dtype), prediction.x_0.to(sample.dtype)
+        plan = self._plan(self._one_timestep(timestep))
+        output, variance_values = self._split(model_output, sample)
+        x_t = upcast(sample)
+        x_0 = self._x_0(output, x_t, plan.signal, plan.sigma)
+        mean = plus(plan.on_x_0 * x_0, plan.on_x_t, x_t)
+        if plan.noise is None:
+            log_variance = as_tensor(self._typed_log_variance(variance_values, plan.transition), x_t)
+            x_s = Gaussian(mean, log_variance).sample(generator, dtype=sample.dtype)
+        elif plan.noise == 0:
+            x_s = mean
+        else:
+            x_s = plus(mean, plan.noise, noise_like(mean, generator, dtype=sample.dtype))
+        x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
         return DDPMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
 
     def undo_ddim(self, prediction: Prediction, x_s: Tensor, t: Timestep, s: Timestep) -> Tensor:
@@ -903,8 +923,32 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         self._host_timesteps, self._own_timesteps = chain, self.timesteps
         down = [*chain.tolist(), -1]
         self._next = dict(itertools.pairwise(down))
+        self._plans: dict[tuple[int, str], StepPlan] = {}
         self._above = np.full(len(self), len(self))  # T, pure noise, above the top
         self._above[chain[1:]] = chain[:-1]
+
+    def _plan(self, t: int) -> StepPlan:
+        """The step from t of the chain, computed once."""
+        key = t, self.variance_type
+        if key not in self._plans:
+            self._plans[key] = self._make_plan(self._transition(t, self.previous_timestep(t)))
+        return self._plans[key]
+
+    def _make_plan(self, step: Transition) -> StepPlan:
+        alpha_bar = float(self._alpha_bar[step.t])
+        on_x_0, on_x_t, variance = map(float, self._coefficients(step))
+        if step.optimal:
+            noise = math.exp(0.5 * float(self._optimal_log_variance(step)))
+            if limits_x_0(self.config) and step.s == 0:
+                noise = min(noise, max(LAST_NOISE * self.config["clip_sample_range"], math.sqrt(variance)))
+        elif step.eta == 0:
+            noise = 0.0
+        elif self.variance_type in LEARNED_VARIANCES:
+            noise = None
+        else:
+            noise = math.exp(0.5 * float(self._typed_log_variance(None, step)))
+        noise = 0.0 if step.s < 0 else noise
+        return StepPlan(step, math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar), on_x_0, on_x_t, noise)
 
     # --- inner workings: tensors upcast, timesteps as host indices ---------------------------------------------------
 
@@ -914,7 +958,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def _posterior_mean(self, x_0: Tensor, x_t: Tensor, step: Transition) -> Tensor:
         on_x_0, on_x_t, _ = self._coefficients(step)
-        return broadcast(on_x_0, x_0) * x_0 + broadcast(on_x_t, x_t) * x_t
+        return plus(broadcast(on_x_0, x_0) * x_0, broadcast(on_x_t, x_t), x_t)
 
     def _coefficients(self, step: Transition) -> tuple[Coefficient, Coefficient, Coefficient]:
         """Of q(x_s | x_t, x_0) = N(on_x_0 x_0 + on_x_t x_t, variance I), DDIM eqs. 7 and 16; at η = 1, DDPM eq. 7.
@@ -936,7 +980,10 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return np.log((1 - a_s) / (1 - a_t) * (1 - alpha))
 
     def _reverse(self, prediction: Prediction, x_t: Tensor, step: Transition) -> Gaussian:
-        log_variance = self._optimal_log_variance(step) if step.optimal else self._typed_log_variance(prediction, step)
+        if step.optimal:
+            log_variance: Coefficient | Tensor = self._optimal_log_variance(step)
+        else:
+            log_variance = self._typed_log_variance(prediction.variance_values, step)
         return Gaussian(self._posterior_mean(prediction.x_0, x_t, step), as_tensor(log_variance, x_t))
 
     def _optimal_log_variance(self, step: Transition) -> Coefficient:
@@ -945,18 +992,29 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         on_x_0, _, variance = self._coefficients(step)
         return np.log(variance + on_x_0**2 * self._x_0_variance[step.t])
 
-    def _typed_log_variance(self, prediction: Prediction, step: Transition) -> Coefficient | Tensor:
-        """By `variance_type`."""
+    def _typed_log_variance(self, values: Tensor | None, step: Transition) -> Coefficient | Tensor:
+        """By `variance_type`, from the network's values if it says so."""
         learned = self.variance_type in LEARNED_VARIANCES
-        if learned and prediction.variance_values is None:
+        if learned and values is None:
             raise ValueError(
                 f"variance_type={self.variance_type!r} needs a network with twice the channels of its input, half of "
                 "them for the variance. Use such a network, or variance_type='fixed_small' or 'fixed_large'."
             )
         small = self._posterior_log_variance(step)
         large = np.log(1 - self._alpha_bar[step.t] / self._alpha_bar[step.s])
-        log_variance = REVERSE_LOG_VARIANCES[self.variance_type](small, large, step.s < 0, prediction.variance_values)
+        log_variance = REVERSE_LOG_VARIANCES[self.variance_type](small, large, step.s < 0, values)
         return log_variance + _log_square(step.eta)
+
+    def _x_0(self, output: Tensor, x_t: Tensor, signal: float | Tensor, sigma: float | Tensor) -> Tensor:
+        """The predicted x_0, clipped or thresholded as configured; all upcast."""
+        kind = self.config["prediction_type"]
+        if kind == "epsilon":
+            x_0 = plus(x_t, -sigma, output) / signal
+        elif kind == "sample":
+            x_0 = output
+        else:
+            x_0 = plus(signal * x_t, -sigma, output)
+        return self._limit(x_0) if limits_x_0(self.config) else x_0
 
     def _limit(self, x_0: Tensor) -> Tensor:
         """Clipped to ±clip_sample_range, or dynamically thresholded (Imagen section 2.3)."""
@@ -1006,6 +1064,10 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(t, Tensor) and t.device.type != "cpu" and is_entry(t, self._own_timesteps):
             # Its place is known without its value, for which the host would wait.
             return int(self._host_timesteps[t.storage_offset()])
+        if isinstance(t, Tensor) and t.device.type == "cpu" and t.ndim == 0:
+            t = t.numpy().item()
+        if type(t) is int and t in self._next:
+            return t
         index = self._index(t)
         if np.ndim(index):
             raise ValueError(f"step takes one timestep for the whole batch, not {len(index)}.")
