@@ -1,13 +1,13 @@
 """Time training steps, sampling chains and what surrounds them, of this package and of diffusers, side by side.
 
     python benchmarks/speed.py              # the quick form: 10 minutes on 2 cores
-    python benchmarks/speed.py --networks fashion_mnist_quick cifar10 --rounds 7 --compile
+    python benchmarks/speed.py --networks small fashion_mnist_quick cifar10 --rounds 7 --compile
 
 Every system is a process of its own. They take turns, one round each, so that what else the machine does falls on all
 of them alike; a figure is the median of the rounds, a ratio the median of the ratios of each round. Training steps are
 those of `training/train.py` without reading data: noise, x_t, forward and backward pass, clipping, AdamW. "Default" is
 what each project's own training script does where nothing is said: ours in bfloat16 where the CPU computes it fast and
-with the fused optimiser, diffusers' in float32. `python docs/make_speed.py` makes docs/speed.md of the results.
+with the fused optimiser, diffusers' in float32.
 """
 
 import argparse
@@ -38,8 +38,17 @@ from optimization import resolve_precision
 from report import device_name, versions
 from run import COMPILE_MODE, MEMORY_FORMAT
 
-RESULTS = ROOT / "benchmarks" / "results"
-FORMS = {"cifar10": (32, 3)}  # size and channels of a preset's images, 28x28 gray otherwise
+RESULTS = ROOT / "outputs" / "speed"
+# Nearly the quick preset's, but with attention in every block at 7x7.
+SMALL = {
+    "block_out_channels": [32, 64, 128],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 8,
+}
+NETWORKS = ("small", *sorted(path.stem for path in PRESETS.glob("*.yaml")))
+FORMS = {"cifar10": (32, 3)}  # size and channels of a network's images, 28x28 gray otherwise
 BATCHES = {"cifar10": 16}  # of a training step; 64 otherwise
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}  # by accelerate's names
 SAMPLES, CHAIN = 16, 50
@@ -51,7 +60,7 @@ class System:
     """A way to train or to sample."""
 
     ours: bool
-    precision: str  # "no" or "bf16"; of training by autocast, of sampling the weights'
+    precision: str  # "no" or "bf16": by autocast, but in sampling by ours the weights'
     channels_last: bool = False
     fused: bool = False
     compiled: bool = False
@@ -75,17 +84,17 @@ def systems(device: torch.device) -> dict[str, System]:
     }
 
 
-def network_config(preset: str) -> dict[str, Any]:
-    """The keys of a preset's network, with the form of its images, without dropout."""
-    model = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text())["model"]
-    size, channels = FORMS.get(preset, (28, 1))
+def network_config(name: str) -> dict[str, Any]:
+    """The keys of a network, with the form of its images, without dropout."""
+    model = SMALL if name == "small" else yaml.safe_load((PRESETS / f"{name}.yaml").read_text())["model"]
+    size, channels = FORMS.get(name, (28, 1))
     return {**model, "dropout": 0.0, "sample_size": size, "in_channels": channels, "out_channels": channels}
 
 
-def build_network(system: System, preset: str, device: torch.device) -> UNet2DModel:
+def build_network(system: System, network: str, device: torch.device) -> UNet2DModel:
     """The network of a system."""
     torch.manual_seed(0)
-    unet = (ScratchUNet2DModel if system.ours else UNet2DModel)(**network_config(preset)).to(device)
+    unet = (ScratchUNet2DModel if system.ours else UNet2DModel)(**network_config(network)).to(device)
     return unet.to(memory_format=torch.channels_last) if system.channels_last else unet
 
 
@@ -95,14 +104,14 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def training_step(system: System, preset: str, device: torch.device) -> Callable[[], None]:
+def training_step(system: System, network: str, device: torch.device) -> Callable[[], None]:
     """A function that does one optimiser step on images that are on the device."""
-    unet = build_network(system, preset, device).train()
+    unet = build_network(system, network, device).train()
     if system.compiled:
         unet.compile(mode=COMPILE_MODE.get(device.type, "default"))
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=system.fused or None)
     scheduler = (ScratchDDPMScheduler if system.ours else DDPMScheduler)()
-    batch = BATCHES.get(preset, 64)
+    batch = BATCHES.get(network, 64)
     torch.manual_seed(0)
     x_0 = torch.rand(batch, unet.config.in_channels, *[unet.config.sample_size] * 2, device=device) * 2 - 1
 
@@ -121,10 +130,10 @@ def training_step(system: System, preset: str, device: torch.device) -> Callable
     return step
 
 
-def sampling_chain(system: System, preset: str, device: torch.device) -> Callable[[], None]:
+def sampling_chain(system: System, network: str, device: torch.device) -> Callable[[], None]:
     """A function that draws a batch of images."""
-    unet = build_network(system, preset, device).eval()
-    if system.precision == "bf16":
+    unet = build_network(system, network, device).eval()
+    if system.precision == "bf16" and system.ours:
         unet.to(torch.bfloat16)
     if system.compiled:
         unet.compile(mode=COMPILE_MODE.get(device.type, "default"))
@@ -134,7 +143,9 @@ def sampling_chain(system: System, preset: str, device: torch.device) -> Callabl
 
     def sample() -> None:
         generator = torch.Generator(device).manual_seed(0)  # on a GPU, else stock noise comes from the host
-        pipeline(SAMPLES, generator, num_inference_steps=CHAIN, output_type="np")
+        # Stock's pipeline cannot turn bfloat16 into numpy, so that only its network computes in it.
+        with torch.autocast(device.type, torch.bfloat16, enabled=system.precision == "bf16" and not system.ours):
+            pipeline(SAMPLES, generator, num_inference_steps=CHAIN, output_type="np")
 
     return sample
 
@@ -214,16 +225,17 @@ def scheduler_overhead(device: torch.device, rounds: int) -> dict[str, list[floa
     """Seconds of one step of each scheduler on the network's output for a batch of SAMPLES, by rounds."""
     x, output = (torch.randn(SAMPLES, 1, 28, 28, device=device) for _ in range(2))
     generator = torch.Generator(device).manual_seed(0)
-    seconds: dict[str, list[float]] = {"diffusers": [], "ours": []}
-    for _ in range(10 * rounds):
-        for name, kind in (("diffusers", DDPMScheduler), ("ours", ScratchDDPMScheduler)):
-            scheduler = kind()
+    schedulers = {"diffusers": DDPMScheduler(), "ours": ScratchDDPMScheduler()}
+    seconds: dict[str, list[float]] = {name: [] for name in schedulers}
+    for number in range(10 * rounds + 1):
+        for name, scheduler in schedulers.items():
             scheduler.set_timesteps(CHAIN, device=device)
             start = time.perf_counter()
             for t in scheduler.timesteps:
                 scheduler.step(output, t, x, generator=generator)
             wait_for(device)
-            seconds[name].append((time.perf_counter() - start) / CHAIN)
+            if number:  # the first chain warms up
+                seconds[name].append((time.perf_counter() - start) / CHAIN)
     return seconds
 
 
@@ -258,29 +270,78 @@ def peak_rate(device: torch.device, precision: torch.dtype) -> float:
     return 2 * side**3 / best
 
 
-def operations(preset: str) -> float:
+def operations(network: str) -> float:
     """Floating-point operations of the network's forward pass for one image."""
-    unet = ScratchUNet2DModel(**network_config(preset)).eval()
+    unet = ScratchUNet2DModel(**network_config(network)).eval()
     x = torch.zeros(1, unet.config.in_channels, *[unet.config.sample_size] * 2)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         unet(x, torch.zeros(1, dtype=torch.long))
     return float(counter.get_total_flops())
 
 
+# --- ratios --------------------------------------------------------------------------------------------------------
+
+
+def ratio(of: dict[str, Any], to: dict[str, Any]) -> float:
+    """How many times as fast `of` is: the median over the rounds."""
+    return statistics.median(b / a for a, b in zip(of["seconds"], to["seconds"], strict=True))
+
+
+def best_of_diffusers(rows: dict[str, Any], precision: str) -> dict[str, Any]:
+    """The faster of diffusers' two memory formats."""
+    stock = [row for name, row in rows.items() if name.startswith(f"diffusers {precision}")]
+    return min(stock, key=lambda row: statistics.median(row["seconds"]))
+
+
+def ratios(rows: dict[str, Any]) -> dict[str, float]:
+    """What is compared, and how many times as fast ours is."""
+    found = {
+        f"{kind}, against the better memory format of diffusers": ratio(
+            rows[f"ours {kind}"], best_of_diffusers(rows, kind)
+        )
+        for kind in ("fp32", "bf16")
+    }
+    stock = rows["diffusers fp32, NCHW"]
+    for name, title in {"ours, default": "default", "ours, default compiled": "default and compiled"}.items():
+        if name in rows:
+            found[f"{title}, against diffusers' default"] = ratio(rows[name], stock)
+    return found
+
+
+def report(results: dict[str, Any]) -> list[str]:
+    """A line for each ratio and figure."""
+    lines = []
+    for network, found in results["networks"].items():
+        for kind in KINDS:
+            for title, value in ratios(found[kind]).items() if kind in found else ():
+                lines.append(f"{kind}, {network}, {title}: {value:.2f} times as fast")
+        for name, row in found["training"].items():
+            images = found["batch"] / statistics.median(row["seconds"])
+            # A backward pass takes twice the operations of a forward pass.
+            share = 3 * images * found["flops"] / results["peak_flops"][results["systems"][name]["precision"]]
+            peak = row["peak_memory"] / 1e9
+            lines.append(f"training, {network}, {name}: {images:.1f} images/s, {share:.0%} of the peak, {peak:.2f} GB")
+    steps = {name: {"seconds": seconds} for name, seconds in results["scheduler_step"].items()}
+    lines.append(f"a scheduler step: {ratio(steps['ours'], steps['diffusers']):.2f} times as fast")
+    imports = {name: statistics.median(seconds) for name, seconds in results["import"].items()}
+    lines.append(f"import: {imports['ours'] - imports['diffusers']:+.2f} s")
+    return lines
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--networks", nargs="+", default=["fashion_mnist_quick", "cifar10"], help="presets")
+    parser.add_argument("--networks", nargs="+", default=["small", "cifar10"], choices=NETWORKS, help="presets")
     parser.add_argument("--compile", action="store_true", help="also what is compiled, which takes minutes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=2, help="training steps in a round")
-    parser.add_argument("--results", type=Path, help="default: benchmarks/results/speed_<device>.json")
+    parser.add_argument("--results", type=Path, help="default: outputs/speed/<device>.json")
     for name in ("kind", "network", "system", "lock"):  # of a worker process
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     name = "cpu" if args.device == "cpu" else device_name(torch.device(args.device)).lower().replace(" ", "_")
-    args.results = args.results or RESULTS / f"speed_{name}.json"
+    args.results = args.results or RESULTS / f"{name}.json"
     return args
 
 
@@ -308,12 +369,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows["sampling"] = take_turns("sampling", network, chosen, args)
         form = {"parameters": parameters, "batch": BATCHES.get(network, 64), "flops": operations(network)}
         result["networks"][network] = {**form, **rows}
-        for kind, measured in rows.items():
-            for name, row in measured.items():
-                print(f"{network} {kind} {name}: {statistics.median(row['seconds']):.3f} s", flush=True)
     chain = {"samples": SAMPLES, "chain": CHAIN, "rounds": args.rounds}
     replace_json(args.results, {**result, **chain, "seconds": time.perf_counter() - start, "versions": versions()})
-    print(args.results)
+    print(*report(result), args.results, sep="\n")
 
 
 if __name__ == "__main__":

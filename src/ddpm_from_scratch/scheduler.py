@@ -170,6 +170,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
+        self._plans: dict[tuple[int, int, float, bool, str], StepPlan] = {}
         self._chosen: dict[int, np.ndarray] = {}  # timesteps of a choice, which may take a second to make
         self._set_chain(np.arange(num_train_timesteps)[::-1], eta)
 
@@ -443,15 +444,15 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         self._host_timesteps, self._own_timesteps = chain, self.timesteps
         down = [*chain.tolist(), -1]
         self._next = dict(itertools.pairwise(down))
-        self._plans: dict[tuple[int, str], StepPlan] = {}
         self._above = np.full(len(self), len(self))  # T, pure noise, above the top
         self._above[chain[1:]] = chain[:-1]
 
     def _plan(self, t: int) -> StepPlan:
-        """The step from t of the chain, computed once."""
-        key = t, self.variance_type
+        """The step from t of the chain, computed once for all chains that have it."""
+        s = self.previous_timestep(t)
+        key = t, s, self._eta, self._optimal, self.variance_type
         if key not in self._plans:
-            self._plans[key] = self._make_plan(self._transition(t, self.previous_timestep(t)))
+            self._plans[key] = self._make_plan(self._transition(t, s))
         return self._plans[key]
 
     def _make_plan(self, step: Transition) -> StepPlan:
