@@ -6,10 +6,12 @@ import json
 import tarfile
 
 import datasets
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from PIL import Image
 from test_training import (  # noqa: F401
     SIZE,
     STEPS,
@@ -306,6 +308,27 @@ def test_evaluations_on_the_way_read_the_stream(inputs, shards, tmp_path):  # no
     ]
     ours, whole = (results["evaluations"][0]["kernel_distance"] for results in evaluations)
     assert ours != whole and ours == pytest.approx(whole, rel=0.2)  # of other images: the order is another one
+
+
+def test_large_photographs_are_decoded_by_the_workers(tmp_path):
+    """JPEG of 256x256 pixels and of 300x256, which are cropped at the centre."""
+    sizes = [(256, 256), (300, 256)] * 3
+    files, expected = [], []
+    for number, size in enumerate(sizes):
+        buffer = io.BytesIO()
+        picture("RGB", size, seed=number).save(buffer, "JPEG")
+        files.append(buffer.getvalue())
+        left = (size[0] - 256) // 2
+        expected.append(np.asarray(Image.open(buffer))[:, left : left + 256])
+    path = write_parquet(tmp_path / "photographs.parquet", files)
+    loaded = load(path, tmp_path, resolution=256)
+    stream = data.ImageStream(loaded, 0, center_crop=True, random_flip=False)
+    batches = data.StreamBatches(range(3), rank=0, world_size=1, batch_size=2)
+    found = torch.cat([batch.images for batch in data.build_loader(stream, batches, 2, False)])
+    order = [loaded.index_at(0, position) for position in range(6)]
+    assert found.shape == (6, 3, 256, 256) and sorted(order) == list(range(6))
+    for image, index in zip(found, order, strict=True):
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), expected[index])
 
 
 @pytest.mark.usefixtures("small_window")
