@@ -19,6 +19,7 @@ import space
 from config import TrainingConfig
 from ddpm_from_scratch import ScratchDDPMPipeline
 from ddpm_from_scratch.model_page import eval_results, model_page
+from ddpm_from_scratch.pipeline import _sources, one_file
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "models" / "ddpm-fashion-mnist"
@@ -439,3 +440,8 @@ def test_what_a_space_needs_is_what_the_package_needs(tmp_path):
     assert re.fullmatch(r"\d+\.\d+\.\d+", str(card.data.to_dict()["sdk_version"]))
     pushed = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert "ddpm_from_scratch/hub.py" in pushed and not [path for path in pushed if "__pycache__" in path]
+
+
+def test_the_shipped_code_is_this_package():
+    """The same command writes it, and has to be given again when the package changes."""
+    assert (SHIPPED / "pipeline.py").read_text() == one_file(_sources())

@@ -402,3 +402,13 @@ def test_the_tables_stay_as_they_are():
     scheduler.add_noise(x, x, torch.tensor([3, 4]))
     assert torch.equal(scheduler.alphas_cumprod, before)
     assert scheduler.alphas_cumprod.dtype == torch.float32
+
+
+@pytest.mark.parametrize("chain", [{"eta": 0.0, "num_inference_steps": 2}, {"timesteps": [5]}])
+def test_a_step_refuses_a_network_that_gives_no_variance(chain):
+    """Also where it would not be used: in a step without noise."""
+    scheduler = ScratchDDPMScheduler(variance_type="learned_range")
+    scheduler.set_timesteps(**chain)
+    x = randn(2, 1, 4, 4, seed=0)
+    with pytest.raises(ValueError, match="needs a network with twice the channels"):
+        scheduler.step(x, scheduler.timesteps[-1], x)

@@ -152,9 +152,9 @@ class StreamedRows:
         number = bisect_right(self.starts, index) - 1
         if number not in self.kept:
             self.kept[number] = self.read(number)
+            while sum(self.blocks[kept].num_bytes for kept in self.kept) > self.kept_bytes:
+                self.kept.popitem(last=False)
         self.kept.move_to_end(number)
-        while sum(self.blocks[kept].num_bytes for kept in self.kept) > self.kept_bytes:
-            self.kept.popitem(last=False)
         return {"image": self.kept[number]["image"][index - self.starts[number]].as_py()}
 
     def read(self, number: int) -> pyarrow.Table:

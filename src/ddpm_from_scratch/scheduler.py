@@ -285,6 +285,8 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         """
         plan = self._plan(self._one_timestep(timestep))
         output, variance_values = self._split(model_output, sample)
+        if not plan.transition.optimal:
+            self._check_variance_values(variance_values)
         x_t = upcast(sample)
         x_0 = self._x_0(output, x_t, plan.signal, plan.sigma)
         mean = plus(plan.on_x_0 * x_0, plan.on_x_t, x_t)
@@ -515,16 +517,18 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def _typed_log_variance(self, values: Tensor | None, step: Transition) -> Coefficient | Tensor:
         """By `variance_type`, from the network's values if it says so."""
-        learned = self.variance_type in LEARNED_VARIANCES
-        if learned and values is None:
-            raise ValueError(
-                f"variance_type={self.variance_type!r} needs a network with twice the channels of its input, half of "
-                "them for the variance. Use such a network, or variance_type='fixed_small' or 'fixed_large'."
-            )
+        self._check_variance_values(values)
         small = self._posterior_log_variance(step)
         large = np.log(1 - self._alpha_bar[step.t] / self._alpha_bar[step.s])
         log_variance = REVERSE_LOG_VARIANCES[self.variance_type](small, large, step.s < 0, values)
         return log_variance + _log_square(step.eta)
+
+    def _check_variance_values(self, values: Tensor | None) -> None:
+        if self.variance_type in LEARNED_VARIANCES and values is None:
+            raise ValueError(
+                f"variance_type={self.variance_type!r} needs a network with twice the channels of its input, half of "
+                "them for the variance. Use such a network, or variance_type='fixed_small' or 'fixed_large'."
+            )
 
     def _x_0(self, output: Tensor, x_t: Tensor, signal: float | Tensor, sigma: float | Tensor) -> Tensor:
         """The predicted x_0, clipped or thresholded as configured; all upcast."""
