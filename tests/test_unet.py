@@ -10,7 +10,7 @@ from diffusers import UNet2DModel
 from torch._dynamo.utils import counters
 
 from ddpm_from_scratch import ScratchUNet2DModel
-from ddpm_from_scratch.unet import Attention, ResnetBlock
+from ddpm_from_scratch.unet import FEW_TOKENS, Attention, ResnetBlock, attend
 
 # The networks of Ho et al. 2020 (their names on the Hub: google/ddpm-...) at a quarter of the width or less.
 CIFAR10 = {
@@ -167,13 +167,14 @@ REFUSED = {"time_embedding_type", "downsample_type", "upsample_type", "act_fn", 
 
 @pytest.mark.parametrize("key", [key for key in inspect.signature(UNet2DModel.__init__).parameters if key != "self"])
 def test_every_configuration_key_is_honoured_or_refused_by_name(key):
-    # Stock attention turns the memory layout, and with it the order of the dropout mask: none for that key.
+    # The memory layout is the order of the dropout mask. Stock attention turns it: none for that key.
     config = {**(CONFIGS["no-attention"] if key == "dropout" else SMALL), key: OTHER_VALUES[key]}
     if key in REFUSED:
         with pytest.raises(ValueError, match=f"{key}={OTHER_VALUES[key]!r}"):
             ScratchUNet2DModel(**config)
         return
     stock, own = pair(config)
+    stock.to(memory_format=torch.channels_last)  # as own does
     assert own.config[key] == stock.config[key]
     for mode in (True, False):  # dropout shows in training mode only
         results = []
@@ -246,6 +247,24 @@ def test_memory_format_does_not_change_the_output():
     own.to(memory_format=torch.channels_last)
     arguments["sample"] = arguments["sample"].contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(own(**arguments).sample, expected, rtol=1e-4, atol=1e-5)
+    assert own(**arguments).sample.is_contiguous()  # as stock's is: some reshape it by `view`
+
+
+@pytest.mark.parametrize("tokens", [49, FEW_TOKENS + 1])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_attention_and_its_gradients_are_those_of_float64(tokens, dtype, tolerance):
+    """Whichever way they are computed: that depends on the dtype, the gradient and the number of tokens."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 3, tokens, 8, generator=generator).to(dtype) for _ in range(3)]
+    upstream = torch.randn(2, 3, tokens, 8, generator=generator).to(dtype)
+    tracked = [x.clone().requires_grad_() for x in inputs]
+    exact = [x.double().requires_grad_() for x in inputs]
+    expected = (exact[0] @ exact[1].mT / 8**0.5).softmax(-1) @ exact[2]
+    wanted = [expected, *torch.autograd.grad(expected, exact, upstream.double())]
+    output = attend(*tracked)
+    for got, want in zip([output, *torch.autograd.grad(output, tracked, upstream)], wanted, strict=True):
+        assert (got - want).abs().max() <= tolerance * want.abs().max()
+    assert (attend(*inputs) - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("timestep", [7, 7.0, torch.tensor(7), torch.tensor([7]), torch.tensor([7, 7])])

@@ -1,7 +1,9 @@
 """The optimiser, its learning rate, and the precision and the threads it runs in."""
 
+import ctypes
 import math
 import os
+import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
@@ -33,6 +35,10 @@ LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by `acc
 
 FUSED_ADAM_DEVICES = ("cpu", "cuda")
 FAST_BF16_CPU = ("avx512_bf16", "amx_bf16", "amx_tile")
+
+
+# Numbers of glibc's mallopt(3), and what they are set to.
+KEEP_MEMORY = {-1: 2**31 - 1, -3: 2**30}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: in bytes
 
 
 def in_optimizer_steps(config: TrainingConfig, global_batch_size: int) -> TrainingConfig:
@@ -126,3 +132,14 @@ def use_all_cores() -> None:
     threads = threads_per_process(os.environ, min(psutil.cpu_count(logical=False) or available, available))
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory that one step frees for the next step, which asks for the same again.
+
+    Else it goes back to the system, which clears every page of it anew. Only glibc, Linux' usual one, is told.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in KEEP_MEMORY.items():
+            mallopt(parameter, value)

@@ -38,11 +38,18 @@ from networks import (
     load_trained,
     network_config,
 )
-from optimization import build_optimizer, in_optimizer_steps, learning_rate, resolve_precision, use_all_cores
+from optimization import (
+    build_optimizer,
+    in_optimizer_steps,
+    keep_freed_memory,
+    learning_rate,
+    resolve_precision,
+    use_all_cores,
+)
 from report import device_name, final_loss, versions
 
 # The layout in which a device's convolutions are fast; activations take that of the weights.
-MEMORY_FORMAT = {"cpu": torch.contiguous_format, "cuda": torch.channels_last}
+MEMORY_FORMAT = {"cpu": torch.channels_last, "cuda": torch.channels_last}
 # How a network is compiled: CUDA graphs spare a GPU the wait for the host, which starts hundreds of kernels a step.
 COMPILE_MODE = {"cuda": "reduce-overhead"}
 # What `accelerate launch` sets for each.
@@ -152,6 +159,7 @@ def build(config: TrainingConfig) -> Run:
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     if on_cpu:
         use_all_cores()
+        keep_freed_memory()
     accelerator = Accelerator(
         cpu=on_cpu,
         # Said explicitly: `accelerate launch` without a config of its own would set "no".
