@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -508,6 +509,35 @@ def test_auto_precision_asks_the_cpu(monkeypatch, capabilities, precision):
 )
 def test_a_launched_cpu_run_takes_all_cores(environment, threads):
     assert optimization.threads_per_process(environment, cores=4) == threads
+
+
+PAGE_FAULTS = """
+import resource, sys, torch
+from optimization import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+torch.ones(2**24)  # 64 MiB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are not told")
+def test_freed_memory_is_kept_for_the_next_step():
+    """The system has to provide the same memory five times, or not at all."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "training")}
+    faults = {
+        kind: int(
+            subprocess.run(
+                [sys.executable, "-c", PAGE_FAULTS, kind], env=environment, capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for kind in ("keep", "give back")
+    }
+    assert faults["give back"] > 100  # where the system gives 2 MiB at a time; else 512 times as many
+    assert faults["keep"] < faults["give back"] / 4
 
 
 def test_fp16_needs_a_gpu():

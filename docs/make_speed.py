@@ -1,0 +1,266 @@
+"""Write the tables and the figure of docs/speed.md from docs/results/speed_cpu.json and time_to_quality.json.
+
+    python docs/make_speed.py
+
+`make bench ARGS="--full --results docs/results/speed_cpu.json"` and `python benchmarks/time_to_quality.py` measure.
+"""
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+import matplotlib.ticker
+
+DOCS = Path(__file__).parent
+SPEED = DOCS / "results" / "speed_cpu.json"
+QUALITY = DOCS / "results" / "time_to_quality.json"
+PAGE = DOCS / "speed.md"
+FIGURE = DOCS / "figures" / "time_to_quality.png"
+
+STOCK, OURS, COMPILED = "diffusers fp32, NCHW", "ours, default", "ours, default compiled"
+PEER = "denoising-diffusion-pytorch"
+KINDS = {"fp32": "float32", "bf16": "bfloat16"}
+TITLES = {"small": "2.7M network, 28x28, batch 64", "cifar10": "the paper's CIFAR-10 network, 35.7M, batch 16"}
+MISSING = "–"
+
+Numbers = dict[str, Any]
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """In Markdown."""
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def median(row: Numbers) -> float:
+    """Seconds."""
+    return statistics.median(row["seconds"])
+
+
+def times_as_fast(rows: Numbers, of: str, to: str) -> str:
+    """Median, and range, of the ratios of each round."""
+    if of not in rows or to not in rows:
+        return MISSING
+    ratios = [b / a for a, b in zip(rows[of]["seconds"], rows[to]["seconds"], strict=True)]
+    return f"**{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def better_format(rows: Numbers, kind: str) -> str:
+    """Of diffusers' two memory formats the one that is faster."""
+    names = [name for name in rows if name.startswith(f"diffusers {kind}")]
+    return min(names, key=lambda name: median(rows[name]))
+
+
+def ratio_table(speed: Numbers, _: Numbers) -> str:
+    """Ours beside the others, as ratios."""
+    measured = [
+        (f"Training, {title}", speed["networks"][name]["training"])
+        for name, title in TITLES.items()
+        if name in speed["networks"]
+    ]
+    measured.append(
+        (
+            f"Sampling, {speed['chain']} steps, batch {speed['samples']}, 2.7M network",
+            speed["networks"]["small"]["sampling"],
+        )
+    )
+    rows = [
+        (
+            title,
+            *(times_as_fast(found, f"ours {kind}", better_format(found, kind)) for kind in KINDS),
+            times_as_fast(found, OURS, STOCK),
+            times_as_fast(found, COMPILED, STOCK),
+            times_as_fast(found, OURS, PEER),
+        )
+        for title, found in measured
+    ]
+    at = [f"{name}, against diffusers' better memory format" for name in KINDS.values()]
+    titles = ("times as fast", *at, "default against default", "default compiled against default", f"against {PEER}")
+    return table(titles, rows)
+
+
+def system_table(speed: Numbers, _: Numbers) -> str:
+    """Every system's rate, share of the peak, memory and set-up."""
+    rows = []
+    for network, title in TITLES.items():
+        found = speed["networks"].get(network, {"training": {}})
+        for name, row in found["training"].items():
+            rate = found["batch"] / median(row)
+            low, high = (found["batch"] / extreme(row["seconds"]) for extreme in (max, min))
+            peak = speed["peak_flops"][speed["systems"][name]["precision"]]
+            share = MISSING if name == PEER else f"{3 * rate * found['flops'] / peak:.0%}"
+            cells = (f"{rate:.0f} ({low:.0f} to {high:.0f})", share, f"{row['peak_memory'] / 1e9:.2f} GB")
+            rows.append((title, name, *cells, f"{row['set_up']:.0f} s"))
+    return table(("network", "system", "images/s", "of the peak", "peak memory", "set-up"), rows)
+
+
+def sampling_table(speed: Numbers, _: Numbers) -> str:
+    """Seconds of a chain."""
+    rows = [
+        (name, f"{median(row):.2f} s ({min(row['seconds']):.2f} to {max(row['seconds']):.2f})")
+        for name, row in speed["networks"]["small"]["sampling"].items()
+    ]
+    return table(("system", f"{speed['samples']} images in {speed['chain']} steps"), rows)
+
+
+def form_table(speed: Numbers, _: Numbers) -> str:
+    """Training by batch, resolution and width, at the defaults."""
+    rows = []
+    for name, found in speed["networks"].items():
+        if name not in TITLES or name == "small":
+            ours, stock = (found["batch"] / median(found["training"][system]) for system in (OURS, STOCK))
+            form = f"{found['batch']} of {found['size']}x{found['size']}"
+            ratio = times_as_fast(found["training"], OURS, STOCK)
+            rows.append((f"{found['parameters'] / 1e6:.1f}M", form, f"{ours:.1f}", f"{stock:.1f}", ratio))
+    return table(("network", "batch", "ours, images/s", "diffusers, images/s", "times as fast"), rows)
+
+
+def other_table(speed: Numbers, _: Numbers) -> str:
+    """What surrounds training and sampling."""
+    titles = {
+        "scheduler_step": ("one step of the scheduler", 1e6, "µs"),
+        "import": ("import", 1, "s"),
+        "first_image": ("a process until its first image in 10 steps", 1, "s"),
+    }
+    rows = []
+    for key, (title, scale, unit) in titles.items():
+        ours, stock = (scale * statistics.median(speed[key][name]) for name in ("ours", "diffusers"))
+        rows.append((title, f"{ours:.3g} {unit}", f"{stock:.3g} {unit}", f"{ours - stock:+.2g} {unit}"))
+    return table(("", "ours", "diffusers", "difference"), rows)
+
+
+def facts(speed: Numbers, _: Numbers) -> str:
+    """Machine, rounds, data loading."""
+    peaks = " and ".join(
+        f"{speed['peak_flops'][key] / 1e9:,.0f} GFLOP/s in {title}"
+        for key, title in (("no", "float32"), ("bf16", "bfloat16"))
+    )
+    loading = ", ".join(f"{rate:,.0f} images/s with {count} processes" for count, rate in speed["loading"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in speed["versions"].items())
+    found = {
+        "Device": f"{speed['device']}, {speed['threads']} threads; {versions}",
+        "Figures": f"medians of {speed['rounds']} rounds (lowest to highest); a ratio is taken within each round",
+        "Peak": f"of a matrix product: {peaks}",
+        "Data loading": f"decoded images with their noise: {loading}",
+    }
+    return "\n".join(f"- {name}: {fact}." for name, fact in found.items())
+
+
+def profile_table(speed: Numbers, _: Numbers) -> str:
+    """Shares of a training step of our default."""
+    kinds = list(next(iter(speed["profile"].values())))
+    rows = [(TITLES[name], *(f"{shares[kind]:.0%}" for kind in kinds)) for name, shares in speed["profile"].items()]
+    return table(("network", *kinds), rows)
+
+
+def precision_facts(speed: Numbers, _: Numbers) -> str:
+    """The effect of bfloat16 on samples."""
+    found = speed["precision"]
+    cells = [
+        (
+            title,
+            f"{found[key]['kernel_distance']:.4f} ± {found[key]['kernel_distance_error']:.4f}",
+            f"{found[key]['seconds']:.0f} s",
+        )
+        for key, title in (("no", "float32"), ("bf16", "bfloat16"))
+    ]
+    sentence = (
+        f"{found['num_images']:,} images of {found['model']}, {found['steps']} steps of DPM-Solver++, from the same "
+        f"noise. They differ by {found['rms_difference']:.2f} of 255 (root mean square)."
+    )
+    return table(("network in", "kernel distance", "drawn in"), cells) + "\n\n" + sentence
+
+
+def quality_table(_: Numbers, quality: Numbers) -> str:
+    """Kernel distances at each recipe's marks."""
+    rows = [
+        (
+            point["recipe"],
+            f"{point['seconds'] / 60:.1f} min",
+            f"{point['steps']:,}",
+            f"{point['kernel_distance']:.3f} ± {point['kernel_distance_error']:.3f}",
+        )
+        for point in quality["points"]
+    ]
+    return table(("recipe", "trained for", "steps", "kernel distance"), rows)
+
+
+def quality_facts(_: Numbers, quality: Numbers) -> str:
+    """What was measured and with what."""
+    versions = ", ".join(f"{name} {version}" for name, version in quality["versions"].items())
+    floor = f"{quality['floor']['kernel_distance']:.3f} ± {quality['floor']['kernel_distance_error']:.3f}"
+    count, steps = quality["num_images"], quality["sampler_steps"]
+    found = {
+        "N": f"{count:,} samples, {steps} steps of DPM-Solver++, against as many training images; features of "
+        "EfficientNet-Lite0 at 112 pixels",
+        "Floor": f"as many test images in the place of samples: {floor}",
+        "Network": f"{quality['parameters'] / 1e6:.1f}M parameters, that of the quick preset. One run each",
+        "Device": f"{quality['device']}; {versions}",
+    }
+    return "\n".join(f"- {name}: {fact}." for name, fact in found.items())
+
+
+PARTS = {
+    "ratios": ratio_table,
+    "systems": system_table,
+    "sampling": sampling_table,
+    "forms": form_table,
+    "others": other_table,
+    "facts": facts,
+    "profile": profile_table,
+    "precision": precision_facts,
+    "quality": quality_table,
+    "quality facts": quality_facts,
+}
+
+
+def read() -> tuple[Numbers, Numbers]:
+    """Both results."""
+    return json.loads(SPEED.read_text(encoding="utf-8")), json.loads(QUALITY.read_text(encoding="utf-8"))
+
+
+def fill(page: str) -> str:
+    """The page with what stands between its markers replaced."""
+    results = read()
+    for name, make in PARTS.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        before, rest = page.split(start)
+        page = before + start + make(*results) + "\n" + end + rest.split(end)[1]
+    return page
+
+
+def draw(quality: Numbers) -> matplotlib.figure.Figure:
+    """Kernel distance against time."""
+    figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")  # draws without a display
+    axis = figure.subplots()
+    for name in dict.fromkeys(point["recipe"] for point in quality["points"]):
+        points = [point for point in quality["points"] if point["recipe"] == name]
+        axis.errorbar(
+            [point["seconds"] / 60 for point in points],
+            [point["kernel_distance"] for point in points],
+            yerr=[point["kernel_distance_error"] for point in points],
+            label=name,
+            marker="o",
+            linestyle="-" if name.startswith("ours") else "--",
+            capsize=3,
+        )
+    axis.set(xscale="log", yscale="log", xlabel="minutes of training", ylabel="kernel distance (lower is better)")
+    axis.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axis.set_xticks([0.5, 1, 2, 5, 10])
+    axis.grid(visible=True, alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def main() -> None:
+    """Write the page and the figure."""
+    draw(read()[1]).savefig(FIGURE, dpi=100)
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
