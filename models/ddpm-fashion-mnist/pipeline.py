@@ -1079,8 +1079,9 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return int(index)
 
 
-# On a CPU the fused attention kernel loses to plain matrix products on short sequences.
-SHORT_SEQUENCE = 256
+# On a CPU the fused attention's backward pass in bfloat16 takes ten times as long as plain matrix products do over few
+# tokens; all else it does faster.
+FEW_TOKENS = 256
 
 # What each configuration key may be, for the keys of which not every value is implemented.
 SUPPORTED: dict[str, tuple[object, ...]] = {
@@ -1108,7 +1109,8 @@ def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: f
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Scaled dot-product attention, [B, heads, tokens, d] each."""
-    if query.device.type == "cpu" and query.shape[2] <= SHORT_SEQUENCE:
+    slow_backward = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad
+    if slow_backward and query.shape[2] <= FEW_TOKENS:
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
         return scores.softmax(-1) @ value
     return F.scaled_dot_product_attention(query, key, value)
@@ -1445,6 +1447,8 @@ class ScratchUNet2DModel(UNet2DModel):
         x = 2 * sample - 1 if self.config["center_input_sample"] else sample
         emb = F.silu(self._embed(timestep, class_labels, x))
 
+        if x.device.type == "cpu":  # whose convolutions are fastest so; on a GPU the weights' format decides
+            x = x.contiguous(memory_format=torch.channels_last)
         x = self.conv_in(x)
         results = [x]
         for block in self.down_blocks:
@@ -1454,7 +1458,7 @@ class ScratchUNet2DModel(UNet2DModel):
             x = self._run(self.mid_block, x, emb)
         for block in self.up_blocks:
             x = self._run(block, x, [results.pop() for _ in block.resnets], emb)  # type: ignore[union-attr]
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        x = self.conv_out(F.silu(self.conv_norm_out(x))).contiguous()
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
     def _run(self, block: nn.Module, *inputs: Any) -> Any:  # noqa: ANN401
