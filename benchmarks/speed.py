@@ -15,7 +15,6 @@ import argparse
 import fcntl
 import importlib.metadata
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -87,11 +86,15 @@ def work(args: argparse.Namespace) -> None:
             wait_for(device)
             rounds.append(time.perf_counter() - start)
         print("done", flush=True)
+    print(json.dumps({"seconds": rounds, "set_up": set_up, "peak_memory": peak_memory(device)}))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes of the device's memory, or of this process, for which `getrusage` would tell its parent's if larger."""
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": rounds, "set_up": set_up, "peak_memory": peak}))
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def take_turns(kind: str, network: str, chosen: dict[str, System], args: argparse.Namespace) -> dict[str, Any]:

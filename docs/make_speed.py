@@ -92,8 +92,9 @@ def system_table(speed: Numbers, _: Numbers) -> str:
             low, high = (found["batch"] / extreme(row["seconds"]) for extreme in (max, min))
             peak = speed["peak_flops"][speed["systems"][name]["precision"]]
             share = MISSING if name == PEER else f"{3 * rate * found['flops'] / peak:.0%}"
-            cells = (f"{rate:.0f} ({low:.0f} to {high:.0f})", share, f"{row['peak_memory'] / 1e9:.2f} GB")
-            rows.append((title, name, *cells, f"{row['set_up']:.0f} s"))
+            rates = f"{rate:.1f} ({low:.1f} to {high:.1f})"
+            memory = f"{row['peak_memory'] / 1e9:.2f} GB" if "peak_memory" in row else MISSING
+            rows.append((title, name, rates, share, memory, f"{row['set_up']:.0f} s"))
     return table(("network", "system", "images/s", "of the peak", "peak memory", "set-up"), rows)
 
 
