@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from few_steps import replace_json
+from figures import faster_format, images_per_second, peak_share, ratio
 from surroundings import (
     IMPORTS,
     first_images,
@@ -135,22 +136,11 @@ def write(worker: "subprocess.Popen[str]", text: str) -> None:
 # --- ratios --------------------------------------------------------------------------------------------------------
 
 
-def ratio(of: dict[str, Any], to: dict[str, Any]) -> float:
-    """How many times as fast `of` is: the median over the rounds."""
-    return statistics.median(b / a for a, b in zip(of["seconds"], to["seconds"], strict=True))
-
-
-def best_of_diffusers(rows: dict[str, Any], precision: str) -> dict[str, Any]:
-    """The faster of diffusers' two memory formats."""
-    stock = [row for name, row in rows.items() if name.startswith(f"diffusers {precision}")]
-    return min(stock, key=lambda row: statistics.median(row["seconds"]))
-
-
 def ratios(rows: dict[str, Any]) -> dict[str, float]:
     """What is compared, and how many times as fast ours is."""
     found = {
         f"{kind}, against the better memory format of diffusers": ratio(
-            rows[f"ours {kind}"], best_of_diffusers(rows, kind)
+            rows[f"ours {kind}"], rows[faster_format(rows, kind)]
         )
         for kind in ("fp32", "bf16")
         if f"ours {kind}" in rows
@@ -179,16 +169,6 @@ def report(results: dict[str, Any]) -> list[str]:
         seconds = {name: statistics.median(values) for name, values in results[key].items()}
         lines.append(f"{title}: ours {seconds['ours']:.3g} s, diffusers {seconds['diffusers']:.3g} s")
     return lines
-
-
-def images_per_second(network: dict[str, Any], row: dict[str, Any]) -> float:
-    """Of training."""
-    return float(network["batch"] / statistics.median(row["seconds"]))
-
-
-def peak_share(network: dict[str, Any], row: dict[str, Any], peak: float) -> float:
-    """Of the operations that a matrix product does in the time; a backward pass takes twice those of a forward pass."""
-    return 3 * images_per_second(network, row) * float(network["flops"]) / peak
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -251,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         form = dict(zip(("batch", "size", "channels"), network_form(network), strict=True))
         result["networks"][network] = {**form, "parameters": parameters, "flops": operations(network), **rows}
     about = versions() | ({PEER: importlib.metadata.version(PEER)} if PEER in found else {})
-    chain = {"samples": SAMPLES, "chain": CHAIN, "rounds": args.rounds, "threads": torch.get_num_threads()}
+    chain = {"samples": SAMPLES, "chain": CHAIN, "rounds": args.rounds}
     replace_json(args.results, {**result, **chain, "seconds": time.perf_counter() - start, "versions": about})
     print(*report(result), args.results, sep="\n")
 

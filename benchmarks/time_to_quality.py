@@ -35,11 +35,10 @@ from ddpm_from_scratch import ScratchDDPMPipeline, ScratchUNet2DModel
 from ddpm_from_scratch.features import extract
 from ddpm_from_scratch.metrics import kernel_distance_with_error
 from evaluation import Options, generate, to_array
-from optimization import learning_rate, set_learning_rate
 from periodic import EMBEDDED_TEST_SET, Yardstick, build_yardstick
 from report import device_name, versions
 from run import Run, build
-from train import batches_from, descend, to_unit_range
+from train import advance, batches_from, descend, to_unit_range
 
 RESULTS = ROOT / "docs" / "results"
 PRESET = PRESETS / "fashion_mnist_quick.yaml"
@@ -71,7 +70,7 @@ class Recipe:
     name: str
     length: float  # in seconds, or in steps if its learning rate ends with a number of them
     in_steps: bool
-    step: Callable[[], None]
+    step: Callable[[], object]
     weights: Callable[[], dict[str, Tensor]]
     scheduler: SchedulerMixin
     seconds: float = 0.0
@@ -102,24 +101,15 @@ class Recipe:
             print(f"{self.name}: {self.seconds:.0f} s, {self.steps} steps", flush=True)
 
 
-def our_recipe(minutes: float, folder: Path) -> tuple[Recipe, Run]:
+def our_recipe(minutes: float, seconds_per_step: float, folder: Path) -> tuple[Recipe, Run]:
     """The quick preset with as many steps as fit into the time."""
-    seconds_per_step = trial(folder)
     steps = round(60 * minutes / seconds_per_step)
     run = build_run(folder, steps)
     batches = batches_from(run, 0)
     run.unet.train()
 
-    def step() -> None:
-        number = run.progress.step
-        set_learning_rate(run.optimizer, learning_rate(number, run.config, steps))
-        descend(run, batches, number)
-        run.progress.step = number + 1
-        assert run.ema is not None
-        run.ema.update(run.trained_unet, run.progress.step)
-
     name = f"ours, a run of {minutes:g} minutes"
-    return Recipe(name, steps, True, step, run.final_unet.state_dict, run.scheduler), run
+    return Recipe(name, steps, True, lambda: advance(run, batches), run.final_unet.state_dict, run.scheduler), run
 
 
 def build_run(folder: Path, steps: int) -> Run:
@@ -226,7 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "time_to_quality.json")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        ours = [our_recipe(minutes, Path(folder)) for minutes in (args.short, args.minutes)]
+        seconds = trial(Path(folder))
+        ours = [our_recipe(minutes, seconds, Path(folder)) for minutes in (args.short, args.minutes)]
     run = ours[0][1]
     data = run.data
     usual = usual_recipes(args.minutes, dict(run.trained_unet.config), data)

@@ -7,6 +7,7 @@
 
 import json
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,17 @@ import matplotlib.figure
 import matplotlib.ticker
 
 DOCS = Path(__file__).parent
+sys.path.append(str(DOCS.parent / "benchmarks"))
+
+from figures import (  # noqa: E402
+    faster_format,
+    images_per_second,
+    median,
+    peak_share,
+    ratio,
+    round_ratios,
+)
+
 SPEED = DOCS / "results" / "speed_cpu.json"
 QUALITY = DOCS / "results" / "time_to_quality.json"
 PAGE = DOCS / "speed.md"
@@ -35,23 +47,12 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def median(row: Numbers) -> float:
-    """Seconds."""
-    return statistics.median(row["seconds"])
-
-
 def times_as_fast(rows: Numbers, of: str, to: str) -> str:
     """Median, and range, of the ratios of each round."""
     if of not in rows or to not in rows:
         return MISSING
-    ratios = [b / a for a, b in zip(rows[of]["seconds"], rows[to]["seconds"], strict=True)]
-    return f"**{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f})"
-
-
-def better_format(rows: Numbers, kind: str) -> str:
-    """Of diffusers' two memory formats the one that is faster."""
-    names = [name for name in rows if name.startswith(f"diffusers {kind}")]
-    return min(names, key=lambda name: median(rows[name]))
+    found = round_ratios(rows[of], rows[to])
+    return f"**{ratio(rows[of], rows[to]):.2f}** ({min(found):.2f} to {max(found):.2f})"
 
 
 def ratio_table(speed: Numbers, _: Numbers) -> str:
@@ -70,7 +71,7 @@ def ratio_table(speed: Numbers, _: Numbers) -> str:
     rows = [
         (
             title,
-            *(times_as_fast(found, f"ours {kind}", better_format(found, kind)) for kind in KINDS),
+            *(times_as_fast(found, f"ours {kind}", faster_format(found, kind)) for kind in KINDS),
             times_as_fast(found, OURS, STOCK),
             times_as_fast(found, COMPILED, STOCK),
             times_as_fast(found, OURS, PEER),
@@ -88,10 +89,10 @@ def system_table(speed: Numbers, _: Numbers) -> str:
     for network, title in TITLES.items():
         found = speed["networks"].get(network, {"training": {}})
         for name, row in found["training"].items():
-            rate = found["batch"] / median(row)
+            rate = images_per_second(found, row)
             low, high = (found["batch"] / extreme(row["seconds"]) for extreme in (max, min))
             peak = speed["peak_flops"][speed["systems"][name]["precision"]]
-            share = MISSING if name == PEER else f"{3 * rate * found['flops'] / peak:.0%}"
+            share = MISSING if name == PEER else f"{peak_share(found, row, peak):.0%}"
             rates = f"{rate:.1f} ({low:.1f} to {high:.1f})"
             memory = f"{row['peak_memory'] / 1e9:.2f} GB" if "peak_memory" in row else MISSING
             rows.append((title, name, rates, share, memory, f"{row['set_up']:.0f} s"))
@@ -112,10 +113,10 @@ def form_table(speed: Numbers, _: Numbers) -> str:
     rows = []
     for name, found in speed["networks"].items():
         if name not in TITLES or name == "small":
-            ours, stock = (found["batch"] / median(found["training"][system]) for system in (OURS, STOCK))
+            ours, stock = (images_per_second(found, found["training"][system]) for system in (OURS, STOCK))
             form = f"{found['batch']} of {found['size']}x{found['size']}"
-            ratio = times_as_fast(found["training"], OURS, STOCK)
-            rows.append((f"{found['parameters'] / 1e6:.1f}M", form, f"{ours:.1f}", f"{stock:.1f}", ratio))
+            times = times_as_fast(found["training"], OURS, STOCK)
+            rows.append((f"{found['parameters'] / 1e6:.1f}M", form, f"{ours:.1f}", f"{stock:.1f}", times))
     return table(("network", "batch", "ours, images/s", "diffusers, images/s", "times as fast"), rows)
 
 
@@ -133,6 +134,13 @@ def other_table(speed: Numbers, _: Numbers) -> str:
     return table(("", "ours", "diffusers", "difference"), rows)
 
 
+def bullets(found: dict[str, str], results: Numbers) -> str:
+    """A list of facts, the device and the versions the last."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    last = {"Device": f"{results['device']}; {versions}"}
+    return "\n".join(f"- {name}: {fact}." for name, fact in {**found, **last}.items())
+
+
 def facts(speed: Numbers, _: Numbers) -> str:
     """Machine, rounds, data loading."""
     peaks = " and ".join(
@@ -140,14 +148,12 @@ def facts(speed: Numbers, _: Numbers) -> str:
         for key, title in (("no", "float32"), ("bf16", "bfloat16"))
     )
     loading = ", ".join(f"{rate:,.0f} images/s with {count} processes" for count, rate in speed["loading"].items())
-    versions = ", ".join(f"{name} {version}" for name, version in speed["versions"].items())
     found = {
-        "Device": f"{speed['device']}, {speed['threads']} threads; {versions}",
         "Figures": f"medians of {speed['rounds']} rounds (lowest to highest); a ratio is taken within each round",
         "Peak": f"of a matrix product: {peaks}",
         "Data loading": f"decoded images with their noise: {loading}",
     }
-    return "\n".join(f"- {name}: {fact}." for name, fact in found.items())
+    return bullets(found, speed)
 
 
 def profile_table(speed: Numbers, _: Numbers) -> str:
@@ -191,7 +197,6 @@ def quality_table(_: Numbers, quality: Numbers) -> str:
 
 def quality_facts(_: Numbers, quality: Numbers) -> str:
     """What was measured and with what."""
-    versions = ", ".join(f"{name} {version}" for name, version in quality["versions"].items())
     floor = f"{quality['floor']['kernel_distance']:.3f} ± {quality['floor']['kernel_distance_error']:.3f}"
     count, steps = quality["num_images"], quality["sampler_steps"]
     found = {
@@ -199,9 +204,8 @@ def quality_facts(_: Numbers, quality: Numbers) -> str:
         "EfficientNet-Lite0 at 112 pixels",
         "Floor": f"as many test images in the place of samples: {floor}",
         "Network": f"{quality['parameters'] / 1e6:.1f}M parameters, that of the quick preset. One run each",
-        "Device": f"{quality['device']}; {versions}",
     }
-    return "\n".join(f"- {name}: {fact}." for name, fact in found.items())
+    return bullets(found, quality)
 
 
 PARTS = {

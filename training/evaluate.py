@@ -45,7 +45,7 @@ from evaluation import (
     to_array,
 )
 from models import image_form, load_pipeline
-from optimization import keep_freed_memory, resolve_precision, use_all_cores
+from optimization import prepare_cpu, resolve_precision
 from pictures import draw_bound, draw_neighbors, draw_samples
 from report import write_json
 from run import COMPILE_MODE
@@ -289,8 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     check(args)
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     if on_cpu:
-        use_all_cores()
-        keep_freed_memory()
+        prepare_cpu()
     accelerator = Accelerator(cpu=on_cpu)
     with accelerator.main_process_first():  # downloads happen once
         pipeline = load(args, accelerator)

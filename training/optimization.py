@@ -36,7 +36,6 @@ LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by `acc
 FUSED_ADAM_DEVICES = ("cpu", "cuda")
 FAST_BF16_CPU = ("avx512_bf16", "amx_bf16", "amx_tile")
 
-
 # Numbers of glibc's mallopt(3), and what they are set to.
 KEEP_MEMORY = {-1: 2**31 - 1, -3: 2**30}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: in bytes
 
@@ -124,6 +123,12 @@ def threads_per_process(environment: Mapping[str, str], cores: int) -> int | Non
     if not launched or environment.get("OMP_NUM_THREADS") != "1":
         return None
     return max(1, cores // int(environment.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def prepare_cpu() -> None:
+    """What a run that computes on the CPU sets for its process."""
+    use_all_cores()
+    keep_freed_memory()
 
 
 def use_all_cores() -> None:

@@ -38,18 +38,12 @@ from networks import (
     load_trained,
     network_config,
 )
-from optimization import (
-    build_optimizer,
-    in_optimizer_steps,
-    keep_freed_memory,
-    learning_rate,
-    resolve_precision,
-    use_all_cores,
-)
+from optimization import build_optimizer, in_optimizer_steps, learning_rate, prepare_cpu, resolve_precision
 from report import device_name, final_loss, versions
 
-# The layout in which a device's convolutions are fast; activations take that of the weights.
-MEMORY_FORMAT = {"cpu": torch.channels_last, "cuda": torch.channels_last}
+# The layout in which a device's convolutions are fast. On a GPU activations take that of the weights; on a CPU they
+# have it anyway, and so the gradients need no turning.
+MEMORY_FORMAT = dict.fromkeys(("cpu", "cuda"), torch.channels_last)
 # How a network is compiled: CUDA graphs spare a GPU the wait for the host, which starts hundreds of kernels a step.
 COMPILE_MODE = {"cuda": "reduce-overhead"}
 # What `accelerate launch` sets for each.
@@ -158,8 +152,7 @@ def build(config: TrainingConfig) -> Run:
     # Unless told to compute on CPUs, accelerate does not find its sibling processes there and runs unrelated copies.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     if on_cpu:
-        use_all_cores()
-        keep_freed_memory()
+        prepare_cpu()
     accelerator = Accelerator(
         cpu=on_cpu,
         # Said explicitly: `accelerate launch` without a config of its own would set "no".

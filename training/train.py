@@ -132,6 +132,17 @@ def batches_from(run: Run, step: int) -> Iterator[Batch]:
     return iter(build_loader(stream, batches, config.dataloader_num_workers, accelerator.device.type == "cuda"))
 
 
+def advance(run: Run, batches: Iterator[Batch]) -> Tensor:
+    """The next optimiser step, at its learning rate, and the average after it; the loss as `descend` gives it."""
+    step = run.progress.step
+    set_learning_rate(run.optimizer, learning_rate(step, run.config, run.total_steps))
+    loss = descend(run, batches, step)
+    run.progress.step = step + 1
+    if run.ema:
+        run.ema.update(run.trained_unet, run.progress.step)
+    return loss
+
+
 def train(run: Run, yardstick: Yardstick | None, upload: Upload | None, signals: StopSignals) -> None:
     """Algorithm 1: repeat until converged, here for a fixed number of optimiser steps.
 
@@ -152,12 +163,8 @@ def train(run: Run, yardstick: Yardstick | None, upload: Upload | None, signals:
     progress.unread = []
     clock = time.perf_counter()
     run.unet.train()
-    for step in range(progress.step, total):
-        set_learning_rate(run.optimizer, learning_rate(step, config, total))
-        unread.append(descend(run, batches, step))
-        progress.step = step + 1
-        if run.ema:
-            run.ema.update(run.trained_unet, progress.step)
+    while progress.step < total:
+        unread.append(advance(run, batches))
         bar.update()
         last = progress.step == total
         saving = config.checkpointing_steps and (last or progress.step % config.checkpointing_steps == 0)
