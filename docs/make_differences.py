@@ -17,6 +17,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
+from pages import replace_parts, table, versions
 from torch import Tensor
 
 from ddpm_from_scratch import ScratchDDPMScheduler
@@ -446,33 +447,29 @@ ROWS = [
 
 def difference_table(results: Numbers) -> str:
     """The first table of the page, in Markdown."""
-    rows = ["| " + " | ".join(row).format(**results["differences"]) + " |" for row in ROWS]
-    return "\n".join(["| | diffusers | ours |", "|---|---|---|", *rows])
+    return table(("", "diffusers", "ours"), ROWS).format(**results["differences"])
 
 
 def equality_table(results: Numbers) -> str:
     """The second table of the page, in Markdown."""
-    lines = ["| chains of | chains | largest difference, as they come | with the same float64 ᾱ |", "|---|---|---|---|"]
-    for count, n in results["equalities"]["chains"].items():
-        lines.append(f"| {count} steps | {n['chains']} | {n['as_it_comes']:.1e} | {n['float64_table']:.1e} |")
+    rows = [
+        (f"{count} steps", f"{n['chains']}", f"{n['as_it_comes']:.1e}", f"{n['float64_table']:.1e}")
+        for count, n in results["equalities"]["chains"].items()
+    ]
+    found = table(("chains of", "chains", "largest difference, as they come", "with the same float64 ᾱ"), rows)
     same = ", ".join(f"{name} {count}" for name, count in results["equalities"]["spacings"].items())
-    return "\n".join([*lines, "", f"Numbers of steps from 1 to {T} with the same timesteps: {same}."])
+    return "\n".join([found, "", f"Numbers of steps from 1 to {T} with the same timesteps: {same}."])
 
 
 def environment_line(results: Numbers) -> str:
     """What the numbers were measured with."""
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    return f"Measured with {versions} on {results['device']}."
+    return f"Measured with {versions(results)} on {results['device']}."
 
 
 def fill(page: str, results: Numbers) -> str:
     """The page with what stands between its markers replaced."""
     parts = {"differences": difference_table, "equalities": equality_table, "environment": environment_line}
-    for name, make in parts.items():
-        start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
-        before, rest = page.split(start)
-        page = before + start + make(results) + end + rest.split(end)[1]
-    return page
+    return replace_parts(page, {name: make(results) for name, make in parts.items()})
 
 
 def main() -> None:

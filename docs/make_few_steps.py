@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib.figure
 import matplotlib.ticker
+from pages import bullets, replace_parts, table, versions
 
 DOCS = Path(__file__).parent
 JSON = DOCS / "results" / "few_steps.json"
@@ -56,50 +57,48 @@ def cells(results: Numbers) -> dict[tuple[str, int], Numbers]:
     return {(row["method"], row["steps"]): row for row in results["rows"]}
 
 
-def table(results: Numbers, show: Callable[[Numbers], str]) -> str:
+def distance_table(results: Numbers, show: Callable[[Numbers], str]) -> str:
     """Methods by steps, in Markdown."""
     found = cells(results)
-    lines = ["| steps | " + " | ".join(map(str, STEPS)) + " |", "|---" * (len(STEPS) + 1) + "|"]
-    for method, name in METHODS.items():
-        row = [show(found[method, steps]) if (method, steps) in found else MISSING for steps in STEPS]
-        lines.append(f"| {name} | " + " | ".join(row) + " |")
-    return "\n".join(lines)
+    rows = [
+        [name, *(show(found[method, steps]) if (method, steps) in found else MISSING for steps in STEPS)]
+        for method, name in METHODS.items()
+    ]
+    return table(["steps", *map(str, STEPS)], rows)
 
 
 def kernel_table(results: Numbers) -> str:
     """The first table of the page."""
-    return table(results, kernel)
+    return distance_table(results, kernel)
 
 
 def frechet_table(results: Numbers) -> str:
     """The second table of the page."""
-    return table(results, frechet)
+    return distance_table(results, frechet)
 
 
 def bound_table(results: Numbers) -> str:
     """Bits per dimension, chains by steps, in Markdown."""
     found = {(row["chain"], row["steps"]): row for row in results.get("bounds", [])}
-    lines = ["| steps | " + " | ".join(map(str, BOUND_STEPS)) + " |", "|---" * (len(BOUND_STEPS) + 1) + "|"]
+    rows = []
     for chain, name in BOUNDS.items():
-        rows = [found.get((chain, steps)) for steps in BOUND_STEPS]
-        row = [f"{r['bits_per_dim']:.2f} ± {r['error']:.2f}" if r else MISSING for r in rows]
-        lines.append(f"| {name} | " + " | ".join(row) + " |")
-    return "\n".join(lines)
+        bounds = [found.get((chain, steps)) for steps in BOUND_STEPS]
+        rows.append([name, *(f"{b['bits_per_dim']:.2f} ± {b['error']:.2f}" if b else MISSING for b in bounds)])
+    return table(["steps", *map(str, BOUND_STEPS)], rows)
 
 
 def environment(results: Numbers) -> str:
     """What was measured, and with what; the distances between real images."""
     n, model, features, floor = (results[key] for key in ("num_images", "model", "features", "floor"))
     trained = f", {model['training_steps']:,} training steps" if model["training_steps"] else ""
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines = {
         "Images": f"N = {n:,} of each method, against the first {n:,} of the embedded Fashion-MNIST",
         "Floor": f"kernel distance {kernel(floor)}, Fréchet distance {frechet(floor)}: the next {n:,} against the same",
         "Features": f"{features['network']}, which sees the images at {features['size']}x{features['size']} pixels",
         "Model": f"{model['name']}, {model['parameters']:,} parameters{trained}, computed in {results['precision']}",
-        "Device": f"{results['device']}; {versions}",
+        "Device": f"{results['device']}; {versions(results)}",
     }
-    return "\n".join(f"- {name}: {line}." for name, line in lines.items())
+    return bullets(lines)
 
 
 def fill(page: str, results: Numbers) -> str:
@@ -110,11 +109,7 @@ def fill(page: str, results: Numbers) -> str:
         "fréchet distance": frechet_table,
         "bound": bound_table,
     }
-    for name, make in parts.items():
-        start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
-        before, rest = page.split(start)
-        page = before + start + make(results) + end + rest.split(end)[1]
-    return page
+    return replace_parts(page, {name: make(results) for name, make in parts.items()})
 
 
 def draw(results: Numbers, path: Path) -> None:

@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pages import bullets, replace_parts, table, versions
+
 DOCS = Path(__file__).parent
 EVALUATION = DOCS / "results" / "evaluation_quick.json"
 LEARNED = DOCS / "results" / "learned_variance.json"
@@ -41,11 +43,8 @@ def shown(figures: Numbers, name: str) -> str:
 def evaluation_table(results: Numbers) -> str:
     """Measures of the first chain, each with its floor, in Markdown."""
     sample = results["evaluation"]["samples"][0]
-    lines = ["| measure | generated | real (floor) |", "|---|---|---|"]
-    lines += [
-        f"| {title} | {shown(sample, name)} | {shown(sample['floor'], name)} |" for name, title in MEASURES.items()
-    ]
-    return "\n".join(lines)
+    rows = [(title, shown(sample, name), shown(sample["floor"], name)) for name, title in MEASURES.items()]
+    return table(("measure", "generated", "real (floor)"), rows)
 
 
 def evaluation_facts(results: Numbers) -> str:
@@ -66,17 +65,7 @@ def evaluation_facts(results: Numbers) -> str:
         "Device": f"{found['device']}, the network in {found['precision']}; {sum(found['seconds'].values()):.0f} s "
         f"besides loading; {versions(found)}",
     }
-    return listed(facts)
-
-
-def versions(results: Numbers) -> str:
-    """The packages."""
-    return ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-
-
-def listed(facts: dict[str, str]) -> str:
-    """A list in Markdown."""
-    return "\n".join(f"- {name}: {fact}." for name, fact in facts.items())
+    return bullets(facts)
 
 
 def learned_table(results: Numbers) -> str:
@@ -85,12 +74,12 @@ def learned_table(results: Numbers) -> str:
     sample_steps = [sample["steps"] for sample in results["rows"][0]["samples"]]
     titles = [f"bits/dim, {steps} steps" for steps in bound_steps]
     titles += [f"kernel distance, {steps} steps" for steps in sample_steps]
-    lines = ["| variance | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    rows = []
     for row in results["rows"]:
         cells = [f"{bound['bits_per_dim']:.3f} ± {bound['error']:.3f}" for bound in row["bounds"]]
         cells += [shown(sample, "kernel_distance") for sample in row["samples"]]
-        lines.append(f"| {VARIANCES[row['variance']]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([VARIANCES[row["variance"]], *cells])
+    return table(["variance", *titles], rows)
 
 
 def learned_facts(results: Numbers) -> str:
@@ -106,7 +95,7 @@ def learned_facts(results: Numbers) -> str:
         f"features of {features['network']} at {features['size']} pixels",
         "Device": f"{results['device']}, the network in {results['precision']}; {versions(results)}",
     }
-    return listed(facts)
+    return bullets(facts)
 
 
 PARTS = {
@@ -119,12 +108,8 @@ PARTS = {
 
 def fill(page: str) -> str:
     """The page with what stands between its markers replaced."""
-    for name, (path, make) in PARTS.items():
-        start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
-        before, rest = page.split(start)
-        results = json.loads(path.read_text(encoding="utf-8"))
-        page = before + start + make(results) + end + rest.split(end)[1]
-    return page
+    parts = {name: make(json.loads(path.read_text(encoding="utf-8"))) for name, (path, make) in PARTS.items()}
+    return replace_parts(page, parts)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from make_few_steps import MISSING, kernel
+from pages import bullets, replace_parts, table, versions
 
 DOCS = Path(__file__).parent
 Numbers = dict[str, Any]
@@ -34,25 +35,14 @@ JUMP_N_SAMPLES = (1, 5)
 STRENGTHS = (0.2, 0.4, 0.6, 0.8)
 
 
-def table(*rows: list[str]) -> str:
-    """In Markdown; the first row is the head."""
-    head, *others = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([head, "|---" * len(rows[0]) + "|", *others])
-
-
 def model_lines(results: Numbers) -> dict[str, str]:
     """What was measured on."""
-    model, versions = results["model"], ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    model = results["model"]
     trained = f", {model['training_steps']:,} training steps" if model["training_steps"] else ""
     return {
         "Model": f"{model['name']}, {model['parameters']:,} parameters{trained}, computed in {results['precision']}",
-        "Device": f"{results['device']}; {versions}",
+        "Device": f"{results['device']}; {versions(results)}",
     }
-
-
-def listed(lines: dict[str, str]) -> str:
-    """As the items of a list."""
-    return "\n".join(f"- {name}: {line}." for name, line in lines.items())
 
 
 def picture(text: str, path: str) -> Part:
@@ -91,7 +81,7 @@ def guidance_table(results: Numbers) -> str:
     if results:
         real = [share(results["real"]), kernel(results["real"]), f"{results['real']['spread']:.3f}"]
     head = ["", "labels found", "kernel distance", "spread", "ms per image"]
-    return table(head, *rows, ["real images", *real, MISSING])
+    return table(head, [*rows, ["real images", *real, MISSING]])
 
 
 def guidance_environment(results: Numbers) -> str:
@@ -106,7 +96,7 @@ def guidance_environment(results: Numbers) -> str:
         "Classifier": f"trained on the {real['train_images']:,} embedded training images; it finds {share(real)} of "
         f"the labels of the {real['test_images']:,} test images",
     }
-    return listed(lines | model_lines(results))
+    return bullets(lines | model_lines(results))
 
 
 # --- editing -------------------------------------------------------------------------------------------------------
@@ -127,7 +117,7 @@ def inversion_table(results: Numbers) -> str:
         ]
         for steps in INVERSION_STEPS
     ]
-    return table(["steps \\ iterations", *map(str, NUM_ITERATIONS)], *rows)
+    return table(["steps \\ iterations", *map(str, NUM_ITERATIONS)], rows)
 
 
 def interpolation_line(results: Numbers) -> str:
@@ -155,18 +145,15 @@ def inpainting_table(results: Numbers) -> str:
         shown = [MISSING] * 2 if row is None else [str(row["changed_pixels"]), error(row)]
         rows.append([f"`jump_n_sample={times}`", *shown])
     other = error(found["other_image"]) if "other_image" in found else MISSING
-    return table(
-        ["", "given pixels that changed", "squared error of the painted half"],
-        *rows,
-        ["the half of another image", MISSING, other],
-    )
+    rows.append(["the half of another image", MISSING, other])
+    return table(["", "given pixels that changed", "squared error of the painted half"], rows)
 
 
 def img2img_table(results: Numbers) -> str:
     """By strength."""
     found = {row["strength"]: row for row in results.get("img2img", {"rows": []})["rows"]}
     shown = [f"{found[s]['psnr']:.1f} ± {found[s]['psnr_error']:.1f}" if s in found else MISSING for s in STRENGTHS]
-    return table(["strength", *map(str, STRENGTHS)], ["PSNR to the image, dB", *shown])
+    return table(["strength", *map(str, STRENGTHS)], [["PSNR to the image, dB", *shown]])
 
 
 def editing_environment(results: Numbers) -> str:
@@ -178,7 +165,7 @@ def editing_environment(results: Numbers) -> str:
         count, steps, jump = (results["inpainting"][key] for key in ("num_images", "steps", "jump_length"))
         lines["Inpainting"] = f"{count} of them, in {steps} steps, `jump_length={jump}`"
         lines["Img2img"] = f"in {results['img2img']['steps']} steps"
-    return listed(lines | model_lines(results))
+    return bullets(lines | model_lines(results))
 
 
 # --- the pages -----------------------------------------------------------------------------------------------------
@@ -210,11 +197,7 @@ def results_of(name: str) -> Numbers:
 
 def fill(page: str, parts: dict[str, Part], results: Numbers) -> str:
     """The page with what stands between its markers replaced."""
-    for name, make in parts.items():
-        start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
-        before, rest = page.split(start)
-        page = before + start + make(results) + end + rest.split(end)[1]
-    return page
+    return replace_parts(page, {name: make(results) for name, make in parts.items()})
 
 
 def main() -> None:

@@ -8,12 +8,12 @@
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
 import matplotlib.ticker
+from pages import bullets, replace_parts, table, versions
 
 DOCS = Path(__file__).parent
 sys.path.append(str(DOCS.parent / "benchmarks"))
@@ -39,12 +39,6 @@ TITLES = {"small": "2.7M network, 28x28, batch 64", "cifar10": "the paper's CIFA
 MISSING = "–"
 
 Numbers = dict[str, Any]
-
-
-def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """In Markdown."""
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def times_as_fast(rows: Numbers, of: str, to: str) -> str:
@@ -134,13 +128,6 @@ def other_table(speed: Numbers, _: Numbers) -> str:
     return table(("", "ours", "diffusers", "difference"), rows)
 
 
-def bullets(found: dict[str, str], results: Numbers) -> str:
-    """A list of facts, the device and the versions the last."""
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    last = {"Device": f"{results['device']}; {versions}"}
-    return "\n".join(f"- {name}: {fact}." for name, fact in {**found, **last}.items())
-
-
 def facts(speed: Numbers, _: Numbers) -> str:
     """Machine, rounds, data loading."""
     peaks = " and ".join(
@@ -152,8 +139,9 @@ def facts(speed: Numbers, _: Numbers) -> str:
         "Figures": f"medians of {speed['rounds']} rounds (lowest to highest); a ratio is taken within each round",
         "Peak": f"of a matrix product: {peaks}",
         "Data loading": f"decoded images with their noise: {loading}",
+        "Device": f"{speed['device']}; {versions(speed)}",
     }
-    return bullets(found, speed)
+    return bullets(found)
 
 
 def profile_table(speed: Numbers, _: Numbers) -> str:
@@ -204,8 +192,9 @@ def quality_facts(_: Numbers, quality: Numbers) -> str:
         "EfficientNet-Lite0 at 112 pixels",
         "Floor": f"as many test images in the place of samples: {floor}",
         "Network": f"{quality['parameters'] / 1e6:.1f}M parameters, that of the quick preset. One run each",
+        "Device": f"{quality['device']}; {versions(quality)}",
     }
-    return bullets(found, quality)
+    return bullets(found)
 
 
 PARTS = {
@@ -230,11 +219,7 @@ def read() -> tuple[Numbers, Numbers]:
 def fill(page: str) -> str:
     """The page with what stands between its markers replaced."""
     results = read()
-    for name, make in PARTS.items():
-        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        before, rest = page.split(start)
-        page = before + start + make(*results) + "\n" + end + rest.split(end)[1]
-    return page
+    return replace_parts(page, {name: make(*results) for name, make in PARTS.items()})
 
 
 def draw(quality: Numbers) -> matplotlib.figure.Figure:

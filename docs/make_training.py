@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pages import bullets, replace_parts, table, versions
+
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results" / "memory.json"
 PAGE = DOCS / "training.md"
@@ -19,20 +21,19 @@ Numbers = dict[str, Any]
 def memory_table(results: Numbers) -> str:
     """Peaks with and without the large set, by number of loader processes, in Markdown."""
     titles = ("loader processes", *(f"{who}, {what}" for who in ("training process", "all") for what in COLUMNS))
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    rows = []
     for run in results["runs"]:
         cells = [str(run["workers"])]
         for kind in ("resident", "together"):
             alone, streamed = (run[name][kind] / GB for name in ("model_alone", "streamed"))
             cells += [f"{alone:.2f} GB", f"{streamed:.2f} GB", f"**{streamed - alone:.2f} GB**"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return table(titles, rows)
 
 
 def memory_facts(results: Numbers) -> str:
     """What was measured and with what."""
     held = results["in_memory"]
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     ratio, peak = held["held"] / held["decoded"], held["while_reading"] / held["decoded"]
     facts = {
         "Set": f"{results['rows']:,} images of 28x28 in Parquet, {results['file_bytes'] / GB:.2f} GB; "
@@ -41,9 +42,9 @@ def memory_facts(results: Numbers) -> str:
         "Peaks": "resident set of the process that trains; of all processes together, shared pages counted once",
         "In memory": f"of {held['decoded'] / GB:.2f} GB of decoded images, {ratio:.2f} times as much is held once they "
         f"are read, and up to {peak:.2f} times while the file is read",
-        "Device": f"{results['device']}; {versions}",
+        "Device": f"{results['device']}; {versions(results)}",
     }
-    return "\n".join(f"- {name}: {fact}." for name, fact in facts.items())
+    return bullets(facts)
 
 
 PARTS = {"memory": memory_table, "memory facts": memory_facts}
@@ -52,11 +53,7 @@ PARTS = {"memory": memory_table, "memory facts": memory_facts}
 def fill(page: str) -> str:
     """The page with what stands between its markers replaced."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    for name, make in PARTS.items():
-        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        before, rest = page.split(start)
-        page = before + start + make(results) + "\n" + end + rest.split(end)[1]
-    return page
+    return replace_parts(page, {name: make(results) for name, make in PARTS.items()})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """docs/likelihood.md says what the results say; the benchmark behind it, made tiny."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -14,13 +13,6 @@ from test_sampling_pages import DOCS, ROOT
 from data import TrainingData
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
 from ddpm_from_scratch.likelihood import bits_per_dim
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts_find_each_other():
-    sys.path.append(str(ROOT / "benchmarks"))
-    yield
-    sys.path.pop()
 
 
 def test_the_page_is_what_its_script_writes():

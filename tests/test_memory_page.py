@@ -12,8 +12,7 @@ from test_sampling_pages import DOCS, ROOT
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def benchmark():
     return load(ROOT / "benchmarks" / "memory.py")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +19,6 @@ from ddpm_from_scratch.guidance import Guidance
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts_find_each_other():
-    sys.path += [str(DOCS), str(ROOT / "benchmarks")]
-    yield
-    del sys.path[-2:]
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,7 @@ from optimization import resolve_precision
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def benchmark():
     return load(ROOT / "benchmarks" / "speed.py")
 
 
@@ -124,7 +123,6 @@ def test_the_loader_delivers_and_the_peak_is_above_every_share(benchmark):
 
 def test_time_to_quality_stops_at_its_marks_and_measures(monkeypatch, tmp_path):
     """A few seconds of each recipe: all four are there with the weights of three times, and the average is another."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     script = load(ROOT / "benchmarks" / "time_to_quality.py")
     monkeypatch.setattr(script, "PRESET", tmp_path / "tiny.yaml")
     monkeypatch.setattr(script, "TRIAL", 2)

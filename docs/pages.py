@@ -1,0 +1,36 @@
+"""What the scripts that fill pages with results share: parts between markers, tables, lists."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+
+def replace_parts(page: str, parts: Mapping[str, str]) -> str:
+    """A page with what stands between `<!-- name -->` and `<!-- end of name -->` replaced.
+
+    Raises:
+        ValueError: a part has not exactly one place in the page.
+    """
+    for name, text in parts.items():
+        start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        marked = re.compile(f"(?<={re.escape(start)}).*?(?={re.escape(end)})", re.DOTALL)
+        page, count = marked.subn(lambda _, text=text: text, page)  # type: ignore[misc]
+        if count != 1:
+            raise ValueError(f"the page has {count} places {start.strip()!r}, where there must be one.")
+    return page
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """In Markdown."""
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def bullets(facts: Mapping[str, str]) -> str:
+    """A list in Markdown."""
+    return "\n".join(f"- {name}: {fact}." for name, fact in facts.items())
+
+
+def versions(results: Mapping[str, Any]) -> str:
+    """Of the libraries that measured."""
+    return ", ".join(f"{name} {version}" for name, version in results["versions"].items())
