@@ -133,6 +133,15 @@ def random_pairs(number, seed=0):
     return torch.from_numpy(generator.integers(-1, t)), torch.from_numpy(t)
 
 
+def test_q_transition_is_one_step_from_s_to_t():
+    alpha_bar = np.append(CHAIN.alpha_bar, 1.0)
+    for s, t in ((ALL - 1, ALL), random_pairs(3000)):
+        q = make().q_transition(torch.ones(len(t), 1, dtype=torch.float64), t, s)
+        alpha = alpha_bar[t] / alpha_bar[s]
+        np.testing.assert_allclose(q.mean.squeeze(1), np.sqrt(alpha), rtol=1e-11)
+        np.testing.assert_allclose(q.log_variance.exp().flatten(), 1 - alpha, rtol=1e-8)
+
+
 @pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2", "sigmoid", "laplace"])
 def test_posterior_carries_the_marginal_of_t_to_that_of_s(schedule):
     # If x_t ~ q(x_t | x_0), a draw from q(x_s | x_t, x_0) is one from q(x_s | x_0).
