@@ -13,7 +13,7 @@ MODEL ?= outputs/ddpm-fashion-mnist-quick
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --constraint $(CONSTRAINTS)
 
-.PHONY: train evaluate demo bench test test-full lint format test-oldest clean
+.PHONY: train evaluate demo bench docs tour test test-full lint format test-oldest clean
 
 train: $(VENV)/.train
 	$(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no training/train.py $(ARGS)
@@ -27,6 +27,16 @@ bench: $(VENV)/.train
 
 demo: $(VENV)/.demo
 	$(BIN)/python demo/app.py $(MODEL) $(ARGS)
+
+# The documentation as a site that needs no network. A warning is an error.
+docs: $(VENV)/.docs
+	rm -rf build/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -n docs build/docs
+	@echo "The documentation is in build/docs: open build/docs/index.html."
+
+# Runs the notebook and keeps its outputs in it.
+tour: $(VENV)/.docs
+	$(BIN)/python docs/make_tour.py
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n auto
@@ -64,6 +74,10 @@ $(VENV)/.metrics: $(VENV)/.train
 
 $(VENV)/.demo: $(VENV)/.train
 	$(INSTALL) --editable ".[train,demo]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.train
+	$(INSTALL) --editable ".[train,docs]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.train

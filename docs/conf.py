@@ -1,0 +1,80 @@
+"""Configuration of the documentation site, which `make docs` builds.
+
+Pages are Markdown that reads well in the repository too; what the site does with them beyond that is in `extensions/`.
+"""
+
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS / "extensions"))
+
+from files import linkcode_resolve as linkcode_resolve  # noqa: E402
+
+project = "ddpm_from_scratch"
+version = release = importlib.metadata.version("ddpm-from-scratch")
+author = "the authors of ddpm_from_scratch"
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.linkcode",
+    "docstrings",
+    "files",
+    "mathml",
+    "notebooks",
+]
+exclude_patterns = ["extensions", "figures", "results", "**/.ipynb_checkpoints"]
+
+# --- pages ----------------------------------------------------------------------------------------------------------
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 4  # headings are targets under the names that repositories' pages give them
+highlight_language = "text"
+
+# --- API reference --------------------------------------------------------------------------------------------------
+
+autodoc_default_options = {
+    "members": True,
+    "special-members": "__call__, __len__, __getitem__",
+    "member-order": "bysource",
+    "show-inheritance": True,
+}
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # an attribute that is described is not another entry
+nitpick_ignore_regex = [
+    # Other libraries' names lead into their own documentation, which a build without a network cannot look up.
+    ("py:class", r"(accelerate|collections|diffusers|huggingface_hub|numpy|os|pathlib|PIL|torch)\..+"),
+    ("py:exc", r"HfHubHTTPError"),
+    # No entries: a type variable, and the base of the editing pipelines.
+    ("py:class", r"ddpm_from_scratch\.(hub\.T|editing\._EditingPipeline)"),
+]
+
+# --- appearance -----------------------------------------------------------------------------------------------------
+
+html_theme = "furo"
+html_title = f"ddpm_from_scratch {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_math_renderer = "mathml"
+html_copy_source = False
+html_show_sphinx = False
+
+
+def name_language(app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: object) -> None:
+    """Say that Chinese pages are Chinese, so that browsers choose their characters' forms."""
+    if pagename.endswith(".zh"):
+        context["language"] = "zh-CN"
+
+
+def setup(app: Sphinx) -> None:
+    """Connect it."""
+    app.connect("html-page-context", name_language)
