@@ -3,10 +3,10 @@
     python benchmarks/time_to_quality.py [--minutes 10] [--short 2] [--num_images 1000]
 
 The network, data and machine are the same. Ours is the quick preset by `training/train.py`'s own parts, once with a
-length that takes --short minutes and once with one that takes --minutes: its learning rate falls to zero at the end of
-a run. The usual recipe is diffusers' network and scheduler in float32, batches of 16, AdamW at 1e-4 after a warm-up of
-500 steps; its images are in memory. Its average has a clock of its own, which counts the updates too, so that the
-weights without average are not charged for them.
+length that takes --short minutes and once with one that takes --minutes: its learning rate rises in the first twentieth
+of a run and falls to zero at the end. The usual recipe is diffusers' network and scheduler in float32, batches of 16,
+AdamW at 1e-4 after a warm-up of 500 steps; its images are in memory. Its average has a clock of its own, which counts
+the updates too, so that the weights without average are not charged for them.
 
 The recipes take turns of some seconds each, so that what else the machine does falls on all alike. Samples are drawn
 after the training: 20 steps of DPM-Solver++, the same for all. Results are written to --results, from which
@@ -113,9 +113,12 @@ def our_recipe(minutes: float, seconds_per_step: float, folder: Path) -> tuple[R
 
 
 def build_run(folder: Path, steps: int) -> Run:
-    """A run of our script."""
-    flags = {"max_train_steps": steps, "resume_from_checkpoint": "null", "logger": "none", "output_dir": folder}
-    config, _ = parse([str(PRESET), *(f"--{name}={value}" for name, value in flags.items())])
+    """A run of our script, with the same share of warm-up whatever its length."""
+    preset, _ = parse([str(PRESET)])
+    warm_up = round(preset.lr_warmup_steps * steps / (preset.max_train_steps or steps))
+    flags = {"max_train_steps": steps, "lr_warmup_steps": warm_up, "logger": "none", "output_dir": folder}
+    arguments = [f"--{name}={value}" for name, value in flags.items()]
+    config, _ = parse([str(PRESET), *arguments, "--resume_from_checkpoint=null"])
     return build(config)
 
 
