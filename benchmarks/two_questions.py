@@ -195,10 +195,10 @@ def about(pipeline: ScratchDDPMPipeline, count: int, real: Mapping[str, float]) 
 
 def draw_rows(rows: Mapping[str, np.ndarray], path: Path) -> None:
     """The first images uint8 [N, H, W] of each kind, in a row with its title."""
-    figure = matplotlib.figure.Figure(figsize=(9.6, 1.05 * len(rows)), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(9.6, 0.68 * len(rows)), layout="constrained")
     for axes, (title, images) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows.items(), strict=True):
         axes.imshow(np.concatenate(list(images[:PICTURES]), axis=1), cmap="gray", vmin=0, vmax=255)
-        axes.set_title(title, loc="left", fontsize=9, pad=3)
+        axes.set_ylabel(title.replace(", ", ",\n"), rotation=0, ha="right", va="center", fontsize=9)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
     replace(path, partial(figure.savefig, format="png", dpi=100))
