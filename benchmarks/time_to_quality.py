@@ -1,6 +1,6 @@
 """Train our default recipe and the usual one for equal times, and measure their samples on the way.
 
-    python benchmarks/time_to_quality.py [--minutes 10] [--short 2] [--num_images 1000]
+    python benchmarks/time_to_quality.py [--minutes 10] [--short 2] [--num_images 500]
 
 The network, data and machine are the same. Ours is the quick preset by `training/train.py`'s own parts, once with a
 length that takes --short minutes and once with one that takes --minutes: its learning rate rises in the first twentieth
@@ -215,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--short", type=float, default=2)
-    parser.add_argument("--num_images", type=int, default=1000)
+    parser.add_argument("--num_images", type=int, default=500)
     parser.add_argument("--results", type=Path, default=RESULTS / "time_to_quality.json")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:

@@ -158,4 +158,4 @@ def test_the_page_is_what_its_script_writes():
         b / a for a, b in zip(*(rows[n]["seconds"] for n in (script.OURS, script.STOCK)), strict=True)
     )
     assert f"**{expected:.2f}**" in script.ratio_table(speed, quality)
-    assert len(quality["points"]) == 12 and quality["num_images"] == 1000
+    assert len(quality["points"]) == 12 and quality["num_images"] == 500
