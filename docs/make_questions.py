@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib.figure
 import numpy as np
+from make_few_steps import kernel
 from pages import bullets, replace_parts, table, versions
 
 DOCS = Path(__file__).parent
@@ -28,11 +29,6 @@ TITLES = {
 COLORS = {"epsilon": "#0072b2", "x_0": "#d55e00", "v": "#009e73", "x_0, weighted as epsilon": "#cc79a7"}
 DISTANCES = {"from_mean_of_data": "from the mean of the data", "from_their_own_mean": "from their own mean"}
 Numbers = dict[str, Any]
-
-
-def kernel(numbers: Numbers) -> str:
-    """The kernel distance with its standard error."""
-    return f"{numbers['kernel_distance']:z.3f} ± {numbers['kernel_distance_error']:.3f}"
 
 
 def prediction_table(results: Numbers) -> str:
