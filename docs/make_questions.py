@@ -121,8 +121,8 @@ def draw(results: Numbers) -> matplotlib.figure.Figure:
         dashes = "--" if "," in name else "-"
         for axes, errors in ((left, of_x_0), (right, of_epsilon)):
             axes.plot(np.log(snr), errors, dashes, color=COLORS[name], label=TITLES[name], marker=".", linewidth=1.2)
-    for axes, title, limits in ((left, "error of $x_0$", (1e-5, 1e2)), (right, "error of ε", (1e-5, 1e2))):
-        axes.set(xlabel="log SNR: data at the left, noise at the right", title=title, yscale="log", ylim=limits)
+    for axes, title in ((left, "error of $x_0$"), (right, "error of ε")):
+        axes.set(xlabel="log SNR: data at the left, noise at the right", title=title, yscale="log", ylim=(1e-5, 1e2))
         axes.set_xlim(11, -12)  # the last timestep, where almost nothing of x_0 is left, is in the table
         axes.grid(alpha=0.3)
     left.legend(title="the network predicts", fontsize=9)

@@ -14,7 +14,7 @@ def replace_parts(page: str, parts: Mapping[str, str]) -> str:
     for name, text in parts.items():
         start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
         marked = re.compile(f"(?<={re.escape(start)}).*?(?={re.escape(end)})", re.DOTALL)
-        page, count = marked.subn(lambda _, text=text: text, page)  # type: ignore[misc]
+        page, count = marked.subn(lambda _, text=text: text, page)
         if count != 1:
             raise ValueError(f"the page has {count} places {start.strip()!r}, where there must be one.")
     return page
