@@ -10,7 +10,7 @@ from diffusers import UNet2DModel
 from torch._dynamo.utils import counters
 
 from ddpm_from_scratch import ScratchUNet2DModel
-from ddpm_from_scratch.unet import FEW_TOKENS, Attention, ResnetBlock, attend
+from ddpm_from_scratch.unet import FEW_TOKENS, Attention, GroupNorm, ResnetBlock, attend
 
 # The networks of Ho et al. 2020 (their names on the Hub: google/ddpm-...) at a quarter of the width or less.
 CIFAR10 = {
@@ -248,6 +248,31 @@ def test_memory_format_does_not_change_the_output():
     arguments["sample"] = arguments["sample"].contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(own(**arguments).sample, expected, rtol=1e-4, atol=1e-5)
     assert own(**arguments).sample.is_contiguous()  # as stock's is: some reshape it by `view`
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 3e-3)]
+)
+def test_group_normalisation_and_its_gradient_are_those_of_float64(dtype, tolerance):
+    """In whichever layout it is computed; the next convolution finds channels last."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, 12, 5, 4)
+    x, upstream = (torch.randn(shape, generator=generator).to(dtype).to(memory_format=torch.channels_last) for _ in "12")
+    norm = GroupNorm(4, 12).to(dtype)
+    norm.weight.data.normal_(generator=generator)
+    x.requires_grad_()
+    got = norm(x)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    got.backward(upstream)
+
+    exact = x.detach().double().requires_grad_()
+    groups = exact.unflatten(1, (4, 3))
+    variance, mean = torch.var_mean(groups, dim=(2, 3, 4), correction=0, keepdim=True)
+    normalised = ((groups - mean) / (variance + 1e-5).sqrt()).flatten(1, 2)
+    expected = normalised * norm.weight.double()[:, None, None] + norm.bias.double()[:, None, None]
+    expected.backward(upstream.double())
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("tokens", [49, FEW_TOKENS + 1])
