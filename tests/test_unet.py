@@ -250,14 +250,14 @@ def test_memory_format_does_not_change_the_output():
     assert own(**arguments).sample.is_contiguous()  # as stock's is: some reshape it by `view`
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 3e-3)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 3e-3)])
 def test_group_normalisation_and_its_gradient_are_those_of_float64(dtype, tolerance):
     """In whichever layout it is computed; the next convolution finds channels last."""
     generator = torch.Generator().manual_seed(0)
     shape = (3, 12, 5, 4)
-    x, upstream = (torch.randn(shape, generator=generator).to(dtype).to(memory_format=torch.channels_last) for _ in "12")
+    x, upstream = (
+        torch.randn(shape, generator=generator).to(dtype).to(memory_format=torch.channels_last) for _ in "12"
+    )
     norm = GroupNorm(4, 12).to(dtype)
     norm.weight.data.normal_(generator=generator)
     x.requires_grad_()
