@@ -5,7 +5,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 # For example PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" for PyTorch without CUDA.
 PIP_FLAGS ?=
-# For train: a preset, flags, or both; for evaluate: flags. ARGS="--help" lists them.
+# For train and reproduce: a preset, flags, or both; for evaluate: flags. ARGS="--help" lists them.
 ARGS ?=
 # For evaluate and demo: a model's folder or Hub name.
 MODEL ?= outputs/ddpm-fashion-mnist-quick
@@ -13,7 +13,7 @@ MODEL ?= outputs/ddpm-fashion-mnist-quick
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --constraint $(CONSTRAINTS)
 
-.PHONY: train evaluate demo bench docs tour test test-full lint format test-oldest clean
+.PHONY: train evaluate reproduce demo bench docs tour test test-full lint format test-oldest clean
 
 train: $(VENV)/.train
 	$(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no training/train.py $(ARGS)
@@ -24,6 +24,10 @@ evaluate: $(VENV)/.metrics
 # Training and sampling beside stock diffusers, with the threads that PyTorch takes by itself.
 bench: $(VENV)/.train
 	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+# Trains, measures and documents the model of models/ anew; says first what that will take.
+reproduce: $(VENV)/.metrics
+	$(BIN)/python training/reproduce.py $(ARGS)
 
 demo: $(VENV)/.demo
 	$(BIN)/python demo/app.py $(MODEL) $(ARGS)

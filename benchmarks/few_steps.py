@@ -35,6 +35,7 @@ sys.path.append(str(ROOT / "training"))
 from config import EMBEDDED_TEST_SET, TrainingConfig  # noqa: E402
 from data import load_data  # noqa: E402
 from report import device_name, versions  # noqa: E402
+from samples import to_unit_range  # noqa: E402
 
 
 def solver(kind: type[SchedulerMixin], config: Mapping[str, Any]) -> SchedulerMixin:
@@ -170,11 +171,6 @@ def sample(pipeline: ScratchDDPMPipeline, steps: int, num_images: int, name: str
         batches.append((images * 255).round().astype(np.uint8))
     images = np.concatenate(batches)
     return images[..., 0] if images.shape[3] == 1 else images
-
-
-def to_unit_range(images: np.ndarray) -> torch.Tensor:
-    """uint8 [N, H, W, C] to float [N, C, H, W] in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 # --- distances -----------------------------------------------------------------------------------------------------

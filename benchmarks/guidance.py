@@ -26,11 +26,10 @@ from few_steps import (  # which also makes the modules of training/ importable
     distances,
     replace,
     replace_json,
-    to_unit_range,
 )
-from torch import nn
 from tqdm import tqdm
 
+from classifier import accuracy, classify, train_classifier
 from config import EMBEDDED_DATA, EMBEDDED_TEST_SET, TrainingConfig
 from data import load_data
 from ddpm_from_scratch import ScratchDDPMPipeline
@@ -43,13 +42,6 @@ SCALES = (1.0, 1.5, 2.0, 4.0, 8.0)
 VARIED = (Guidance(4.0, rescale=0.7), Guidance(4.0, interval=(0.2, 0.8)))  # measured besides the scales
 
 LEAST = 2  # images of a class: for its spread, and 20 in all for the standard errors
-
-# The classifier.
-SEED = 0
-EPOCHS = 6
-CLASSIFIER_BATCH = 100
-LEARNING_RATE = 3e-3
-WIDTH = 16
 
 
 # --- real images ---------------------------------------------------------------------------------------------------
@@ -68,45 +60,6 @@ def places(labels: np.ndarray, per_class: int, skipped: int = 0) -> np.ndarray:
     """Where per_class images of each class are, after as many that are skipped: the classes in turn."""
     of_classes = [np.flatnonzero(labels == name)[skipped : skipped + per_class] for name in range(labels.max() + 1)]
     return np.stack(of_classes, axis=1).reshape(-1)
-
-
-# --- the classifier ------------------------------------------------------------------------------------------------
-
-
-def new_classifier(channels: int, size: int, classes: int) -> nn.Sequential:
-    """From images [B, C, H, W] in [-1, 1] to logits [B, classes]."""
-    layers: list[nn.Module] = []
-    for wider in (WIDTH, 2 * WIDTH):
-        layers += [nn.Conv2d(channels, wider, 3, padding=1), nn.BatchNorm2d(wider), nn.ReLU(), nn.MaxPool2d(2)]
-        channels, size = wider, size // 2
-    layers += [nn.Flatten(), nn.Dropout(0.3), nn.Linear(channels * size**2, 128)]
-    return nn.Sequential(*layers, nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, classes))
-
-
-def train_classifier(images: np.ndarray, labels: np.ndarray) -> nn.Sequential:
-    """On the CPU, from images uint8 [N, H, W, C]; the same network each time."""
-    inputs, targets = to_unit_range(images), torch.from_numpy(labels)
-    with torch.random.fork_rng():
-        torch.manual_seed(SEED)
-        network = new_classifier(images.shape[3], images.shape[1], int(labels.max()) + 1)
-        optimizer = torch.optim.Adam(network.parameters())
-        total = EPOCHS * -(-len(images) // CLASSIFIER_BATCH)
-        rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=total)
-        for _ in tqdm(range(EPOCHS), desc="classifier"):
-            for batch in torch.randperm(len(images)).split(CLASSIFIER_BATCH):
-                optimizer.zero_grad()
-                nn.functional.cross_entropy(network(inputs[batch]), targets[batch]).backward()
-                optimizer.step()
-                rates.step()
-    return network.eval()
-
-
-@torch.no_grad()
-def accuracy(network: nn.Module, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The share of images uint8 [N, H, W, C] that the classifier gives their label, with its standard error."""
-    found = torch.cat([network(batch).argmax(1) for batch in to_unit_range(images).split(BATCH)])
-    share = float((found.numpy() == labels).mean())
-    return {"accuracy": share, "accuracy_error": float(np.sqrt(share * (1 - share) / len(images)))}
 
 
 # --- generated images ----------------------------------------------------------------------------------------------
@@ -226,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     test_images, test_labels, _ = embedded(EMBEDDED_TEST_SET, unet.config.in_channels, unet.config.sample_size)
     classifier = train_classifier(images, labels)
-    ceiling = accuracy(classifier, test_images, test_labels)
+    ceiling = accuracy(classify(classifier, test_images), test_labels)
     print(json.dumps({"classifier": ceiling}), flush=True)
 
     real, others = (images[places(labels, args.images_per_class, skipped)] for skipped in (0, args.images_per_class))
@@ -266,7 +219,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             **kernel(drawn[guidance], reference),
         }
         if guidance is not None:  # images without labels are of no class
-            row |= {**accuracy(classifier, drawn[guidance], wanted), "spread": spread(drawn[guidance], classes)}
+            row |= {
+                **accuracy(classify(classifier, drawn[guidance]), wanted),
+                "spread": spread(drawn[guidance], classes),
+            }
         results["rows"].append(row)
         replace_json(args.results, results)
         print(json.dumps(row), flush=True)

@@ -29,7 +29,6 @@ from few_steps import (  # which also makes the modules of training/ importable
     replace_json,
     sample,
     scratch,
-    to_unit_range,
 )
 
 from config import EMBEDDED_TEST_SET, TrainingConfig
@@ -40,6 +39,7 @@ from ddpm_from_scratch.features import efficientnet_lite0_features
 from ddpm_from_scratch.likelihood import bits_per_dim
 from report import device_name, versions
 from run import COMPILE_MODE
+from samples import to_unit_range
 
 # By the model that they are measured on.
 VARIANCES: dict[str, dict[str, Callable[[Mapping[str, Any]], ScratchDDPMScheduler]]] = {

@@ -21,8 +21,8 @@ from data import ImageStream, StreamBatches, build_loader, load_data
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel
 from ddpm_from_scratch.features import extract
 from ddpm_from_scratch.metrics import kernel_distance_with_error
-from evaluation import Options, generate
 from periodic import build_yardstick
+from samples import Drawing, generate
 
 IMPORTS = {
     "diffusers": "from diffusers import UNet2DModel, DDPMScheduler, DDPMPipeline",
@@ -148,7 +148,7 @@ def profile(system: System, network: str, device: torch.device, steps: int = 3) 
 def precision_effect(num_images: int, model: Path = MODEL) -> dict[str, Any]:
     """The same samples drawn by a network in float32 and in bfloat16: how far they differ, and their distances."""
     accelerator = Accelerator()
-    options = Options(num_images, batch_size=100)
+    drawing = Drawing(STEPS, num_images, batch_size=100)
     data = load_data(TrainingConfig(), None, None)
     reference = build_yardstick(TrainingConfig(eval_num_images=num_images), data).reference.values
     images, found = {}, {}
@@ -157,7 +157,7 @@ def precision_effect(num_images: int, model: Path = MODEL) -> dict[str, Any]:
         pipeline.scheduler = solver(DPMSolverMultistepScheduler, pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
         start = time.perf_counter()
-        images[name] = generate(pipeline, STEPS, options, accelerator, progress=False)
+        images[name] = generate(pipeline, drawing, accelerator, progress=False)
         seconds = time.perf_counter() - start
         kernel = kernel_distance_with_error(extract(images[name]).values, reference)
         found[name] = {

@@ -34,10 +34,11 @@ from data import TrainingData, load_data
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchUNet2DModel
 from ddpm_from_scratch.features import extract
 from ddpm_from_scratch.metrics import kernel_distance_with_error
-from evaluation import Options, generate, to_array
+from evaluation import to_array
 from periodic import EMBEDDED_TEST_SET, Yardstick, build_yardstick
 from report import device_name, versions
 from run import Run, build
+from samples import Drawing, generate
 from train import advance, batches_from, descend, to_unit_range
 
 RESULTS = ROOT / "docs" / "results"
@@ -190,14 +191,14 @@ def train_all(recipes: Sequence[Recipe]) -> list[Snapshot]:
     return [snapshot for recipe in recipes for snapshot in recipe.snapshots]
 
 
-def measure(snapshot: Snapshot, run: Run, yardstick: Yardstick, options: Options) -> dict[str, Any]:
+def measure(snapshot: Snapshot, run: Run, yardstick: Yardstick, drawing: Drawing) -> dict[str, Any]:
     """The kernel distance of the images that a snapshot draws."""
     unet = ScratchUNet2DModel(**run.trained_unet.config).eval()
     unet.load_state_dict(snapshot.weights)
     pipeline = ScratchDDPMPipeline(unet, solver(DPMSolverMultistepScheduler, snapshot.scheduler.config))
     pipeline.set_progress_bar_config(disable=True)
     with run.accelerator.autocast():
-        images = generate(pipeline, STEPS, options, run.accelerator, progress=False)
+        images = generate(pipeline, drawing, run.accelerator, progress=False)
     kernel = kernel_distance_with_error(extract(images).values, yardstick.reference.values)
     found = {
         "recipe": snapshot.recipe,
@@ -230,14 +231,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tests = load_data(TrainingConfig(dataset_name=str(EMBEDDED_TEST_SET)), data.channels, data.resolution)
     real = to_array([tests.images[index] for index in tests.evenly(args.num_images)], data.resolution)
     floor = kernel_distance_with_error(extract(real).values, yardstick.reference.values)
-    options = Options(args.num_images, batch_size=100)
+    drawing = Drawing(STEPS, args.num_images, batch_size=100)
     result = {
         "device": device_name(run.accelerator.device),
         "num_images": args.num_images,
         "parameters": run.trained_unet.num_parameters(),
         "sampler_steps": STEPS,
         "floor": {"kernel_distance": floor.value, "kernel_distance_error": floor.error},
-        "points": [measure(snapshot, run, yardstick, options) for snapshot in snapshots],
+        "points": [measure(snapshot, run, yardstick, drawing) for snapshot in snapshots],
         "versions": versions(),
     }
     replace_json(args.results, result)

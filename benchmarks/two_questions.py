@@ -28,7 +28,6 @@ from few_steps import (  # which also makes the modules of training/ importable
     replace,
     replace_json,
     sample,
-    to_unit_range,
 )
 from learned_variance import images_of, load, training_facts
 
@@ -38,6 +37,7 @@ from ddpm_from_scratch.features import efficientnet_lite0_features
 from ddpm_from_scratch.likelihood import bits_per_dim
 from draws import generator
 from report import device_name, versions
+from samples import to_unit_range
 
 PRESET = PRESETS / "fashion_mnist_quick.yaml"
 # What differs from the preset. The last one has the network of the second and the loss of the first.

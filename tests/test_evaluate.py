@@ -35,13 +35,17 @@ from diffusers import (
 from PIL import Image
 from torch import nn
 
+import classifier
 import draws
 import evaluate
 import evaluation
 import models
+import report
+import samples as drawn_samples
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, features, metrics
 from ddpm_from_scratch.likelihood import bits_per_dim
 from pictures import draw_bound
+from samples import Drawing, generate
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "training" / "evaluate.py"
@@ -180,6 +184,11 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def images_in(path):
+    with np.load(path) as archive:
+        return archive["images"]
+
+
 # --- the figures ---------------------------------------------------------------------------------------------------
 
 
@@ -188,10 +197,10 @@ def whole(inputs, tmp_path_factory):
     """A run in the folder of the model, where an earlier one left results."""
     folder = own_model(tmp_path_factory.mktemp("whole") / "model")
     (folder / "results.json").write_text('{"final_loss": 0.5, "evaluation": {"old": 1}}')
-    images = folder.parent / "images" / "images.npz"
-    results = run(folder, flags(inputs, save_images=images))
-    with np.load(images) as archive:
-        return SimpleNamespace(folder=folder, results=results, file=images, images=archive["images"])
+    file = folder.parent / "new" / "images" / "steps-3.npz"
+    results = run(folder, flags(inputs, images_dir=file.parent))
+    assert names(file.parent) == [file.name]
+    return SimpleNamespace(folder=folder, results=results, file=file, images=images_in(file))
 
 
 @pytest.fixture
@@ -325,7 +334,7 @@ def test_the_nearest_is_found_in_parts(monkeypatch):
 def test_saved_images_give_the_same_figures(inputs, whole, tmp_path):
     arguments = flags(inputs, images=whole.file, output_dir=tmp_path / "new")
     found, expected = run(whole.folder, arguments)["evaluation"], whole.results["evaluation"]
-    assert found["samples"] == [{"file": "images.npz", **expected["samples"][0]}]
+    assert found["samples"] == [{"file": "steps-3.npz", **expected["samples"][0]}]
     assert_same_bound(found["bound"], expected["bound"])
     assert names(tmp_path / "new") == ["bound.png", "neighbors.png", "results.json", "samples.png"]
 
@@ -428,12 +437,9 @@ def test_stock_classes_draw_nearly_the_same_images(inputs, tmp_path):
     stock_ddpm(tmp_path / "model")
     saved = {}
     for name in ("ours", "stock"):
-        arguments = flags(
-            inputs, num_inference_steps=5, save_images=tmp_path / f"{name}.npz", output_dir=tmp_path / name
-        )
+        arguments = flags(inputs, num_inference_steps=5, images_dir=tmp_path / name, output_dir=tmp_path / name)
         run(tmp_path / "model", [*arguments, *(["--stock"] if name == "stock" else [])])
-        with np.load(tmp_path / f"{name}.npz") as archive:
-            saved[name] = archive["images"].astype(int)
+        saved[name] = images_in(tmp_path / name / "steps-5.npz").astype(int)
     assert abs(saved["ours"] - saved["stock"]).max() <= 1
 
 
@@ -449,16 +455,18 @@ def conditional(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("arguments", "labels"), [([], [4]), (["--balanced_labels"], [0, 2, 3])])
-def test_classes(inputs, conditional, tmp_path, arguments, labels):
-    arguments = [*flags(inputs, save_images=tmp_path / "images.npz", output_dir=tmp_path), *arguments]
+@pytest.mark.parametrize(
+    ("arguments", "labels", "file"),
+    [([], [4], "steps-3.npz"), (["--balanced_labels"], [0, 2, 3], "steps-3-classes.npz")],
+)
+def test_classes(inputs, conditional, tmp_path, arguments, labels, file):
+    arguments = [*flags(inputs, images_dir=tmp_path / "images", output_dir=tmp_path), *arguments]
     found = run(conditional, arguments)["evaluation"]
     assert found["samples"][0]["labels"] == ("null" if labels == [4] else "balanced")
     assert found["bound"]["labels"] == "null" and found["bound"]["bits_per_dim"] > 0
     pipeline = ScratchDDPMPipeline.from_pretrained(conditional)
     pipeline.set_progress_bar_config(disable=True)
-    with np.load(tmp_path / "images.npz") as archive:
-        images = archive["images"]
+    images = images_in(tmp_path / "images" / file)
     for number in range(3):
         expected = pipeline(
             generator=draws.generator(0, "evaluation", number),
@@ -488,6 +496,8 @@ def test_of_unnamed_classes_ours_has_a_null_label():
     assert models.classes(ours) == [0, 1, 2, 3] and models.has_null_label(ours)
     assert models.classes(theirs) == [0, 1, 2, 3, 4] and not models.has_null_label(theirs)
     assert models.classes(ScratchDDPMPipeline(tiny(), DDPMScheduler())) == []
+    assert models.class_names(ours) == ["0", "1", "2", "3"]
+    assert models.class_names(ScratchDDPMPipeline(unet, DDPMScheduler(), NAMES)) == ["shoe", "coat", "bag"]
 
 
 LATENT = {"_class_name": "LDMPipeline", "vqvae": ["diffusers", "VQModel"], "unet": ["diffusers", "UNet2DModel"]}
@@ -562,57 +572,63 @@ def run_process(command, **environment):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
-def test_two_processes_find_the_same_with_a_model_of_the_hub(inputs, whole, tmp_path):
+def test_two_processes_find_the_same_with_a_model_of_the_hub(inputs, whole, tmp_path, nothing_drawn):
+    """What they drew serves a single process with the same model of a folder."""
     as_hub_model(whole.folder, tmp_path / "hub")
     script = tmp_path / "evaluate_with_few_features.py"
     script.write_text("import test_evaluate as of; of.use_few_features(); of.evaluate.main()")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", script, "user/model"]
-    arguments = flags(inputs, save_images=tmp_path / "images.npz", output_dir=tmp_path / "two")
+    arguments = flags(inputs, images_dir=tmp_path / "images", output_dir=tmp_path / "two")
     environment = {"ACCELERATE_USE_CPU": "true", "HF_HUB_CACHE": str(tmp_path / "hub")}
     done = run_process([*torchrun, *arguments], **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == [str(tmp_path / "two" / "results.json")]
-    with np.load(tmp_path / "images.npz") as archive:
-        assert_same_images(archive["images"], whole.images)
+    assert names(tmp_path / "images") == ["steps-3.npz"]
+    assert_same_images(images_in(tmp_path / "images" / "steps-3.npz"), whole.images)
     found, expected = strict(tmp_path / "two" / "results.json")["evaluation"], whole.results["evaluation"]
     assert (found["model"], found["num_processes"]) == ("user/model", 2)
-    of_one = run(whole.folder, flags(inputs, images=tmp_path / "images.npz", output_dir=tmp_path / "one"))["evaluation"]
-    assert of_one["samples"] == [{"file": "images.npz", **found["samples"][0]}]
+    arguments = flags(inputs, images_dir=tmp_path / "images", output_dir=tmp_path / "one")
+    assert run(whole.folder, arguments)["evaluation"]["samples"] == found["samples"]
     assert_same_bound(found["bound"], expected["bound"])
 
 
 class Rank:
-    """One of several processes; what each of them gathers is kept, for the next round to give to all."""
+    """One of several processes; what each of them gathers turn by turn is kept, for the next round to give to all."""
 
     device = torch.device("cpu")
 
     def __init__(self, rank, num_processes, parts):
         self.process_index, self.num_processes, self.parts = rank, num_processes, parts
+        self.is_main_process, self.turn = rank == 0, 0
 
     def gather(self, own):
-        self.parts[self.process_index] = own
-        return torch.cat([self.parts.get(rank, own) for rank in range(self.num_processes)])
+        self.turn += 1
+        self.parts[self.turn, self.process_index] = own
+        return torch.cat([self.parts.get((self.turn, rank), own) for rank in range(self.num_processes)])
+
+    def wait_for_everyone(self):
+        pass
 
 
 @pytest.mark.parametrize(("num_processes", "batch"), [(2, 3), (3, 16), (2, 32)])  # 7 batches; 2, for 3; 1, for 2
 def test_every_image_is_drawn_by_one_process(whole, num_processes, batch):
     pipeline = ScratchDDPMPipeline.from_pretrained(whole.folder)
     pipeline.set_progress_bar_config(disable=True)
-    options, parts = evaluation.Options(N, batch_size=batch), {}
-    expected = evaluation.generate(pipeline, STEPS, options, Rank(0, 1, {}), progress=False)
+    drawing, parts = Drawing(STEPS, N, batch_size=batch), {}
+    expected = generate(pipeline, drawing, Rank(0, 1, {}), progress=False)
     assert_same_images(expected, whole.images)
     for rank in range(num_processes):
-        evaluation.generate(pipeline, STEPS, options, Rank(rank, num_processes, parts), progress=False)
-    drawn = sum(int(part.flatten(2).any(2).sum()) for part in parts.values())
+        generate(pipeline, drawing, Rank(rank, num_processes, parts), progress=False)
+    drawn = sum(int(part.flatten(1).any(1).sum()) for part in parts.values())
     assert drawn == -(-N // batch) * batch  # no batch twice
-    found = evaluation.generate(pipeline, STEPS, options, Rank(1, num_processes, parts), progress=False)
+    found = generate(pipeline, drawing, Rank(1, num_processes, parts), progress=False)
     assert np.array_equal(found, expected)
 
 
 def test_images_do_not_depend_on_their_number(whole):
     pipeline = ScratchDDPMPipeline.from_pretrained(whole.folder)
     pipeline.set_progress_bar_config(disable=True)
-    more = evaluation.generate(pipeline, STEPS, evaluation.Options(N + 7, batch_size=BATCH), Accelerator(cpu=True))
+    more = generate(pipeline, Drawing(STEPS, N + 7, batch_size=BATCH), Accelerator(cpu=True))
     assert len(more) == N + 7
     assert_same_images(more[:N], whole.images)
 
@@ -690,15 +706,17 @@ def test_the_embedded_data_have_held_out_images(monkeypatch):
     def load(config, channels, size, split="train"):
         asked.append((config.dataset_name, split))
         images = torch.from_numpy(TRAINING if config.dataset_name is None else HELD_OUT)[:, None]
-        return SimpleNamespace(images=images, describe=lambda config: {"name": Path(config.dataset_name or "own").name})
+        assert not config.class_conditional
+        describe = lambda config: {"name": Path(config.dataset_name or "own").name}  # noqa: E731
+        return SimpleNamespace(images=images, labels=None, describe=describe)
 
     monkeypatch.setattr(evaluate, "load_data", load)
-    real = evaluate.real_images(evaluate.parse(["model"]), 1, SIDE)
+    real = evaluate.real_images(evaluate.parse(["model"]), 1, SIDE, [])
     assert asked == [(None, "train"), (str(evaluate.EMBEDDED_TEST_SET), "train")]
     assert Path(asked[1][0]).is_file()
     assert np.array_equal(real.held_out[..., 0], HELD_OUT)
     assert real.facts == {"training": {"name": "own"}, "held_out": {"name": "fashion_mnist_test.parquet"}}
-    evaluate.real_images(evaluate.parse(["model", "--test_set", "user/other"]), 1, SIDE)
+    evaluate.real_images(evaluate.parse(["model", "--test_set", "user/other"]), 1, SIDE, [])
     assert asked[2:] == [(None, "train"), ("user/other", "train")]
 
 
@@ -716,7 +734,7 @@ def nothing_drawn(monkeypatch):
     def draw(*arguments, **options):
         raise AssertionError("images were drawn")
 
-    monkeypatch.setattr(evaluate, "generate", draw)
+    monkeypatch.setattr(drawn_samples, "draw_batch", draw)
 
 
 def test_training_images_are_not_held_out(inputs, whole, tmp_path, nothing_drawn):
@@ -755,6 +773,30 @@ def test_several_numbers_of_steps(inputs, whole, tmp_path):
     assert not np.array_equal(pixels(tmp_path / "2" / "samples.png"), pixels(tmp_path / "1" / "samples.png"))
 
 
+def test_several_numbers_of_images_and_sizes(inputs, whole, tmp_path, monkeypatch):
+    """An entry for each number of steps and each size, as a run of its own finds it; every floor is computed once."""
+    calls, frechet_distance = [], metrics.frechet_distance
+
+    def count(a, b):
+        calls.append(len(a))
+        return frechet_distance(a, b)
+
+    monkeypatch.setattr(metrics, "frechet_distance", count)
+
+    def entries(**changes):
+        arguments = {"images_dir": tmp_path / "images", "num_bound_images": 0, "output_dir": tmp_path / "new"}
+        return run(whole.folder, flags(inputs, **arguments, **changes))["evaluation"]["samples"]
+
+    found = entries(num_inference_steps=(5, 2, STEPS), num_images=(22, N, N), size=(40, 32))
+    assert sorted(calls) == [N] * 6 + [22] * 4
+    kinds = [tuple(entry[name] for name in ("num_inference_steps", "num_generated", "size")) for entry in found]
+    assert kinds == [(5, 22, 40), (5, 22, 32), (2, N, 40), (2, N, 32), (STEPS, N, 40), (STEPS, N, 32)]
+    for entry, (steps, count, size) in zip(found, kinds, strict=True):
+        assert entries(num_inference_steps=steps, num_images=count, size=size) == [entry]
+    assert len({entry["floor"]["kernel_distance"] for entry in found}) == 4
+    assert names(tmp_path / "images") == ["steps-2.npz", "steps-3.npz", "steps-5.npz"]
+
+
 def test_a_streamed_training_set(inputs, whole, tmp_path):
     cache = tmp_path / "cache"
     arguments = flags(inputs, images=whole.file, streaming=(), output_dir=tmp_path, cache_dir=cache)
@@ -785,10 +827,9 @@ def test_an_infinite_bound_can_be_drawn(tmp_path):
 
 
 def test_the_seed_changes_everything_random(inputs, whole, tmp_path):
-    arguments = flags(inputs, seed=1, save_images=tmp_path / "images.npz", output_dir=tmp_path)
+    arguments = flags(inputs, seed=1, images_dir=tmp_path / "images", output_dir=tmp_path)
     found = run(whole.folder, arguments)["evaluation"]
-    with np.load(tmp_path / "images.npz") as archive:
-        assert not (archive["images"] == whole.images).all((1, 2, 3)).any()
+    assert not (images_in(tmp_path / "images" / "steps-3.npz") == whole.images).all((1, 2, 3)).any()
     assert found["samples"][0]["seed"] == found["bound"]["seed"] == 1
     assert found["bound"]["bits_per_dim"] != whole.results["evaluation"]["bound"]["bits_per_dim"]
 
@@ -803,11 +844,16 @@ WRONG = [
     ({"num_terms": T + 1}, "21 terms of the bound were asked for, and there are 20"),
     ({"batch_size": 0}, "--batch_size 0"),
     ({"seed": -1}, "--seed -1"),
-    ({"size": 0}, "--size 0"),
+    ({"size": (32, 0)}, "--size 0"),
+    ({"num_class_images": -1}, "--num_class_images -1: it must be at least 0"),
     ({"num_images": 26, "test_set": None}, "take at most 25 images"),
-    ({"num_inference_steps": (3, 5), "save_images": "images.npz"}, "give one number"),
-    ({"save_images": "images.png"}, "must end in .npz"),
+    ({"num_inference_steps": (3, 5), "num_images": (20, 26), "test_set": None}, "take at most 25 images"),
+    ({"num_inference_steps": (3, 5), "images": SCRIPT}, "give one number"),
+    ({"images_dir": SCRIPT}, "evaluate.py is a file"),
+    ({"images_dir": "images", "images": SCRIPT}, "--images holds some: give one"),
     ({"images": "no.npz"}, "no file no.npz"),
+    ({"num_class_images": 20}, "images of the classes were asked for, but this model has no classes"),
+    ({"label_column": "label"}, "it needs --num_class_images"),
     ({"test_split": "test"}, "--test_set and --test_split"),
     ({"train_data_dir": "."}, "both name the training images"),
     ({"dataset_name": None, "train_data_dir": "no_folder"}, "no folder no_folder"),
@@ -833,6 +879,19 @@ def test_wrong_calls_say_what_is_wrong_and_write_nothing(
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("counts", [(20, 21), (20, 21, 22, 23)])
+def test_numbers_of_images_fit_those_of_steps_before_anything_is_loaded(inputs, tmp_path, monkeypatch, counts):
+    def load(*arguments):
+        raise AssertionError("something was loaded")
+
+    for name in ("load_pipeline", "load_data"):
+        monkeypatch.setattr(evaluate, name, load)
+    arguments = flags(inputs, num_inference_steps=(3, 4, 5), num_images=counts, output_dir=tmp_path / "new")
+    with pytest.raises(ValueError, match=f"--num_images has {len(counts)} numbers, --num_inference_steps 3: give one"):
+        evaluate.main(["user/model", *arguments])
+    assert names(tmp_path) == []
+
+
 def test_balanced_labels_are_of_drawn_images_of_classes(inputs, whole, tmp_path, nothing_drawn):
     for arguments, message in {
         ("--balanced_labels",): "this model has no classes",
@@ -854,6 +913,149 @@ def test_a_failed_script_ends_with_2_and_one_line(inputs, tmp_path, monkeypatch,
     assert names(tmp_path) == []
 
 
+# --- classes -------------------------------------------------------------------------------------------------------
+
+KINDS = ["shoe", "coat", "bag"]
+HELD_OUT_LABELS = (np.arange(NUM_HELD_OUT) % 3 + (np.arange(NUM_HELD_OUT) < 6)) % 3  # a quarter of them is wrong
+
+
+def shades(kinds, seed):
+    """Images of one gray for each of the kinds 0 to 2, with noise: uint8 [N, SIDE, SIDE]."""
+    noise = np.random.default_rng(seed).integers(0, 32, (len(kinds), SIDE, SIDE))
+    return (90 * np.asarray(kinds)[:, None, None] + noise).astype(np.uint8)
+
+
+def with_classes(images, labels, names=KINDS, **columns):
+    """A table of images with their classes, and columns of other labels."""
+    kind = datasets.ClassLabel(names=names)
+    table = as_table(images).add_column("kind", [int(label) for label in labels], feature=kind)
+    for name, values in columns.items():
+        table = table.add_column(name, values, feature=kind)
+    return table
+
+
+@pytest.fixture(scope="module")
+def classed(tmp_path_factory):
+    """Images of three kinds: for the command line, and for a cache of their features."""
+    folder = tmp_path_factory.mktemp("classed")
+    kinds = np.arange(NUM_TRAINING) % 3
+    with_classes(shades(kinds, 0), kinds).to_parquet(folder / "training.parquet")
+    with_classes(shades(np.arange(NUM_HELD_OUT) % 3, 1), HELD_OUT_LABELS).to_parquet(folder / "tests.parquet")
+    return SimpleNamespace(training=f"{folder}/training.parquet", tests=f"{folder}/tests.parquet", cache=folder / "c")
+
+
+@pytest.fixture(scope="module")
+def of_kinds(tmp_path_factory):
+    """A model of these kinds, with a null label."""
+    return own_model(tmp_path_factory.mktemp("kinds") / "model", id2label=dict(enumerate(KINDS)), num_class_embeds=4)
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What the model shows for each of its labels, instead of drawing; and the batches that were asked for."""
+    shown, batches = {}, []
+
+    def draw(pipeline, drawing, numbers):
+        batches.append((drawing.balanced_labels, numbers[0]))
+        of = drawn_samples.labels_of(models.classes(pipeline), numbers)
+        kinds = [shown[label] if drawing.balanced_labels else 0 for label in of]
+        return torch.from_numpy(shades(kinds, numbers[0]))[..., None]
+
+    monkeypatch.setattr(drawn_samples, "draw_batch", draw)
+    monkeypatch.setattr(classifier, "EPOCHS", 40)
+    return SimpleNamespace(kinds=shown, batches=batches)
+
+
+def judge(model, inputs, tmp_path, *arguments, **changes):
+    changes = {"num_class_images": N, "num_bound_images": 0, "output_dir": tmp_path / "new", **changes}
+    return run(model, [*flags(inputs, **changes), *arguments])["evaluation"]
+
+
+def share(value, count):
+    return {"accuracy": value, "accuracy_error": pytest.approx((value * (1 - value) / count) ** 0.5)}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "by_class"),
+    [((0, 1, 2), (1.0, 1.0, 1.0)), ((0, 2, 2), (1.0, 0.0, 1.0)), ((1, 2, 0), (0.0, 0.0, 0.0))],
+)
+def test_a_classifier_judges_images_of_the_classes(classed, of_kinds, tmp_path, shown, kinds, by_class):
+    shown.kinds.update(enumerate(kinds))
+    found = judge(of_kinds, classed, tmp_path, num_inference_steps=(STEPS, 5))
+    rightly = sum(by_class[number % 3] for number in range(N)) / N
+    assert found["classes"] == {
+        "num_inference_steps": STEPS,
+        "scheduler": "ScratchDDPMScheduler",
+        "labels": "balanced",
+        "seed": 0,
+        "num_generated": N,
+        **share(rightly, N),
+        "by_class": dict(zip(KINDS, by_class, strict=True)),
+        "classifier": {"num_training": NUM_TRAINING, "num_held_out": NUM_HELD_OUT, **share(0.75, NUM_HELD_OUT)},
+    }
+    assert [entry["labels"] for entry in found["samples"]] == ["null", "null"]
+    assert list(found["seconds"])[-2:] == ["20 images of the classes", "classifier"]
+    assert found["images"]["training"]["class_names"] == found["images"]["held_out"]["class_names"] == KINDS
+
+
+def test_classes_that_are_not_counted_from_0(classed, conditional, tmp_path, shown):
+    """Labels 0, 2 and 3 of the model are the classes 0, 1 and 2 of the data."""
+    shown.kinds.update({0: 0, 2: 1, 3: 1})
+    found = judge(conditional, classed, tmp_path)["classes"]
+    assert found["by_class"] == {"shoe": 1.0, "coat": 1.0, "bag": 0.0} and found["accuracy"] == 14 / N
+
+
+def test_images_of_the_classes_are_drawn_once(classed, of_kinds, tmp_path, shown):
+    """Those that are measured with balanced labels are the first that a classifier judges."""
+    shown.kinds.update(enumerate((0, 1, 2)))
+    given = {"num_class_images": 28, "images_dir": tmp_path / "images"}
+    found = judge(of_kinds, classed, tmp_path, "--balanced_labels", **given)
+    assert shown.batches == [(True, first) for first in (0, 8, 16, 16, 24)]
+    assert found["samples"][0]["labels"] == "balanced" and found["samples"][0]["num_generated"] == N
+    assert (found["classes"]["num_generated"], found["classes"]["accuracy"]) == (28, 1)
+    assert judge(of_kinds, classed, tmp_path, **given)["classes"] == found["classes"]
+    assert shown.batches[5:] == [(False, first) for first in (0, 8, 16)]
+    assert names(tmp_path / "images") == ["steps-3-classes.npz", "steps-3.npz"]
+
+
+def test_images_of_the_classes_are_drawn_beside_given_ones(classed, of_kinds, tmp_path, shown):
+    shown.kinds.update(enumerate((0, 1, 2)))
+    np.savez(tmp_path / "given.npz", images=shades(np.zeros(N), 2))
+    found = judge(of_kinds, classed, tmp_path, images=tmp_path / "given.npz")
+    assert shown.batches == [(True, first) for first in (0, 8, 16)]
+    assert found["samples"][0]["file"] == "given.npz" and found["classes"]["by_class"]["bag"] == 1
+
+
+def test_the_column_of_labels(classed, of_kinds, tmp_path, shown):
+    shown.kinds.update(enumerate((0, 1, 2)))
+    kinds = np.arange(NUM_TRAINING) % 3
+    with_classes(shades(kinds, 0), kinds, shelf=[0] * NUM_TRAINING).to_parquet(tmp_path / "training.parquet")
+    arguments = {"dataset_name": tmp_path / "training.parquet", "test_set": None}
+    with pytest.raises(ValueError, match="kind, shelf all hold labels: choose one with --label_column"):
+        evaluate.main([str(of_kinds), *flags(classed, **arguments, num_class_images=N, output_dir=tmp_path / "new")])
+    assert names(tmp_path) == ["training.parquet"] and shown.batches == []
+    found = judge(of_kinds, classed, tmp_path, **arguments, label_column="kind")["classes"]
+    assert found["accuracy"] == 1 and found["classifier"] == {"num_training": NUM_TRAINING}  # nothing is held out
+    shelf = judge(of_kinds, classed, tmp_path, **arguments, label_column="shelf")["classes"]
+    assert shelf["by_class"] == {"shoe": 1.0, "coat": 0.0, "bag": 0.0}
+
+
+def test_classes_that_cannot_be_judged_are_refused(inputs, classed, of_kinds, tmp_path, nothing_drawn):
+    kinds = np.arange(NUM_HELD_OUT) % 3
+    with_classes(shades(kinds, 0), kinds, names=["bag", "coat", "shoe"]).to_parquet(tmp_path / "others.parquet")
+    others = r"the classes of the images are bag, coat, shoe; those of the model shoe, coat, bag"
+    for changes, message in (
+        ({"dataset_name": inputs.training, "test_set": inputs.tests}, "no column of the data set holds labels"),
+        ({"test_set": inputs.tests}, "no column of the data set holds labels"),
+        ({"dataset_name": tmp_path / "others.parquet"}, others),
+        ({"test_set": tmp_path / "others.parquet"}, others),
+    ):
+        arguments = flags(classed, num_class_images=N, output_dir=tmp_path / "new", **changes)
+        with pytest.raises(ValueError, match=message):
+            evaluate.main([str(of_kinds), *arguments])
+    assert names(tmp_path) == ["others.parquet"]
+
+
 # --- what is written -----------------------------------------------------------------------------------------------
 
 
@@ -869,16 +1071,16 @@ def test_where_results_go(tmp_path):
 @pytest.mark.parametrize("broken", ["write_json", "os.replace"])
 def test_a_failed_write_leaves_the_old_results(tmp_path, monkeypatch, broken):
     path = tmp_path / "results.json"
-    evaluate.merge_results(path, {"bits": 1})
+    report.merge_results(path, "evaluation", {"bits": 1})
 
     def fail(*arguments):
         if broken == "write_json":
             arguments[1].write_text("{")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(*{"write_json": (evaluate, "write_json"), "os.replace": (evaluate.os, "replace")}[broken], fail)
+    monkeypatch.setattr(*{"write_json": (report, "write_json"), "os.replace": (report.os, "replace")}[broken], fail)
     with pytest.raises(OSError, match="no space"):
-        evaluate.merge_results(path, {"bits": 2})
+        report.merge_results(path, "evaluation", {"bits": 2})
     assert strict(path) == {"evaluation": {"bits": 1}}
     assert names(tmp_path) == ["results.json"]
 
@@ -895,14 +1097,14 @@ def test_drawn_images_are_saved_before_anything_can_fail(inputs, whole, tmp_path
     def fail(*arguments):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(evaluation, "measure_samples", fail)
-    arguments = flags(inputs, save_images=tmp_path / "images.npz", output_dir=tmp_path / "new")
+    monkeypatch.setattr(evaluation, "compare", fail)
+    arguments = flags(inputs, images_dir=tmp_path / "images", output_dir=tmp_path / "new")
     with pytest.raises(OSError, match="no space"):
         evaluate.main([str(whole.folder), *arguments])
-    with np.load(tmp_path / "images.npz") as archive:
+    with np.load(tmp_path / "images" / "steps-3.npz") as archive:
         assert_same_images(archive["images"], whole.images)
         assert json.loads(str(archive["facts"]))["num_inference_steps"] == STEPS
-    assert names(tmp_path) == ["images.npz"]
+    assert names(tmp_path) == ["images"]
 
 
 def test_features_of_real_images_are_kept(inputs, whole, tmp_path, monkeypatch):

@@ -489,6 +489,20 @@ def test_sets_of_different_features_are_refused(wrong, message):
             measure(*sets)
 
 
+def test_a_known_floor_is_not_computed_again(monkeypatch):
+    first, calls = measure(*ENOUGH), []
+
+    def count(a, b):
+        calls.append(a)
+        return frechet_distance(a, b)
+
+    monkeypatch.setattr(metrics, "frechet_distance", count)
+    assert measure(*ENOUGH, floor=first["floor"]) == first
+    assert len(calls) == 1 and calls[0] is ENOUGH[0].values
+    assert measure(*ENOUGH, floor={"kernel_distance": 2.0})["floor"] == {"kernel_distance": 2.0}
+    assert measure(*ENOUGH) == first and len(calls) == 4
+
+
 def test_a_floor_of_another_number_of_images_is_refused():
     with pytest.raises(ValueError, match="others has 29 rows, generated 30"):
         measure(ENOUGH[0][:30], ENOUGH[1][:30], ENOUGH[2][:29])

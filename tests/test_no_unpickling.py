@@ -16,7 +16,7 @@ from test_evaluate import as_table, flags, pictures
 from test_training import ROOT, TINY
 
 AUDITED = """
-import json, pickle, sys, traceback
+import json, os, pickle, sys, traceback
 
 found, phase = {}, None
 
@@ -65,11 +65,14 @@ during("an array of objects", lambda: np.load("objects.npy", allow_pickle=True))
 
 during("training", train.main, [*told["train"], "--max_train_steps", "4"])
 during("resuming", train.main, [*told["train"], "--max_train_steps", "6"])
-during("evaluating", evaluate.main, [*told["evaluate"], "--save_images", "images.npz"])
-during("evaluating saved images", evaluate.main, [*told["evaluate"], "--images", "images.npz"])
+during("evaluating", evaluate.main, [*told["evaluate"], "--images_dir", "images"])
+during("going on with images", evaluate.main, [*told["evaluate"], "--images_dir", "images", "--num_images", "24"])
+during("evaluating saved images", evaluate.main, [*told["evaluate"], "--images", "images/steps-3.npz"])
 during("loading", lambda: ScratchDDPMPipeline.from_pretrained("model")(num_inference_steps=2))
 during("loading with diffusers", lambda: DDPMPipeline.from_pretrained("model"))
 during("images that are objects", refused, evaluate.main, [*told["evaluate"], "--images", "objects.npz"])
+os.replace("objects.npz", "images/steps-3.npz")
+during("kept images that are objects", refused, evaluate.main, [*told["evaluate"], "--images_dir", "images"])
 print(json.dumps(found))
 """
 CONTROLS = {"a pickle", "a module of PyTorch", "an array of objects"}
@@ -95,8 +98,8 @@ def test_nothing_is_unpickled_in_evaluating_either(tmp_path):
     assert not unseen, f"the hook does not see these: {unseen}"
     unpickled = {name: events for name, events in found.items() if events and name not in CONTROLS}
     assert not unpickled, f"what was unpickled, and its callers: {unpickled}"
-    assert len(found) == len(CONTROLS) + 7
+    assert len(found) == len(CONTROLS) + 9
     assert len(list((tmp_path / "features").rglob("*.npz"))) >= 1  # which the second evaluation reads
     evaluation = json.loads((tmp_path / "model" / "results.json").read_text())["evaluation"]
-    assert evaluation["samples"][0]["file"] == "images.npz"
+    assert evaluation["samples"][0]["file"] == "steps-3.npz"
     assert (tmp_path / "model" / "checkpoints" / "step_00000006").is_dir()

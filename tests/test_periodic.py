@@ -20,7 +20,7 @@ from test_training import (  # noqa: F401
 from test_training import sys as system
 
 import config
-import evaluation
+import draws
 import periodic
 from data import load_data
 from ddpm_from_scratch import ScratchDDPMPipeline
@@ -51,7 +51,7 @@ def test_figures_come_at_their_steps_and_are_those_of_the_average(inputs, evalua
     assert {"bits_per_dim", "bits_per_dim_error", "kernel_distance_error"} <= set(found[0])
     # The last again, from the saved model: the images that a pipeline draws from the same seeds.
     pipeline = ScratchDDPMPipeline.from_pretrained(evaluated)
-    generators = [evaluation.generator(0, "evaluation", number) for number in range(24)]
+    generators = [draws.generator(0, "evaluation", number) for number in range(24)]
     images = np.concatenate(
         [
             pipeline(

@@ -134,24 +134,11 @@ def test_images_follow_seed_class_and_guidance(guidance, models):
     assert len({images.tobytes() for images in found.values()}) == 3
 
 
-def test_the_classifier_learns_and_is_the_same_each_time(guidance, monkeypatch):
+def test_real_images_come_with_their_classes(guidance, monkeypatch):
     monkeypatch.setattr(guidance, "load_data", few_images)
-    monkeypatch.setattr(guidance, "CLASSIFIER_BATCH", 5)
-    monkeypatch.setattr(guidance, "EPOCHS", 20)
     images, labels, names = guidance.embedded(guidance.EMBEDDED_TEST_SET, 1, 8)
     assert names == dict(enumerate(NAMES)) and images.shape == (50, 8, 8, 1)
-    state = torch.get_rng_state()
-    network = guidance.train_classifier(images, labels)
-    assert torch.equal(state, torch.get_rng_state())
-    again = guidance.train_classifier(images, labels)
-    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))
-    assert guidance.accuracy(network, images, labels)["accuracy"] > 0.5
-    wrong = np.where(np.arange(50) < 25, labels, -1)
-    right = guidance.accuracy(network, images, labels)["accuracy"]
-    half = guidance.accuracy(network, images, wrong)
-    assert half["accuracy"] < right and half["accuracy_error"] == pytest.approx(
-        (half["accuracy"] * (1 - half["accuracy"]) / 50) ** 0.5
-    )
+    assert np.array_equal(images[..., 0].min((1, 2)) // 25, labels)
 
 
 def test_real_images_come_in_the_order_of_the_generated_ones(guidance):

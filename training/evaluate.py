@@ -12,11 +12,7 @@ The model is a folder or a Hub name of any pipeline of diffusers that draws pixe
 """
 
 import argparse
-import json
-import os
 import sys
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,27 +24,27 @@ from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 
 from config import EMBEDDED_TEST_SET, TrainingConfig, looks_local, public_name
-from data import load_data
+from data import TrainingData, load_data
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
 from ddpm_from_scratch.features import CACHE_DIR, EXTRACTORS
 from evaluation import (
     LEAST_IMAGES,
-    Drawn,
     Evaluated,
     Options,
     RealImages,
+    all_drawings,
     check_enough,
     check_options,
-    describe_chain,
     evaluate,
-    generate,
+    taken,
     to_array,
 )
-from models import image_form, load_pipeline
+from models import class_names, image_form, load_pipeline
 from optimization import prepare_cpu, resolve_precision
 from pictures import draw_bound, draw_neighbors, draw_samples
-from report import write_json
+from report import merge_results, read_results
 from run import COMPILE_MODE
+from samples import Drawing, Drawn, describe, describe_origin, generate_once, place, read_images, read_kept
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESULTS = "results.json"
@@ -74,23 +70,37 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     data.add_argument("--test_split", help="held-out images: a split of the data set itself")
     samples = parser.add_argument_group("generated images")
-    samples.add_argument("--num_images", type=int, default=1000)
     samples.add_argument(
         "--num_inference_steps", type=int, nargs="+", default=[50], help="one or more numbers of steps"
     )
-    samples.add_argument("--balanced_labels", action="store_true", help="the classes in turn, not the null label")
-    samples.add_argument("--images", type=Path, help="measure the images of this .npz instead (see --save_images)")
     samples.add_argument(
-        "--save_images",
+        "--num_images", type=int, nargs="+", default=[1000], help="one number, or one for each number of steps"
+    )
+    samples.add_argument("--balanced_labels", action="store_true", help="the classes in turn, not the null label")
+    samples.add_argument("--images", type=Path, help="measure those of this .npz instead (see --images_dir)")
+    samples.add_argument(
+        "--images_dir",
         type=Path,
-        help="write them to this .npz: `images`, uint8 [N, H, W, C], and how they came about",
+        help="keep the images in this folder, in an .npz for each number of steps (`images`, uint8 [N, H, W, C], and "
+        "how they came about); those that are there already are not drawn again, so that a stopped evaluation goes on",
     )
     samples.add_argument("--extractor", default="efficientnet-lite0", choices=tuple(EXTRACTORS))
-    samples.add_argument("--size", type=int, help="side in pixels to which the extractor's images are scaled")
+    samples.add_argument(
+        "--size", type=int, nargs="+", help="side in pixels to which the extractor's images are scaled; one or more"
+    )
     samples.add_argument("--cache_dir", type=Path, default=CACHE_DIR, help="of the features of real images")
+    judged = parser.add_argument_group("classes")
+    judged.add_argument(
+        "--num_class_images",
+        type=int,
+        default=0,
+        help="also draw so many images of the classes in turn, in the first number of steps, and let a classifier, "
+        "trained on the training images, judge them",
+    )
+    judged.add_argument("--label_column", help="as for train.py")
     bound = parser.add_argument_group("bound")
     bound.add_argument("--num_bound_images", type=int, default=64, help="held-out images; 0 leaves the bound out")
-    bound.add_argument("--num_terms", type=int, help="estimate it from so many of its T terms")
+    bound.add_argument("--num_terms", type=int, help="estimate it from so many of its T terms for each image")
     run = parser.add_argument_group("run")
     run.add_argument("--output_dir", type=Path, help="default: the model's folder, or outputs/evaluation/<name>")
     run.add_argument("--seed", type=int, default=0)
@@ -114,8 +124,17 @@ def check(args: argparse.Namespace) -> None:
     """
     check_numbers(args)
     check_paths(args)
-    if len(args.num_inference_steps) > 1 and (args.images or args.save_images):
-        raise ValueError("--images and --save_images hold the images of one --num_inference_steps: give one number.")
+    if len(args.num_images) not in (1, len(args.num_inference_steps)):
+        raise ValueError(
+            f"--num_images has {len(args.num_images)} numbers, --num_inference_steps {len(args.num_inference_steps)}: "
+            "give one number of images, or one for each number of steps."
+        )
+    if args.images and args.images_dir:
+        raise ValueError("--images_dir is for images that are to be drawn, and --images holds some: give one.")
+    if args.images and len(args.num_inference_steps) > 1:
+        raise ValueError("--images holds the images of one --num_inference_steps: give one number.")
+    if args.label_column and not args.num_class_images:
+        raise ValueError("--label_column is of the images that a classifier learns from: it needs --num_class_images.")
     if args.images and args.balanced_labels:
         raise ValueError("--balanced_labels is about images that are to be drawn, and --images holds some: give one.")
     if args.test_set and args.test_split:
@@ -132,16 +151,25 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--revision is of a Hub model, and {args.model} is a folder: leave it out.")
 
 
+LEAST = {
+    "num_inference_steps": 1,
+    "num_images": LEAST_IMAGES,
+    "size": 1,
+    "num_class_images": 0,
+    "num_bound_images": 0,
+    "num_terms": 2,
+    "batch_size": 1,
+    "seed": 0,
+}
+
+
 def check_numbers(args: argparse.Namespace) -> None:
     """Every number is large enough."""
-    least = {"num_images": LEAST_IMAGES, "num_bound_images": 0, "batch_size": 1, "seed": 0, "num_terms": 2, "size": 1}
-    for name, smallest in least.items():
-        value = getattr(args, name)
-        if value is not None and value < smallest:
-            raise ValueError(f"--{name} {value}: it must be at least {smallest}.")
-    wrong = [steps for steps in args.num_inference_steps if steps < 1]
-    if wrong:
-        raise ValueError(f"--num_inference_steps {wrong[0]}: it must be at least 1.")
+    for name, least in LEAST.items():
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value < least:
+                raise ValueError(f"--{name} {value}: it must be at least {least}.")
 
 
 def check_paths(args: argparse.Namespace) -> None:
@@ -156,33 +184,62 @@ def check_paths(args: argparse.Namespace) -> None:
         raise ValueError("--streaming is of a --dataset_name.")
     if args.images and not args.images.is_file():
         raise FileNotFoundError(f"--images: no file {args.images}")
-    if args.save_images and args.save_images.suffix != ".npz":
-        raise ValueError(f"--save_images {args.save_images}: its name must end in .npz.")
     folder = output_dir(args)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file.")
+    for name, path in {"output_dir": folder, "images_dir": args.images_dir}.items():
+        if path and path.exists() and not path.is_dir():
+            raise ValueError(f"--{name} {path} is a file.")
     read_results(folder / RESULTS)
 
 
-def real_images(args: argparse.Namespace, channels: int, size: int) -> RealImages:
-    """The training images, and the held-out ones if there are any."""
+def real_images(args: argparse.Namespace, channels: int, size: int, names: list[str]) -> RealImages:
+    """The training images, and the held-out ones if there are any; with their classes if some are to be judged.
+
+    Args:
+        args: the flags.
+        channels: of the images.
+        size: their side.
+        names: of the model's classes.
+
+    Raises:
+        ValueError: they cannot be read, or their classes are not the model's.
+    """
+    judged = {"class_conditional": True, "label_column": args.label_column} if args.num_class_images else {}
     config = TrainingConfig(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
         dataset_revision=args.dataset_revision,
         train_data_dir=args.train_data_dir,
         streaming=args.streaming,
+        **judged,
     )
     data = load_data(config, channels, size)
     training, facts = to_array(data.images, size), {"training": data.describe(config)}
+    labels = labels_of_array(data, size, names)
     test_set = args.test_set or (str(EMBEDDED_TEST_SET) if config.trains_on_embedded_data else None)
     if test_set:
-        config = TrainingConfig(dataset_name=test_set)
+        config = TrainingConfig(dataset_name=test_set, **judged)
     elif not args.test_split:
-        return RealImages(training, None, facts)
+        return RealImages(training, None, facts, labels)
     held_out = load_data(config, channels, size, args.test_split or "train")
     facts["held_out"] = held_out.describe(config) | ({"split": args.test_split} if args.test_split else {})
-    return RealImages(training, to_array(held_out.images, size), facts)
+    held_out_labels = labels_of_array(held_out, size, names)
+    return RealImages(training, to_array(held_out.images, size), facts, labels, held_out_labels)
+
+
+def labels_of_array(data: TrainingData, size: int, names: list[str]) -> np.ndarray | None:
+    """The classes of the images that `to_array` takes; None if they are not needed.
+
+    Raises:
+        ValueError: they are not the model's.
+    """
+    if data.labels is None:
+        return None
+    if list(data.labels.names) != names:
+        raise ValueError(
+            f"the classes of the images are {', '.join(data.labels.names)}; those of the model {', '.join(names)}: "
+            "they must be the same, or --num_class_images 0."
+        )
+    return data.labels.of_images[taken(data.images, size)].numpy()
 
 
 def output_dir(args: argparse.Namespace) -> Path:
@@ -190,60 +247,6 @@ def output_dir(args: argparse.Namespace) -> Path:
     if args.output_dir is not None:
         return Path(args.output_dir)
     return Path(args.model) if Path(args.model).is_dir() else Path("outputs", "evaluation", args.model)
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """What is in a results file; nothing if there is none.
-
-    Raises:
-        ValueError: it is not such a file.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}): mend it or move it away.") from error
-    if not isinstance(results, dict):
-        raise ValueError(f"{path} does not hold results by name: move it away.")
-    return results
-
-
-def merge_results(path: Path, evaluation: dict[str, Any]) -> None:
-    """Put the evaluation into a results file, which is whole at any time, beside what else is in it."""
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    try:
-        write_json({**read_results(path), "evaluation": evaluation}, unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def read_images(path: Path, form: tuple[int, ...]) -> Drawn:
-    """The images of an .npz, uint8 [N, H, W, C] or gray [N, H, W]; and how they came about, if `save_images` wrote it.
-
-    Raises:
-        ValueError: they are not such images.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            images: np.ndarray = archive["images"]
-            facts = {"file": path.name, **(json.loads(str(archive["facts"])) if "facts" in archive else {})}
-    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"--images {path} cannot be read: {error}") from error
-    images = images[..., None] if images.ndim == 3 else images
-    if images.dtype != np.uint8 or images.shape[1:] != form or len(images) < LEAST_IMAGES:
-        raise ValueError(
-            f"--images {path} holds {images.dtype} {list(images.shape)}; uint8 [N, {', '.join(map(str, form))}] with "
-            f"N >= {LEAST_IMAGES} is needed."
-        )
-    return Drawn(images, facts)
-
-
-def save_images(path: Path, drawn: Drawn) -> None:
-    """Write an .npz for `read_images`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, images=drawn.images, facts=np.array(json.dumps(drawn.facts)))
 
 
 def load(args: argparse.Namespace, accelerator: Accelerator) -> DiffusionPipeline:
@@ -294,25 +297,23 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     with accelerator.main_process_first():  # downloads happen once
         pipeline = load(args, accelerator)
         channels, size = image_form(pipeline)
-        given = read_images(args.images, (size, size, channels)) if args.images else None
-        same = ("num_inference_steps", "balanced_labels", "extractor", "size", "num_bound_images", "num_terms")
-        options = Options(
-            num_images=len(given.images) if given else args.num_images,
-            **{name: getattr(args, name) for name in (*same, "batch_size", "seed", "cache_dir")},
-        )
+        form = (size, size, channels)
+        given = read_images(args.images, form, LEAST_IMAGES) if args.images else None
+        options = make_options(args, given)
         check_options(pipeline, options)
-        real = real_images(args, channels, size)
-    check_enough(real, options.num_images)
+        real = real_images(args, channels, size, class_names(pipeline))
+    for drawing in options.drawings:
+        check_enough(real, drawing.num_images)
+    if args.images_dir:  # what cannot be used there is told before any work
+        for drawing in all_drawings(options):
+            read_kept(place(drawing, args.images_dir), describe_origin(pipeline, drawing))
     prepare(pipeline, accelerator.device, args.compile)
 
-    def draw(steps: int) -> Drawn:
-        if given:
+    def draw(drawing: Drawing) -> Drawn:
+        if given and drawing in options.drawings:
             return given
-        images = generate(pipeline, steps, options, accelerator)
-        drawn = Drawn(images, describe_chain(pipeline, steps, options))
-        if args.save_images and accelerator.is_main_process:  # now: they took long, and all that follows may fail
-            save_images(args.save_images, drawn)
-        return drawn
+        images = generate_once(pipeline, drawing, accelerator, args.images_dir)
+        return Drawn(images, describe(pipeline, drawing))
 
     evaluated = evaluate(pipeline, real, options, accelerator, draw)
     path = output_dir(args) / RESULTS
@@ -324,11 +325,25 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     return path
 
 
+def make_options(args: argparse.Namespace, given: Drawn | None) -> Options:
+    """What the flags ask for, of images that are to be drawn or are given."""
+    how = {"batch_size": args.batch_size, "seed": args.seed}
+    counts = [len(given.images)] if given else args.num_images
+    steps = args.num_inference_steps
+    drawings = [
+        Drawing(number, count, args.balanced_labels, **how)
+        for number, count in zip(steps, counts * (len(steps) // len(counts)), strict=True)
+    ]
+    judged = Drawing(steps[0], args.num_class_images, True, **how) if args.num_class_images else None
+    same = {name: getattr(args, name) for name in ("extractor", "num_bound_images", "num_terms", "cache_dir")}
+    return Options(drawings, judged, sizes=args.size or [None], **same, **how)
+
+
 def write(path: Path, model: dict[str, Any], evaluated: Evaluated, real: RealImages) -> None:
     """The results, and all pictures beside them."""
     folder = path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    merge_results(path, {**model, **evaluated.results})
+    merge_results(path, "evaluation", {**model, **evaluated.results})
     draw_samples(evaluated.images, folder / "samples.png")
     draw_neighbors(evaluated.images, real.training, evaluated.neighbors, folder / "neighbors.png")
     bound = evaluated.results.get("bound", {})

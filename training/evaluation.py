@@ -1,12 +1,11 @@
 """What can be said of a model in numbers: its images beside real ones, and the bound on held-out images."""
 
 import inspect
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,16 +13,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
-from tqdm import tqdm
 
+from classifier import accuracy, accuracy_by_class, classify, train_classifier
 from ddpm_from_scratch import ScratchDDPMScheduler
 from ddpm_from_scratch.features import CACHE_DIR, Features, cached_features, extract
 from ddpm_from_scratch.likelihood import bits_per_dim
 from ddpm_from_scratch.metrics import Neighbors, measure, memorization, nearest_neighbors
-from draws import derived_seed, generator
+from draws import derived_seed
 from images import Images
-from models import classes, has_null_label, image_form
+from models import class_names, classes, has_null_label
 from report import device_name, versions
+from samples import Drawing, Drawn
 from sources import evenly
 
 LEAST_IMAGES = 20  # that the standard error of the kernel distance needs
@@ -35,34 +35,28 @@ QUANTILE = 0.05
 
 @dataclass(frozen=True)
 class RealImages:
-    """Real images to compare with: uint8 [N, H, W, C]."""
+    """Real images to compare with: uint8 [N, H, W, C], and their classes [N] where a classifier needs them."""
 
     training: np.ndarray
     held_out: np.ndarray | None  # None: nobody named any
     facts: dict[str, Any]  # where they are from
+    labels: np.ndarray | None = None  # of the training images
+    held_out_labels: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Options:
     """What is measured, and how."""
 
-    num_images: int = 1000
-    num_inference_steps: Sequence[int] = (50,)
-    balanced_labels: bool = False  # classes in turn instead of the null label
+    drawings: Sequence[Drawing]
+    class_drawing: Drawing | None = None  # whose images a classifier judges
     extractor: str = "efficientnet-lite0"
-    size: int | None = None
+    sizes: Sequence[int | None] = (None,)  # None: as the extractor has it
     num_bound_images: int = 64
     num_terms: int | None = None
     batch_size: int = 64
     seed: int = 0
     cache_dir: Path | None = CACHE_DIR
-
-
-class Drawn(NamedTuple):
-    """Images, uint8 [N, H, W, C], and how they came about."""
-
-    images: np.ndarray
-    facts: dict[str, Any]
 
 
 class Evaluated(NamedTuple):
@@ -76,21 +70,28 @@ class Evaluated(NamedTuple):
 # --- before any work -----------------------------------------------------------------------------------------------
 
 
+def all_drawings(options: Options) -> list[Drawing]:
+    """Those that are compared, and those of the classes."""
+    return [*options.drawings, *([options.class_drawing] if options.class_drawing else [])]
+
+
 def check_options(pipeline: DiffusionPipeline, options: Options) -> None:
     """Refuse what the model cannot do, before any work.
 
     Raises:
         ValueError: it has no such labels, or not so many steps or terms.
     """
-    conditional = bool(classes(pipeline))
-    if options.balanced_labels and not conditional:
-        raise ValueError("balanced labels were asked for, but this model has no classes.")
-    if conditional and not options.balanced_labels and not has_null_label(pipeline):
+    drawings = all_drawings(options)
+    conditional, balanced = bool(classes(pipeline)), any(drawing.balanced_labels for drawing in drawings)
+    if balanced and not conditional:
+        raise ValueError("images of the classes were asked for, but this model has no classes.")
+    if conditional and not has_null_label(pipeline) and not all(drawing.balanced_labels for drawing in drawings):
         raise ValueError("each label of this model is a class, and none is null: ask for balanced labels.")
-    if options.balanced_labels and "class_labels" not in inspect.signature(pipeline.__call__).parameters:
+    if balanced and "class_labels" not in inspect.signature(pipeline.__call__).parameters:
         raise ValueError(f"{type(pipeline).__name__} takes no class_labels.")
     config = pipeline.scheduler.config
-    steps, most = max(options.num_inference_steps), config.get("num_train_timesteps")
+    steps = max(drawing.num_inference_steps for drawing in drawings)
+    most = config.get("num_train_timesteps")
     if "beta_schedule" in config and steps > most:
         raise ValueError(f"{steps} steps were asked for, and the chain of this model has {most}.")
     scheduler = bound_scheduler(pipeline)
@@ -99,74 +100,23 @@ def check_options(pipeline: DiffusionPipeline, options: Options) -> None:
         raise ValueError(f"{terms} terms of the bound were asked for, and there are {len(scheduler)}.")
 
 
-# --- its images ----------------------------------------------------------------------------------------------------
+# --- real images ---------------------------------------------------------------------------------------------------
+
+
+def taken(images: Images, size: int) -> list[int]:
+    """Which images are looked at: all, or so many evenly spaced ones."""
+    most = min(MOST_IMAGES, MOST_BYTES // (len(images[0]) * size**2))
+    return evenly(most, len(images)).tolist()
 
 
 def to_array(images: Images, size: int) -> np.ndarray:
-    """uint8 [N, H, W, C], cropped at the centre."""
+    """Those that are taken: uint8 [N, H, W, C], cropped at the centre."""
     squares = []
-    most = min(MOST_IMAGES, MOST_BYTES // (len(images[0]) * size**2))
-    for index in evenly(most, len(images)).tolist():
+    for index in taken(images, size):
         image = images[index]
         top, left = ((side - size) // 2 for side in image.shape[1:])
         squares.append(image[:, top : top + size, left : left + size])
     return torch.stack(squares).permute(0, 2, 3, 1).numpy()
-
-
-def generate(
-    pipeline: DiffusionPipeline, steps: int, options: Options, accelerator: Accelerator, progress: bool = True
-) -> np.ndarray:
-    """Images that a pipeline draws: uint8 [N, H, W, C], on every process.
-
-    Image i is drawn from a seed of its own. Batches are always whole and dealt out to the processes as they are, so
-    that neither their number nor N changes an image.
-
-    Raises:
-        ValueError: an image is not finite.
-    """
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    each = math.ceil(options.num_images / options.batch_size / world_size)
-    channels, size = image_form(pipeline)
-    # What no batch fills stays in its place: every process has to gather as many.
-    own = torch.zeros(each, options.batch_size, size, size, channels, dtype=torch.uint8)
-    for turn in tqdm(range(each), desc=f"{steps} steps", unit="batch", disable=rank > 0 or not progress):
-        first = (turn * world_size + rank) * options.batch_size
-        if first < options.num_images:
-            own[turn] = draw_batch(pipeline, steps, range(first, first + options.batch_size), options)
-    gathered = accelerator.gather(own.to(accelerator.device)).cpu()  # [processes x turns, B, H, W, C]
-    in_order = gathered.unflatten(0, (world_size, each)).transpose(0, 1).flatten(0, 2)
-    return in_order[: options.num_images].numpy()
-
-
-def draw_batch(pipeline: DiffusionPipeline, steps: int, numbers: range, options: Options) -> torch.Tensor:
-    """The images of these numbers: uint8 [B, H, W, C].
-
-    Raises:
-        ValueError: one is not finite.
-    """
-    of = classes(pipeline) if options.balanced_labels else []
-    images = np.asarray(
-        pipeline(
-            batch_size=len(numbers),
-            generator=[generator(options.seed, "evaluation", number) for number in numbers],
-            num_inference_steps=steps,
-            output_type="np",
-            **({"class_labels": [of[number % len(of)] for number in numbers]} if of else {}),
-        ).images
-    )
-    if not np.isfinite(images).all():
-        raise ValueError(f"the model gives images that are not finite, in {steps} steps.")
-    return torch.from_numpy((images * 255).round().astype(np.uint8))
-
-
-def describe_chain(pipeline: DiffusionPipeline, steps: int, options: Options) -> dict[str, Any]:
-    """How `generate` draws."""
-    return {
-        "num_inference_steps": steps,
-        "scheduler": type(pipeline.scheduler).__name__,
-        **({"labels": "balanced" if options.balanced_labels else "null"} if classes(pipeline) else {}),
-        "seed": options.seed,
-    }
 
 
 # --- its images beside real ones -----------------------------------------------------------------------------------
@@ -174,13 +124,12 @@ def describe_chain(pipeline: DiffusionPipeline, steps: int, options: Options) ->
 
 @dataclass(frozen=True)
 class Reference:
-    """What generated images are measured against, the same for every number of steps."""
+    """What so many generated images are measured against, in features of one size."""
 
     features: Features  # of as many training images
     others: Features  # of as many other real images, for the floor
     floor_of: str
-    num_training: int
-    usual_distances: np.ndarray | None  # of held-out images to these training images
+    floor: dict[str, float] = field(default_factory=dict)  # once it is known
 
 
 def gives_floor(real: RealImages, count: int) -> bool:
@@ -203,52 +152,67 @@ def check_enough(real: RealImages, count: int) -> None:
         )
 
 
-def prepare_reference(real: RealImages, options: Options, device: torch.device) -> Reference:
+def prepare_reference(
+    real: RealImages, count: int, size: int | None, options: Options, device: torch.device
+) -> Reference:
     """As many training images as are generated, drawn without replacement, and the others for the floor.
 
     These are held-out images, or other training images where there are too few of them.
 
     Raises:
-        ValueError: half of the held-out images are in the training set, or there are too few images.
+        ValueError: there are too few images.
     """
-    count = options.num_images
     check_enough(real, count)
     order = np.random.default_rng(derived_seed(options.seed, "reference")).permutation(len(real.training))
     others, floor_of = real.training[order[count : 2 * count]], "other training images"
-    usual = None
-    if real.held_out is not None:
-        if gives_floor(real, count):
-            others, floor_of = real.held_out[evenly(count, len(real.held_out))], "held-out images"
-        usual = nearest(real.held_out[evenly(MOST_HELD_OUT, len(real.held_out))], real.training).distance
-        if np.median(usual) == 0:
-            raise ValueError("half of the held-out images are in the training set: name others.")
+    if real.held_out is not None and gives_floor(real, count):
+        others, floor_of = real.held_out[evenly(count, len(real.held_out))], "held-out images"
     features = [
-        cached_features(
-            images, options.extractor, size=options.size, cache_dir=options.cache_dir, device=device, progress=True
-        )
+        cached_features(images, options.extractor, size=size, cache_dir=options.cache_dir, device=device, progress=True)
         for images in (real.training[order[:count]], others)
     ]
-    return Reference(features[0], features[1], floor_of, len(real.training), usual)
+    return Reference(features[0], features[1], floor_of)
 
 
-def measure_samples(
-    images: np.ndarray, near: Neighbors, reference: Reference, options: Options, device: torch.device
+def compare(
+    images: np.ndarray, reference: Reference, size: int | None, options: Options, device: torch.device
 ) -> dict[str, Any]:
-    """Distances of generated images to real ones, each with its floor, and how near they come to training images."""
-    features = extract(images, options.extractor, size=options.size, device=device, progress=True)
+    """Distances of generated images to real ones, each with its floor."""
+    features = extract(images, options.extractor, size=size, device=device, progress=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        found = measure(features, reference.features, reference.others)
+        found = measure(features, reference.features, reference.others, floor=reference.floor or None)
     for warning in caught:
         warnings.warn(warning.message, stacklevel=2)
-    found["floor_of"] = reference.floor_of
-    found["warnings"] = [str(warning.message) for warning in caught]
-    if reference.usual_distances is not None:
-        # The distances are known: as features of one column, they are those to a training set of the origin alone.
-        columns = near.distance[:, None], np.zeros((1, 1)), reference.usual_distances[:, None]
-        share = memorization(*columns, quantile=QUANTILE)._asdict()
-        found["memorization"] = {"space": "pixels", "num_training": reference.num_training, **share}
-    return found
+    reference.floor.update(found["floor"])
+    return {**found, "floor_of": reference.floor_of, "warnings": [str(warning.message) for warning in caught]}
+
+
+# --- copies of training images -------------------------------------------------------------------------------------
+
+
+def usual_distances(real: RealImages) -> np.ndarray | None:
+    """Of held-out images to the training images; None without any.
+
+    Raises:
+        ValueError: half of the held-out images are in the training set.
+    """
+    if real.held_out is None:
+        return None
+    usual = nearest(real.held_out[evenly(MOST_HELD_OUT, len(real.held_out))], real.training).distance
+    if np.median(usual) == 0:
+        raise ValueError("half of the held-out images are in the training set: name others.")
+    return usual
+
+
+def describe_copies(near: Neighbors, usual: np.ndarray | None, num_training: int) -> dict[str, Any]:
+    """How near generated images come to training images, beside how near held-out ones do."""
+    if usual is None:
+        return {}
+    # The distances are known: as features of one column, they are those to a training set of the origin alone.
+    columns = near.distance[:, None], np.zeros((1, 1)), usual[:, None]
+    share = memorization(*columns, quantile=QUANTILE)._asdict()
+    return {"memorization": {"space": "pixels", "num_training": num_training, **share}}
 
 
 def nearest(images: np.ndarray, training: np.ndarray) -> Neighbors:
@@ -268,6 +232,28 @@ def nearest(images: np.ndarray, training: np.ndarray) -> Neighbors:
 def flat(images: np.ndarray) -> np.ndarray:
     """[N, H W C] in 0..1."""
     return images.reshape(len(images), -1) / 255
+
+
+# --- classes -------------------------------------------------------------------------------------------------------
+
+
+def judge_classes(drawn: Drawn, pipeline: DiffusionPipeline, real: RealImages) -> dict[str, Any]:
+    """Whether a classifier, trained on the training images, finds the classes that images were drawn for.
+
+    What it finds in held-out images, if there are any, says how far it can be trusted.
+    """
+    assert real.labels is not None  # since it was asked for
+    network = train_classifier(real.training, real.labels)
+    names = class_names(pipeline)  # those of the training images too, which count them from 0
+    wanted = np.arange(len(drawn.images)) % len(names)  # in turn, as they were drawn
+    judge: dict[str, Any] = {"num_training": len(real.training)}
+    if real.held_out is not None and real.held_out_labels is not None:
+        judge |= {
+            "num_held_out": len(real.held_out),
+            **accuracy(classify(network, real.held_out), real.held_out_labels),
+        }
+    found = accuracy_by_class(classify(network, drawn.images), wanted, names)
+    return {**drawn.facts, "num_generated": len(drawn.images), **found, "classifier": judge}
 
 
 # --- the bound -----------------------------------------------------------------------------------------------------
@@ -346,7 +332,7 @@ def evaluate(
     real: RealImages,
     options: Options,
     accelerator: Accelerator,
-    draw: Callable[[int], Drawn],
+    draw: Callable[[Drawing], Drawn],
 ) -> Evaluated | None:
     """Measure a model; the same on any number of processes.
 
@@ -355,7 +341,7 @@ def evaluate(
         real: images to compare with.
         options: what to measure.
         accelerator: shares the work out.
-        draw: gives the images for a number of steps.
+        draw: gives the images.
 
     Returns:
         On the main process, plain numbers for a file of results and what pictures are made of; None on others.
@@ -366,24 +352,41 @@ def evaluate(
     seconds: dict[str, float] = {}
     samples: list[dict[str, Any]] = []
     first: tuple[np.ndarray, Neighbors] | None = None
-    device = accelerator.device
-    if accelerator.is_main_process:  # before images are drawn: what is missing for it is told now
+    device, main = accelerator.device, accelerator.is_main_process
+    if main:  # before images are drawn: what is missing for it is told now
         with timed(seconds, "reference"):
-            reference = prepare_reference(real, options, device)
+            usual = usual_distances(real)
+            counts = sorted({drawing.num_images for drawing in options.drawings})
+            references = {
+                (count, size): prepare_reference(real, count, size, options, device)
+                for count in counts
+                for size in options.sizes
+            }
     accelerator.wait_for_everyone()
-    for steps in options.num_inference_steps:
-        with timed(seconds, f"{options.num_images} images, {steps} steps"):
-            images, facts = draw(steps)
-        with timed(seconds, f"measures, {steps} steps"):
-            if accelerator.is_main_process:
+    for drawing in options.drawings:
+        steps = f"{drawing.num_inference_steps} steps"
+        with timed(seconds, f"{drawing.num_images} images, {steps}"):
+            images, facts = draw(drawing)
+        with timed(seconds, f"measures, {steps}"):
+            if main:
                 near = nearest(images, real.training)
-                samples.append({**facts, **measure_samples(images, near, reference, options, device)})
                 first = first or (images, near)
+                copies = describe_copies(near, usual, len(real.training))
+                for size in options.sizes:
+                    found = compare(images, references[drawing.num_images, size], size, options, device)
+                    samples.append({**facts, **found, **copies})
             accelerator.wait_for_everyone()
-    bound = {}
+    more: dict[str, Any] = {}
+    if options.class_drawing:
+        with timed(seconds, f"{options.class_drawing.num_images} images of the classes"):
+            drawn = draw(options.class_drawing)
+        with timed(seconds, "classifier"):
+            if main:
+                more["classes"] = judge_classes(drawn, pipeline, real)
+            accelerator.wait_for_everyone()
     if options.num_bound_images:
         with timed(seconds, "bound"):
-            bound["bound"] = measure_bound(pipeline, real, options, accelerator)
+            more["bound"] = measure_bound(pipeline, real, options, accelerator)
     if first is None:
         return None
     environment = {
@@ -395,4 +398,4 @@ def evaluate(
         "images": real.facts,
         "versions": versions(),
     }
-    return Evaluated({**environment, "samples": samples, "seconds": seconds, **bound}, *first)
+    return Evaluated({**environment, "samples": samples, "seconds": seconds, **more}, *first)

@@ -103,6 +103,12 @@ def classes(pipeline: DiffusionPipeline) -> list[int]:
     return sorted(map(int, names)) if names else list(range(count - isinstance(pipeline, ScratchDDPMPipeline)))
 
 
+def class_names(pipeline: DiffusionPipeline) -> list[str]:
+    """The names of `classes`; their numbers where they have none."""
+    names = {int(label): name for label, name in (pipeline.config.get("id2label") or {}).items()}
+    return [names.get(label, str(label)) for label in classes(pipeline)]
+
+
 def has_null_label(pipeline: DiffusionPipeline) -> bool:
     """Whether a class-conditional network's last label stands for no class."""
     return pipeline.unet.config["num_class_embeds"] - 1 not in classes(pipeline)

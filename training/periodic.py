@@ -12,9 +12,10 @@ from ddpm_from_scratch.features import Features, extract
 from ddpm_from_scratch.likelihood import bits_per_dim
 from ddpm_from_scratch.metrics import kernel_distance_with_error
 from durable import begin_folder, finish_folder
-from evaluation import Options, generate, to_array
+from evaluation import to_array
 from report import write_json
 from run import Run
+from samples import Drawing, generate
 
 BEST = "best"  # folder of the best model, inside output_dir
 NUM_BOUND_IMAGES = 32
@@ -59,12 +60,14 @@ def evaluate_run(run: Run, yardstick: Yardstick) -> dict[str, float]:
     config, unet = run.config, run.final_unet
     pipeline = run.pipeline
     pipeline.set_progress_bar_config(disable=True)
-    options = Options(config.eval_num_images, batch_size=config.eval_batch_size, seed=config.seed)
+    drawing = Drawing(
+        config.ddpm_num_inference_steps, config.eval_num_images, batch_size=config.eval_batch_size, seed=config.seed
+    )
     was_training = unet.training
     unet.eval()
     figures: dict[str, float] = {"step": run.progress.step}
     with run.accelerator.autocast():
-        images = generate(pipeline, config.ddpm_num_inference_steps, options, run.accelerator, progress=False)
+        images = generate(pipeline, drawing, run.accelerator, progress=False)
         kernel = kernel_distance_with_error(extract(images).values, yardstick.reference.values)
         figures |= {"kernel_distance": kernel.value, "kernel_distance_error": kernel.error}
         if yardstick.held_out is not None:

@@ -27,6 +27,7 @@ from ddpm_from_scratch import ScratchDDPMPipeline
 from ddpm_from_scratch.hub import MODEL_FILES, open_repository, push
 from ddpm_from_scratch.interchange import write_config
 from ddpm_from_scratch.model_page import model_page
+from report import merge_results, read_results
 from space import publish_space
 
 TEMPLATE = Path(__file__).parents[1] / "model_card.md"
@@ -51,6 +52,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--license", help="of the weights, as the Hub names it; hub_license of the training if left out"
     )
+    parser.add_argument(
+        "--comparison", type=Path, help="results of benchmarks/time_to_quality.py, which the page is to show"
+    )
     parser.add_argument("--space", action="store_true", help="also push a demo of the model, as a Space")
     parser.add_argument("--space_id", help="name of the Space; that of the model and -demo if left out")
     parser.add_argument("--page_only", action="store_true", help="write the page into the folder, push nothing")
@@ -70,6 +74,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--page_only pushes nothing, --space does: give one.")
     if args.space_id and not args.space:
         raise ValueError(f"--space_id {args.space_id} needs --space.")
+    if args.comparison and not read_results(args.comparison).get("points"):
+        raise ValueError(f"--comparison {args.comparison} holds no results of benchmarks/time_to_quality.py.")
     for name in (args.hub_model_id, args.space_id):
         if name is not None:
             validate_repo_id(name)  # its error is a ValueError
@@ -179,6 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write the page; push."""
     args = parse(arguments)
     check(args)
+    if args.comparison:
+        merge_results(args.folder / "results.json", "comparison", read_results(args.comparison))
     name = args.hub_model_id or args.folder.resolve().name
     if args.page_only:
         page_name = args.folder.as_posix() if args.folder.name else name

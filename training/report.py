@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -96,6 +97,33 @@ def device_name(device: torch.device) -> str:
 def write_json(values: dict[str, Any], path: Path) -> None:
     """Readable, with a final newline."""
     path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What is in a results file; nothing if there is none.
+
+    Raises:
+        ValueError: it is not such a file.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): mend it or move it away.") from error
+    if not isinstance(results, dict):
+        raise ValueError(f"{path} does not hold results by name: move it away.")
+    return results
+
+
+def merge_results(path: Path, name: str, content: dict[str, Any]) -> None:
+    """Put something into a results file, which is whole at any time, beside what else is in it."""
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    try:
+        write_json({**read_results(path), name: content}, unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def config_with_header(config: TrainingConfig) -> str:

@@ -23,12 +23,12 @@ from draws import batch_positions, derived_seed, stratified_timesteps, stratifie
 from dry_run import dry_run
 from durable import replace_file, replacing_files
 from ema import ema_decay
-from evaluation import Options, generate
 from faults import Diverged, Fault, Stopped, StopSignals, refusing, saving
 from optimization import learning_rate, set_learning_rate
 from periodic import Yardstick, build_yardstick, evaluate_run, is_best, keep_best
 from report import LOSS_LABELS, SAMPLERS, config_with_header, image_grid, plot_losses, write_json
 from run import Run, build, results, save
+from samples import Drawing, generate
 from upload import Upload
 
 logger = logging.getLogger("train")
@@ -268,13 +268,13 @@ def draw_grid(run: Run) -> Image.Image:
     pipeline.scheduler = SAMPLERS[config.sample_scheduler](run.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     each = math.ceil(config.eval_batch_size / accelerator.num_processes)
-    options = Options(
-        config.eval_batch_size, balanced_labels=run.id2label is not None, batch_size=each, seed=config.seed
+    drawing = Drawing(
+        config.ddpm_num_inference_steps, config.eval_batch_size, run.id2label is not None, each, config.seed
     )
     was_training = unet.training
     unet.eval()
     with accelerator.autocast():
-        images = generate(pipeline, config.ddpm_num_inference_steps, options, accelerator, progress=False)
+        images = generate(pipeline, drawing, accelerator, progress=False)
     unet.train(was_training)
     return image_grid([Image.fromarray(image.squeeze()) for image in images])
 

@@ -1,6 +1,7 @@
 """The model's page on the Hub: a template filled with what the model's folder holds. What is not there is left out."""
 
 import inspect
+import itertools
 import json
 import os
 import re
@@ -31,7 +32,12 @@ METRICS = {
     "density": "Density",
     "coverage": "Coverage",
 }
-SAMPLE_UNITS = {"num_generated": "images", "num_inference_steps": "steps", "extractor": "features"}
+SAMPLE_UNITS = {
+    "num_generated": "{:,} images",
+    "num_inference_steps": "{} steps",
+    "extractor": "{} features",
+    "size": "{} px",
+}
 SAMPLE_ARGUMENTS = (
     "extractor",
     "size",
@@ -104,8 +110,9 @@ def page_facts(pipeline: DiffusionPipeline, folder: Path, repository: str) -> di
         `repository` and its `name`; of the network: `size` and `channels` (in words), `tiny`, `parameters`,
         `conditional`, `classes` (in words); of its use: `labels`, code for some of them, `guided`, whether there is a
         null label, `stock`, whether diffusers' own pipeline runs it, `ddpm`, whether its scheduler is that of DDPM, and
-        `num_steps`, T; `scheduler`, its configuration; `training` and `evaluation` from results.json and `config` from
-        training_config.yaml, empty if there is none; `files`, the names of those in the folder.
+        `num_steps`, T; `scheduler`, its configuration; `training`, `comparison` and `evaluation` from results.json and
+        `config` from training_config.yaml, empty if there is none; `measures`, the rows of the evaluation's table;
+        `by_class`, the accuracies of its classes in words; `files`, the names of those in the folder.
 
     Raises:
         ValueError: the network's configuration does not tell the size of its images.
@@ -133,11 +140,42 @@ def page_facts(pipeline: DiffusionPipeline, folder: Path, repository: str) -> di
         "ddpm": isinstance(scheduler, ScratchDDPMScheduler),
         "num_steps": scheduler.config.get("num_train_timesteps", 1000),
         "scheduler": dict(scheduler.config),
+        "measures": measures(results.get("evaluation", {})),
+        "by_class": _shares(results.get("evaluation", {}).get("classes", {}).get("by_class", {})),
         "evaluation": results.pop("evaluation", {}),
+        "comparison": _with_ends(results.pop("comparison", {})),
         "training": results,
         "config": _read(folder / "training_config.yaml", yaml.safe_load) or {},
         "files": sorted(path.name for path in folder.iterdir() if path.is_file()),
     }
+
+
+def measures(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The evaluation's samples in the order of a table, fewest steps first, and the floor below those that share it."""
+    samples = sorted(evaluation.get("samples", ()), key=_shared)
+    rows = []
+    for _, group in itertools.groupby(samples, _shared):
+        members = sorted(group, key=lambda sample: sample.get("num_inference_steps", 0))
+        last = members[-1]
+        floor = {"of": f"floor ({last['floor_of']})", "num_generated": last["num_generated"], **last["floor"]}
+        rows += [{"of": "model", **sample} for sample in members]
+        rows.append({"extractor": last["extractor"], "size": last["size"], **floor})
+    return rows
+
+
+def _with_ends(comparison: dict[str, Any]) -> dict[str, Any]:
+    """Recipes that were compared, with the last point of each."""
+    return comparison and {**comparison, "ends": list({one["recipe"]: one for one in comparison["points"]}.values())}
+
+
+def _shared(sample: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What samples with the same floor have in common; most images first."""
+    return sample["extractor"], sample["size"], -sample["num_generated"]
+
+
+def _shares(by_name: Mapping[str, float]) -> str:
+    """Shares by name, in words."""
+    return ", ".join(f"{_plain(name)} {100 * share:.0f} %" for name, share in by_name.items())
 
 
 def _plain(text: str) -> str:
@@ -154,6 +192,8 @@ def _measured_on_its_own_data(facts: Mapping[str, Any]) -> bool:
 def eval_results(evaluation: Mapping[str, Any], datasets: Sequence[str]) -> list[EvalResult]:
     """The measured figures as the Hub's metadata hold them; none of a data set that the Hub does not know.
 
+    Of several numbers of steps, those of the first.
+
     Args:
         evaluation: the entry "evaluation" of results.json.
         datasets: Hub names of the data; the first is the one that the images were compared with.
@@ -163,8 +203,9 @@ def eval_results(evaluation: Mapping[str, Any], datasets: Sequence[str]) -> list
     dataset = datasets[0]
     result = partial(EvalResult, task_type=TASK, dataset_type=dataset, dataset_name=dataset.rpartition("/")[2])
     found = []
-    for sample in evaluation.get("samples", ()):
-        how = ", ".join(f"{sample[key]} {unit}" for key, unit in SAMPLE_UNITS.items() if key in sample)
+    samples = evaluation.get("samples", ())
+    for sample in (one for one in samples if one.get("num_inference_steps") == samples[0].get("num_inference_steps")):
+        how = ", ".join(unit.format(sample[key]) for key, unit in SAMPLE_UNITS.items() if key in sample)
         for key, value in _known(sample, tuple(METRICS)).items():
             arguments = _known(sample, SAMPLE_ARGUMENTS) | {"floor": sample["floor"][key]}
             name = f"{METRICS[key]} ({how})"
