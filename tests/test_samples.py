@@ -231,7 +231,9 @@ def test_images_of_other_classes_are_refused(path):
 
 
 def test_an_evaluation_refuses_images_of_something_else(inputs, whole, tmp_path, nothing_drawn):  # noqa: F811
-    arguments = flags(inputs, seed=1, images_dir=whole.file.parent, output_dir=tmp_path / "new")
+    """Also those of later steps, before it draws anything."""
+    steps = {"num_inference_steps": (STEPS + 1, STEPS)}
+    arguments = flags(inputs, seed=1, **steps, images_dir=whole.file.parent, output_dir=tmp_path / "new")
     with pytest.raises(ValueError, match=rf"{re.escape(str(whole.file))} holds other images .* \(another seed\)"):
         evaluate.main([str(whole.folder), *arguments])
     assert names(tmp_path) == [] and np.array_equal(images_in(whole.file), whole.images)
