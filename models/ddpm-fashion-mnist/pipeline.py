@@ -1129,6 +1129,17 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(sinusoids)))
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation, with 16-bit values in the layout in which a CPU normalises them fast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        # In channels last PyTorch takes up to six times as long for them as with turning them there and back.
+        if x.device.type == "cpu" and x.dtype.itemsize == 2 and x.ndim == 4:
+            return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+        return super().forward(x)
+
+
 class ResnetBlock(nn.Module):
     """norm, SiLU, convolution, twice, the time embedding entering before or in the second norm; plus the shortcut."""
 
@@ -1137,10 +1148,10 @@ class ResnetBlock(nn.Module):
         groups, eps = config["norm_num_groups"], config["norm_eps"]
         self.scale_shift = config["resnet_time_scale_shift"] == "scale_shift"
         self.scale_factor = scale_factor
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(_embed_dim(config), out_channels * (2 if self.scale_shift else 1))
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(config["dropout"])
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
@@ -1171,7 +1182,7 @@ class Attention(nn.Module):
         self.heads = channels // head_dim
         self.scale_factor = scale_factor
         inner = self.heads * head_dim
-        self.group_norm = nn.GroupNorm(groups, channels, config["norm_eps"]) if groups is not None else None
+        self.group_norm = GroupNorm(groups, channels, config["norm_eps"]) if groups is not None else None
         self.to_q = nn.Linear(channels, inner)
         self.to_k = nn.Linear(channels, inner)
         self.to_v = nn.Linear(channels, inner)
@@ -1370,7 +1381,7 @@ class ScratchUNet2DModel(UNet2DModel):
             self.up_blocks.append(UpBlock(below, channels, taken, UP_BLOCKS[kind], double, config))
             below = channels
 
-        self.conv_norm_out = nn.GroupNorm(norm_num_groups, width, norm_eps)
+        self.conv_norm_out = GroupNorm(norm_num_groups, width, norm_eps)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         self._initialise()
 
