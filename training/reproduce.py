@@ -37,10 +37,10 @@ from train import batches_from, descend
 HERE = Path(__file__).parent
 LAUNCH = ("-m", "accelerate.commands.accelerate_cli", "launch", "--mixed_precision=no", "--dynamo_backend=no")
 SHIPPED = HERE.parent / "models" / "ddpm-fashion-mnist"
-# How the shipped model is measured. Of the long chain fewer images, since each takes twenty times as long.
+# How the shipped model was measured. Of the long chain fewer images, since each takes twenty times as long.
 EVALUATION = (
-    "--num_inference_steps 50 10 20 1000 --num_images 10000 10000 10000 500 --size 112 224 --num_class_images 1000 "
-    "--num_bound_images 10000 --num_terms 21"
+    "--num_inference_steps 50 10 20 1000 --num_images 5000 5000 5000 192 --size 112 224 --num_class_images 1000 "
+    "--num_bound_images 10000 --num_terms 11"
 )
 KEPT = (evaluate.RESULTS, CONFIG, "loss.png")  # of the folder of the training, beside the model
 
