@@ -1,5 +1,7 @@
 """`training/samples.py`: images that were drawn are kept, and serve again, but for nothing else than was asked for."""
 
+import errno
+import os
 import re
 import shutil
 from contextlib import contextmanager
@@ -162,9 +164,9 @@ def test_a_failed_write_leaves_what_was_there(path, monkeypatch, broken):
     def fail(file, *arguments, **arrays):
         if broken == "savez_compressed":
             file.write(b"PK")
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr({"savez_compressed": np, "replace": samples.os}[broken], broken, fail)
+    monkeypatch.setattr({"savez_compressed": np, "replace": os}[broken], broken, fail)
     with pytest.raises(OSError, match="no space"):
         draw(pipeline, path, num_images=28)
     assert names(path.parent) == [path.name] and np.array_equal(images_in(path), images)

@@ -1,8 +1,8 @@
 """Images that a model draws, and the files in which they are kept."""
 
 import hashlib
+import io
 import json
-import os
 import time
 import zipfile
 import zlib
@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from draws import generator
+from durable import replace_file
 from models import classes, image_form
 
 SAVE_SECONDS = 60.0  # after which images that are being drawn are kept
@@ -181,15 +182,11 @@ def keep(path: Path, drawn: Drawn, origin: dict[str, Any]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".unfinished-{path.name}")
     facts, of = (np.array(json.dumps(values)) for values in (drawn.facts, origin))
-    try:
-        with unfinished.open("wb") as file:
-            np.savez_compressed(file, images=drawn.images, facts=facts, origin=of)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    archive = io.BytesIO()
+    np.savez_compressed(archive, images=drawn.images, facts=facts, origin=of)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, archive.getvalue())
 
 
 def read_kept(path: Path, origin: dict[str, Any]) -> np.ndarray:
