@@ -22,17 +22,19 @@ from few_steps import BATCH, ROOT, describe, replace, replace_json  # also makes
 from PIL import Image
 from tqdm import tqdm
 
-from config import EMBEDDED_TEST_SET, TrainingConfig
-from data import load_data
 from ddpm_from_scratch import ScratchDDPMPipeline
-from ddpm_from_scratch.editing import (
+from ddpm_from_scratch.data.config import EMBEDDED_TEST_SET
+from ddpm_from_scratch.data.dataset import load_data
+from ddpm_from_scratch.diffusion.pipeline import Frame
+from ddpm_from_scratch.runtime.devices import device_name
+from ddpm_from_scratch.runtime.results import versions
+from ddpm_from_scratch.sampling.editing import (
     ScratchDDPMImg2ImgPipeline,
     ScratchDDPMInpaintPipeline,
     ScratchDDPMInterpolationPipeline,
 )
-from ddpm_from_scratch.pipeline import Frame
-from ddpm_from_scratch.previews import write_gif
-from report import device_name, versions
+from ddpm_from_scratch.sampling.previews import write_gif
+from ddpm_from_scratch.training.config import TrainingConfig
 
 LEAST = 4  # images, of which the figure and the interpolations are made
 

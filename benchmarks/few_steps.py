@@ -23,19 +23,22 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
 from tqdm import tqdm
 
-from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel, likelihood
-from ddpm_from_scratch.calibration import calibrate
-from ddpm_from_scratch.configuration import OWN_KEYS
-from ddpm_from_scratch.features import efficientnet_lite0_features
-from ddpm_from_scratch.metrics import frechet_distance, kernel_distance_with_error
+from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel
+from ddpm_from_scratch.diffusion.scheduler_config import OWN_KEYS
+from ddpm_from_scratch.evaluation import likelihood as likelihood
+from ddpm_from_scratch.evaluation.calibration import calibrate
+from ddpm_from_scratch.evaluation.features import efficientnet_lite0_features
+from ddpm_from_scratch.evaluation.metrics import frechet_distance, kernel_distance_with_error
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "training"))
 
-from config import EMBEDDED_TEST_SET, TrainingConfig  # noqa: E402
-from data import load_data  # noqa: E402
-from report import device_name, versions  # noqa: E402
-from samples import to_unit_range  # noqa: E402
+from ddpm_from_scratch.data.config import EMBEDDED_TEST_SET
+from ddpm_from_scratch.data.dataset import load_data
+from ddpm_from_scratch.runtime.devices import device_name
+from ddpm_from_scratch.runtime.results import versions
+from ddpm_from_scratch.sampling.generate import to_unit_range
+from ddpm_from_scratch.training.config import TrainingConfig
 
 
 def solver(kind: type[SchedulerMixin], config: Mapping[str, Any]) -> SchedulerMixin:

@@ -29,13 +29,15 @@ from few_steps import (  # which also makes the modules of training/ importable
 )
 from tqdm import tqdm
 
-from classifier import accuracy, classify, train_classifier
-from config import EMBEDDED_DATA, EMBEDDED_TEST_SET, TrainingConfig
-from data import load_data
 from ddpm_from_scratch import ScratchDDPMPipeline
-from ddpm_from_scratch.features import efficientnet_lite0_features
-from ddpm_from_scratch.guidance import Guidance
-from report import device_name, versions
+from ddpm_from_scratch.data.config import EMBEDDED_DATA, EMBEDDED_TEST_SET
+from ddpm_from_scratch.data.dataset import load_data
+from ddpm_from_scratch.diffusion.guidance import Guidance
+from ddpm_from_scratch.evaluation.classifier import accuracy, classify, train_classifier
+from ddpm_from_scratch.evaluation.features import efficientnet_lite0_features
+from ddpm_from_scratch.runtime.devices import device_name
+from ddpm_from_scratch.runtime.results import versions
+from ddpm_from_scratch.training.config import TrainingConfig
 
 PRESET = "training/presets/fashion_mnist_conditional_quick.yaml"
 SCALES = (1.0, 1.5, 2.0, 4.0, 8.0)

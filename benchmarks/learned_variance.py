@@ -31,15 +31,16 @@ from few_steps import (  # which also makes the modules of training/ importable
     scratch,
 )
 
-from config import EMBEDDED_TEST_SET, TrainingConfig
-from data import load_data
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
-from ddpm_from_scratch.calibration import calibrate
-from ddpm_from_scratch.features import efficientnet_lite0_features
-from ddpm_from_scratch.likelihood import bits_per_dim
-from report import device_name, versions
-from run import COMPILE_MODE
-from samples import to_unit_range
+from ddpm_from_scratch.data.config import EMBEDDED_TEST_SET
+from ddpm_from_scratch.data.dataset import load_data
+from ddpm_from_scratch.evaluation.calibration import calibrate
+from ddpm_from_scratch.evaluation.features import efficientnet_lite0_features
+from ddpm_from_scratch.evaluation.likelihood import bits_per_dim
+from ddpm_from_scratch.runtime.devices import COMPILE_MODE, device_name
+from ddpm_from_scratch.runtime.results import versions
+from ddpm_from_scratch.sampling.generate import to_unit_range
+from ddpm_from_scratch.training.config import TrainingConfig
 
 # By the model that they are measured on.
 VARIANCES: dict[str, dict[str, Callable[[Mapping[str, Any]], ScratchDDPMScheduler]]] = {

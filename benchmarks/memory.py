@@ -36,9 +36,11 @@ from few_steps import ROOT, replace_json  # which also makes the modules of trai
 from PIL import Image
 from tqdm import tqdm
 
-from config import EMBEDDED_DATA, TrainingConfig
-from data import load_data
-from report import device_name, versions
+from ddpm_from_scratch.data.config import EMBEDDED_DATA
+from ddpm_from_scratch.data.dataset import load_data
+from ddpm_from_scratch.runtime.devices import device_name
+from ddpm_from_scratch.runtime.results import versions
+from ddpm_from_scratch.training.config import TrainingConfig
 
 MIB = 2**20
 INTERVAL = 0.3  # seconds between two looks

@@ -57,7 +57,8 @@ from systems import (
 )
 
 from ddpm_from_scratch import ScratchUNet2DModel
-from report import device_name, versions
+from ddpm_from_scratch.runtime.devices import device_name
+from ddpm_from_scratch.runtime.results import versions
 
 RESULTS = ROOT / "outputs" / "speed"
 DEFAULTS = ("diffusers fp32, NCHW", "ours, default")  # what networks of other sizes are measured with

@@ -16,13 +16,13 @@ from few_steps import ROOT, solver
 from systems import CHAIN, DTYPES, SAMPLES, System, network_config, training_step, wait_for
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import TrainingConfig
-from data import ImageStream, StreamBatches, build_loader, load_data
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel
-from ddpm_from_scratch.features import extract
-from ddpm_from_scratch.metrics import kernel_distance_with_error
-from periodic import build_yardstick
-from samples import Drawing, generate
+from ddpm_from_scratch.data.dataset import ImageStream, StreamBatches, build_loader, load_data
+from ddpm_from_scratch.evaluation.features import extract
+from ddpm_from_scratch.evaluation.metrics import kernel_distance_with_error
+from ddpm_from_scratch.sampling.generate import SampleSpec, generate
+from ddpm_from_scratch.training.config import TrainingConfig
+from ddpm_from_scratch.training.validation import build_validation_set
 
 IMPORTS = {
     "diffusers": "from diffusers import UNet2DModel, DDPMScheduler, DDPMPipeline",
@@ -148,9 +148,9 @@ def profile(system: System, network: str, device: torch.device, steps: int = 3) 
 def precision_effect(num_images: int, model: Path = MODEL) -> dict[str, Any]:
     """The same samples drawn by a network in float32 and in bfloat16: how far they differ, and their distances."""
     accelerator = Accelerator()
-    drawing = Drawing(STEPS, num_images, batch_size=100)
+    drawing = SampleSpec(STEPS, num_images, batch_size=100)
     data = load_data(TrainingConfig(), None, None)
-    reference = build_yardstick(TrainingConfig(eval_num_images=num_images), data).reference.values
+    reference = build_validation_set(TrainingConfig(eval_num_images=num_images), data).reference.values
     images, found = {}, {}
     for name, dtype in DTYPES.items():
         pipeline = ScratchDDPMPipeline.from_pretrained(str(model), torch_dtype=dtype).to(accelerator.device)

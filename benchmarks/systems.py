@@ -14,10 +14,9 @@ from few_steps import ROOT  # which also makes the modules of training/ importab
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from config import PRESETS
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel
-from optimization import keep_freed_memory, resolve_precision
-from run import COMPILE_MODE, MEMORY_FORMAT
+from ddpm_from_scratch.runtime.devices import COMPILE_MODE, MEMORY_FORMAT, keep_freed_memory, resolve_precision
+from ddpm_from_scratch.training.config import PRESETS
 
 __all__ = ["DTYPES", "KINDS", "NETWORKS", "ROOT", "System", "network_config", "network_form", "systems", "wait_for"]
 

@@ -28,18 +28,20 @@ from few_steps import ROOT, replace_json, solver  # which also makes the modules
 from torch import Tensor
 from torch.nn import functional as F
 
-from cli import parse
-from config import PRESETS, TrainingConfig
-from data import TrainingData, load_data
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchUNet2DModel
-from ddpm_from_scratch.features import extract
-from ddpm_from_scratch.metrics import kernel_distance_with_error
-from evaluation import to_array
-from periodic import EMBEDDED_TEST_SET, Yardstick, build_yardstick
-from report import device_name, versions
-from run import Run, build
-from samples import Drawing, generate
-from train import advance, batches_from, descend, to_unit_range
+from ddpm_from_scratch.data.config import EMBEDDED_TEST_SET
+from ddpm_from_scratch.data.dataset import TrainingData, load_data
+from ddpm_from_scratch.evaluation.features import extract
+from ddpm_from_scratch.evaluation.measures import to_array
+from ddpm_from_scratch.evaluation.metrics import kernel_distance_with_error
+from ddpm_from_scratch.runtime.devices import device_name
+from ddpm_from_scratch.runtime.results import versions
+from ddpm_from_scratch.sampling.generate import SampleSpec, generate
+from ddpm_from_scratch.training.arguments import parse
+from ddpm_from_scratch.training.config import PRESETS, TrainingConfig
+from ddpm_from_scratch.training.loop import advance, batches_from, to_unit_range, train_step
+from ddpm_from_scratch.training.run import Run, build
+from ddpm_from_scratch.training.validation import ValidationSet, build_validation_set
 
 RESULTS = ROOT / "docs" / "results"
 PRESET = PRESETS / "fashion_mnist_quick.yaml"
@@ -110,7 +112,7 @@ def our_recipe(minutes: float, seconds_per_step: float, folder: Path) -> tuple[R
     run.unet.train()
 
     name = f"ours, a run of {minutes:g} minutes"
-    return Recipe(name, steps, True, lambda: advance(run, batches), run.final_unet.state_dict, run.scheduler), run
+    return Recipe(name, steps, True, lambda: advance(run, batches), run.eval_unet.state_dict, run.scheduler), run
 
 
 def build_run(folder: Path, steps: int) -> Run:
@@ -130,7 +132,7 @@ def trial(folder: Path) -> float:
     for number in range(2 * TRIAL):
         if number == TRIAL:
             start = time.perf_counter()
-        descend(run, batches, number)
+        train_step(run, batches, number)
     return (time.perf_counter() - start) / TRIAL
 
 
@@ -191,7 +193,7 @@ def train_all(recipes: Sequence[Recipe]) -> list[Snapshot]:
     return [snapshot for recipe in recipes for snapshot in recipe.snapshots]
 
 
-def measure(snapshot: Snapshot, run: Run, yardstick: Yardstick, drawing: Drawing) -> dict[str, Any]:
+def measure(snapshot: Snapshot, run: Run, validation_set: ValidationSet, drawing: SampleSpec) -> dict[str, Any]:
     """The kernel distance of the images that a snapshot draws."""
     unet = ScratchUNet2DModel(**run.trained_unet.config).eval()
     unet.load_state_dict(snapshot.weights)
@@ -199,7 +201,7 @@ def measure(snapshot: Snapshot, run: Run, yardstick: Yardstick, drawing: Drawing
     pipeline.set_progress_bar_config(disable=True)
     with run.accelerator.autocast():
         images = generate(pipeline, drawing, run.accelerator, progress=False)
-    kernel = kernel_distance_with_error(extract(images).values, yardstick.reference.values)
+    kernel = kernel_distance_with_error(extract(images).values, validation_set.reference.values)
     found = {
         "recipe": snapshot.recipe,
         "seconds": snapshot.seconds,
@@ -227,18 +229,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     usual = usual_recipes(args.minutes, dict(run.trained_unet.config), data)
     # The average's clock runs in the other's step.
     snapshots = train_all([*(recipe for recipe, _ in ours), usual[0]]) + usual[1].snapshots
-    yardstick = build_yardstick(TrainingConfig(eval_num_images=args.num_images), data)
+    validation_set = build_validation_set(TrainingConfig(eval_num_images=args.num_images), data)
     tests = load_data(TrainingConfig(dataset_name=str(EMBEDDED_TEST_SET)), data.channels, data.resolution)
     real = to_array([tests.images[index] for index in tests.evenly(args.num_images)], data.resolution)
-    floor = kernel_distance_with_error(extract(real).values, yardstick.reference.values)
-    drawing = Drawing(STEPS, args.num_images, batch_size=100)
+    floor = kernel_distance_with_error(extract(real).values, validation_set.reference.values)
+    drawing = SampleSpec(STEPS, args.num_images, batch_size=100)
     result = {
         "device": device_name(run.accelerator.device),
         "num_images": args.num_images,
         "parameters": run.trained_unet.num_parameters(),
         "sampler_steps": STEPS,
         "floor": {"kernel_distance": floor.value, "kernel_distance_error": floor.error},
-        "points": [measure(snapshot, run, yardstick, drawing) for snapshot in snapshots],
+        "points": [measure(snapshot, run, validation_set, drawing) for snapshot in snapshots],
         "versions": versions(),
     }
     replace_json(args.results, result)

@@ -31,13 +31,15 @@ from few_steps import (  # which also makes the modules of training/ importable
 )
 from learned_variance import images_of, load, training_facts
 
-from config import EMBEDDED_TEST_SET, PRESETS
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
-from ddpm_from_scratch.features import efficientnet_lite0_features
-from ddpm_from_scratch.likelihood import bits_per_dim
-from draws import generator
-from report import device_name, versions
-from samples import to_unit_range
+from ddpm_from_scratch.data.config import EMBEDDED_TEST_SET
+from ddpm_from_scratch.evaluation.features import efficientnet_lite0_features
+from ddpm_from_scratch.evaluation.likelihood import bits_per_dim
+from ddpm_from_scratch.runtime.devices import device_name
+from ddpm_from_scratch.runtime.random_streams import generator
+from ddpm_from_scratch.runtime.results import versions
+from ddpm_from_scratch.sampling.generate import to_unit_range
+from ddpm_from_scratch.training.config import PRESETS
 
 PRESET = PRESETS / "fashion_mnist_quick.yaml"
 # What differs from the preset. The last one has the network of the second and the loss of the first.

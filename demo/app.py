@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from ddpm_from_scratch import ScratchDDPMPipeline
-from ddpm_from_scratch.pipeline import Frame
+from ddpm_from_scratch.diffusion.pipeline import Frame
 from drawing import (
     ANY,
     EACH,

@@ -12,12 +12,12 @@ from diffusers import DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultiste
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
-from ddpm_from_scratch.checks import check_choice, check_range
-from ddpm_from_scratch.configuration import OWN_KEYS
-from ddpm_from_scratch.editing import ScratchDDPMInpaintPipeline
-from ddpm_from_scratch.interchange import altered
-from ddpm_from_scratch.pipeline import Frame, ScratchDDPMPipelineOutput
-from ddpm_from_scratch.previews import strip
+from ddpm_from_scratch.diffusion.checks import check_choice, check_range
+from ddpm_from_scratch.diffusion.pipeline import Frame, ScratchDDPMPipelineOutput
+from ddpm_from_scratch.diffusion.scheduler_config import OWN_KEYS
+from ddpm_from_scratch.diffusion.stock import altered
+from ddpm_from_scratch.sampling.editing import ScratchDDPMInpaintPipeline
+from ddpm_from_scratch.sampling.previews import strip
 
 MOST_SEED = 2**32 - 1
 MOST_IMAGES = 16

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm_from_scratch import ScratchDDPMScheduler
-from ddpm_from_scratch.likelihood import BitsPerDim
-from ddpm_from_scratch.pipeline import Frame
+from ddpm_from_scratch.diffusion.pipeline import Frame
+from ddpm_from_scratch.evaluation.likelihood import BitsPerDim
 
 STYLE = {
     # Okabe and Ito's colours, told apart by colour-blind readers too.

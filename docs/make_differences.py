@@ -17,10 +17,10 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
-from pages import replace_parts, table, versions
 from torch import Tensor
 
 from ddpm_from_scratch import ScratchDDPMScheduler
+from pages import replace_parts, table, versions
 
 DOCS = Path(__file__).parent
 JSON = DOCS / "results" / "differences.json"

@@ -15,17 +15,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import drawings
 import matplotlib
 import numpy as np
+import sample_specs
 import torch
-from drawings import STYLE, Drawn, Schedulers
+from sample_specs import STYLE, Samples, Schedulers
 from torch import Tensor
 
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
-from ddpm_from_scratch.likelihood import bits_per_dim
-from ddpm_from_scratch.schedules import BETA_SCHEDULES
-from ddpm_from_scratch.tensors import mean_of_sample
+from ddpm_from_scratch.diffusion.schedules import BETA_SCHEDULES
+from ddpm_from_scratch.diffusion.tensors import mean_of_sample
+from ddpm_from_scratch.evaluation.likelihood import bits_per_dim
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -33,9 +33,11 @@ sys.path += [str(ROOT / "training"), str(ROOT / "examples")]
 
 import points  # noqa: E402
 
-from config import EMBEDDED_TEST_SET, TrainingConfig  # noqa: E402
-from data import load_data  # noqa: E402
-from report import device_name, version, versions  # noqa: E402
+from ddpm_from_scratch.data.config import EMBEDDED_TEST_SET
+from ddpm_from_scratch.data.dataset import load_data
+from ddpm_from_scratch.runtime.devices import device_name
+from ddpm_from_scratch.runtime.results import version, versions
+from ddpm_from_scratch.training.config import TrainingConfig
 
 MODEL = ROOT / "models" / "ddpm-fashion-mnist"
 POINT_STEPS, NUM_POINTS = 5000, 2000
@@ -65,23 +67,23 @@ def linear_and_cosine() -> Schedulers:
     return {"linear": ScratchDDPMScheduler(), "cosine": ScratchDDPMScheduler(beta_schedule="squaredcos_cap_v2")}
 
 
-def forward() -> Drawn:
+def forward() -> Samples:
     """A shoe turns into noise."""
     x_0 = held_out(1)[0]
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
-    return drawings.forward(x_0, noise, linear_and_cosine(), (0, 50, 100, 200, 400, 600, 800, 999))
+    return sample_specs.forward(x_0, noise, linear_and_cosine(), (0, 50, 100, 200, 400, 600, 800, 999))
 
 
-def schedules() -> Drawn:
+def schedules() -> Samples:
     """All of them, and the linear one with nothing of the data left at the end, where epsilon would not do."""
     schedulers = {name: ScratchDDPMScheduler(beta_schedule=name) for name in BETA_SCHEDULES}
     rescaled = ScratchDDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
-    return drawings.schedules({**schedulers, "linear, zero terminal SNR": rescaled})
+    return sample_specs.schedules({**schedulers, "linear, zero terminal SNR": rescaled})
 
 
-def posterior() -> Drawn:
+def posterior() -> Samples:
     """Of the same two schedules."""
-    return drawings.posterior(linear_and_cosine())
+    return sample_specs.posterior(linear_and_cosine())
 
 
 @torch.no_grad()
@@ -109,27 +111,27 @@ def prediction_errors(
     return {name: torch.stack(kept) for name, kept in errors.items()}
 
 
-def loss() -> Drawn:
+def loss() -> Samples:
     """40 timesteps, closer together towards both ends of the chain, where the errors change fast."""
     pipeline = shipped()
     last = len(pipeline.scheduler) - 1
     times = np.unique((last * (1 - np.cos(np.pi * np.linspace(0, 1, 40))) / 2).round().astype(int)).tolist()
-    return drawings.loss(prediction_errors(pipeline.unet, pipeline.scheduler, held_out(64), times), times)
+    return sample_specs.loss(prediction_errors(pipeline.unet, pipeline.scheduler, held_out(64), times), times)
 
 
-def bound() -> Drawn:
+def bound() -> Samples:
     """All terms for a few images."""
     pipeline = shipped()
-    return drawings.bound(bits_per_dim(pipeline.unet, pipeline.scheduler, held_out(8), progress=False))
+    return sample_specs.bound(bits_per_dim(pipeline.unet, pipeline.scheduler, held_out(8), progress=False))
 
 
-def chain() -> Drawn:
+def chain() -> Samples:
     """Two images in 1000 steps, of no class in particular."""
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
-    return drawings.chain(shipped()(2, generators, output_type="np", return_trajectory=9).trajectory)
+    return sample_specs.chain(shipped()(2, generators, output_type="np", return_trajectory=9).trajectory)
 
 
-def points_there_and_back() -> Drawn:
+def points_there_and_back() -> Samples:
     """The S-curve of examples/points.py, and how far the clouds of the chain are from those of q."""
     torch.manual_seed(0)
     scheduler, network = ScratchDDPMScheduler(clip_sample=False), points.NoiseNetwork()
@@ -137,7 +139,7 @@ def points_there_and_back() -> Drawn:
     reverse = points.sample(network, scheduler, NUM_POINTS)
     times = (50, 150, 350, 999)
     clouds = [forward_clouds(points.s_curve(NUM_POINTS), scheduler, times) for _ in range(2)]
-    drawn = drawings.points(clouds[0], {t: reverse[t] for t in clouds[0]})
+    drawn = sample_specs.points(clouds[0], {t: reverse[t] for t in clouds[0]})
     numbers = {
         "training_steps": POINT_STEPS,
         "last_loss": float(np.mean(losses[-100:])),
@@ -154,7 +156,7 @@ def forward_clouds(x_0: Tensor, scheduler: ScratchDDPMScheduler, times: Sequence
     return {-1: x_0} | {t: scheduler.add_noise(x_0, noise, t) for t in times}
 
 
-FIGURES: dict[str, Callable[[], Drawn]] = {
+FIGURES: dict[str, Callable[[], Samples]] = {
     "theory_forward": forward,
     "theory_schedules": schedules,
     "theory_posterior": posterior,
@@ -173,7 +175,7 @@ def make(name: str, folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
     with matplotlib.rc_context(STYLE):
         figure, numbers = FIGURES[name]()
-        drawings.save(figure, folder / f"{name}.png")
+        sample_specs.save(figure, folder / f"{name}.png")
     return {"seconds": round(time.perf_counter() - start, 1), **numbers}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 from make_few_steps import kernel
+
 from pages import bullets, replace_parts, table, versions
 
 DOCS = Path(__file__).parent

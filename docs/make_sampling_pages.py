@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from make_few_steps import MISSING, kernel
+
 from pages import bullets, replace_parts, table, versions
 
 DOCS = Path(__file__).parent

@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib.figure
 import matplotlib.ticker
+
 from pages import bullets, replace_parts, table, versions
 
 DOCS = Path(__file__).parent

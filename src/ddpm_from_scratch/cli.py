@@ -1,0 +1,111 @@
+"""The command `ddpm`: what can be done with a model, each part with flags of its own."""
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .runtime.errors import told
+from .runtime.shipped import shipped
+
+PACKAGE = "ddpm_from_scratch"
+
+
+class Command(NamedTuple):
+    """A part of the command line: a module whose `main` takes the arguments."""
+
+    help: str
+    module: str
+    launched: tuple[str, ...] = ()  # what accelerate's launcher starts, in as many processes as are asked for
+
+
+COMMANDS = {
+    "train": Command(
+        "train a model, or go on with a run that was stopped",
+        f"{PACKAGE}.training.arguments",
+        (str(shipped("training/train.py")),),
+    ),
+    "sample": Command("draw images with a model", f"{PACKAGE}.sampling.sample"),
+    "evaluate": Command(
+        "measure a model: its images, and its likelihood of others",
+        f"{PACKAGE}.evaluation.evaluate",
+        ("-m", f"{PACKAGE}.evaluation.evaluate"),
+    ),
+    "calibrate": Command("estimate what few-step sampling needs to know of a model", f"{PACKAGE}.evaluation.calibrate"),
+    "export": Command("make a model folder of a run's checkpoint", f"{PACKAGE}.training.export"),
+    "publish": Command("write a model's page, and push both to the Hub", f"{PACKAGE}.hub.publish"),
+    "reproduce": Command("train, measure and document a model from nothing", f"{PACKAGE}.training.reproduce"),
+}
+
+# Flags of the launcher that it gets from `ddpm train` and `ddpm evaluate`; all others are the command's own.
+SWITCHES = ("multi_gpu", "cpu", "use_mps_device")
+LAUNCHER_FLAGS = ("config_file", "num_processes", "num_machines", "machine_rank", "main_process_ip")
+LAUNCHER_FLAGS += ("main_process_port", "gpu_ids", "num_cpu_threads_per_process")
+# Said explicitly, or the launcher would warn that it chose them.
+QUIET = ("--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The names of the commands; each reads its own flags."""
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="ddpm",
+        usage="ddpm COMMAND [arguments]",
+        description=f"commands:\n{listed}\n\n`ddpm COMMAND --help` lists the flags of one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
+    return parser
+
+
+def split_launcher_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The launcher's flags, and all other arguments in their order."""
+    parser = argparse.ArgumentParser(prog="ddpm", add_help=False, allow_abbrev=False)
+    for name in LAUNCHER_FLAGS:
+        parser.add_argument(f"--{name}")
+    for name in SWITCHES:
+        parser.add_argument(f"--{name}", action="store_true")
+    return parser.parse_known_args(arguments)
+
+
+def launch_command(flags: argparse.Namespace, program: Sequence[str]) -> list[str]:
+    """The command line that starts a program in the processes that the flags ask for."""
+    many = flags.num_processes not in (None, "1")
+    if many and computes_on_cpu(flags):  # where accelerate's launcher would start one process
+        return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={flags.num_processes}", *program]
+    given = [f"--{name}={getattr(flags, name)}" for name in LAUNCHER_FLAGS if getattr(flags, name) is not None]
+    switches = [f"--{name}" for name in SWITCHES if getattr(flags, name)]
+    quiet = () if flags.config_file else QUIET
+    return [sys.executable, "-m", "accelerate.commands.launch", *quiet, *given, *switches, *program]
+
+
+def computes_on_cpu(flags: argparse.Namespace) -> bool:
+    """Whether no GPU or other accelerator is there, or is to be used."""
+    import torch
+
+    return bool(flags.cpu) or not torch.accelerator.is_available()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: the command's name and its flags; those of the process if left out.
+
+    Returns:
+        The exit code: 0 if it is done, 2 if it was asked for something impossible; of `ddpm train`, see
+        `runtime/errors.py`.
+    """
+    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    command = COMMANDS[build_parser().parse_args([name]).command]
+    if not command.launched or {"-h", "--help"} & set(rest):
+        return told(importlib.import_module(command.module).main, name, rest)
+    flags, own = split_launcher_flags(rest)
+    environment = dict(os.environ)
+    if flags.num_processes not in (None, "1") and computes_on_cpu(flags):
+        environment["ACCELERATE_USE_CPU"] = "true"
+    return subprocess.run(launch_command(flags, [*command.launched, *own]), env=environment, check=False).returncode

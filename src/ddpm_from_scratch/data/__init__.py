@@ -1,0 +1,1 @@
+"""Images from files, folders, archives and the Hub, as batches that follow from a seed."""

@@ -1,0 +1,234 @@
+"""What a run trains on: images in the order of the stream, cropped and flipped, with their labels and their noise."""
+
+import itertools
+import logging
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
+
+import pyarrow
+import torch
+from torch import Tensor
+
+from ..runtime.errors import BadImages
+from ..runtime.privacy import public_name
+from ..runtime.random_streams import WindowedOrder, batch_positions, dropped_labels, generator, image_index, noise_rows
+from .config import DataConfig
+from .images import PIL_MODE, DecodedOnDemand, Images, check_bad_images, decode_all, survey
+from .labels import Labels, find_label_column, read_labels
+from .sources import MIB, StreamedRows, evenly, open_source
+
+IN_MEMORY_BYTES = 2**30  # sets that decode to less are decoded once
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The images of a run and what is known of them."""
+
+    images: Images
+    channels: int
+    resolution: int
+    fingerprint: str  # of the images, and of the labels if there are any
+    labels: Labels | None  # None for unconditional training
+    unreadable: tuple[str, ...] = ()  # what is wrong with images that were left out
+    order: WindowedOrder | None = None  # of a streamed set; any other is shuffled as a whole
+
+    def index_at(self, seed: int, position: int) -> int:
+        """Which image stands at a position of the training."""
+        if self.order:
+            return self.order.index_at(seed, position)
+        return image_index(seed, position, len(self.images))
+
+    def evenly(self, count: int) -> list[int]:
+        """At most `count` images, spread over the set, that are quick to read."""
+        if isinstance(self.images, DecodedOnDemand) and isinstance(self.images.rows, StreamedRows):
+            return self.images.rows.evenly(count)
+        return evenly(count, len(self.images)).tolist()
+
+    def describe(self, config: DataConfig) -> dict[str, Any]:
+        """For results and logs."""
+        name = config.dataset_name or config.train_data_dir or "embedded Fashion-MNIST (10,000 images)"
+        return {
+            "name": public_name(name),
+            "num_images": len(self.images),
+            "channels": self.channels,
+            "resolution": self.resolution,
+            "fingerprint": self.fingerprint,
+            **({"streaming": True} if self.order else {}),
+            **self.describe_labels(config),
+        }
+
+    def describe_labels(self, config: DataConfig) -> dict[str, Any]:
+        """For results, logs and the identity of the run; nothing for unconditional training."""
+        if self.labels is None:
+            return {}
+        return {
+            "class_conditional": True,
+            "label_column": self.labels.column,
+            "label_dropout": config.label_dropout,
+            "num_classes": len(self.labels.names),
+            "class_names": list(self.labels.names),
+        }
+
+
+def load_data(config: DataConfig, channels: int | None, resolution: int | None, split: str = "train") -> TrainingData:
+    """Open and survey the training images, decode a small set that is not streamed, and read labels if they are used.
+
+    Args:
+        config: says where the images are.
+        channels: what the network takes (1 or 3); the images' own if None.
+        resolution: what the network takes; the images' own if None.
+        split: of the data set.
+
+    Raises:
+        ValueError: the images or labels cannot be read, or not in this form.
+    """
+    source = open_source(config, split)
+    labels = None
+    if config.class_conditional:
+        column = find_label_column(source.features, config.label_column)
+        labels = read_labels(source.features[column], column, source.values(column))
+    seen = survey(source, config.skip_bad_images)
+    if channels not in (None, *PIL_MODE):
+        raise ValueError(f"the network takes {channels} channels, images have 1 or 3")
+    if channels == 1 and seen.channels == 3:
+        raise ValueError("the network takes 1 channel (grayscale), the images have colours")
+    channels, resolution = channels or seen.channels, resolution or seen.own_resolution()
+    images = DecodedOnDemand(source.images, channels, resolution)
+    # Images that are not square keep their longer side until they are cropped.
+    elongation = max(max(size) / min(size) for size in seen.sizes)
+    small = len(images) * channels * resolution**2 * elongation <= IN_MEMORY_BYTES
+    fingerprint = labels.extended(seen.fingerprint) if labels else seen.fingerprint
+    if source.blocks:
+        order = WindowedOrder(source.blocks, config.shuffle_window_mb * MIB)
+        return TrainingData(images, channels, resolution, fingerprint, labels, order=order)
+    if not small:
+        return TrainingData(images, channels, resolution, fingerprint, labels)
+    decoded, kept, unreadable = decode_all(images, config.skip_bad_images)
+    del source, images
+    pyarrow.default_memory_pool().release_unused()  # twice the decoded images would be kept for later use
+    for message in unreadable:
+        logger.warning("left out: %s", message)
+    check_bad_images(unreadable, config.max_bad_images)
+    if labels and unreadable:
+        labels = replace(labels, of_images=labels.of_images[kept])
+    return TrainingData(decoded, channels, resolution, fingerprint, labels, tuple(unreadable))
+
+
+class Batch(NamedTuple):
+    """What one backward pass of one process trains on."""
+
+    images: Tensor  # uint8 [B, C, resolution, resolution]
+    labels: Tensor | None  # int64 [B], some of them the null label; None for unconditional training
+    noise: Tensor  # float32, of the images' shape
+    unreadable: tuple[str, ...] = ()  # what is wrong with images that were passed over
+
+
+@dataclass(frozen=True)
+class ImageStream(torch.utils.data.Dataset[Tensor]):
+    """The images in the order of training: item p is a function of the seed and the position p alone."""
+
+    data: TrainingData
+    seed: int
+    center_crop: bool
+    random_flip: bool
+    label_dropout: float = 0.0
+    skip_bad_images: bool = False
+
+    def __getitem__(self, position: int) -> Tensor:
+        """The image at a position of the stream: uint8 [C, resolution, resolution]."""
+        return self.load(position)[0]
+
+    def load(self, position: int) -> tuple[Tensor, int, list[str]]:
+        """The image at a position, its place in the data set, and what is wrong with those that were passed over.
+
+        An image that cannot be read gives way to the next one in the data set.
+
+        Raises:
+            BadImages: it cannot be read, and is not to be passed over; or none can.
+        """
+        total = len(self.data.images)
+        unreadable: list[str] = []
+        first = self.data.index_at(self.seed, position)
+        for index in (*range(first, total), *range(first)) if self.skip_bad_images else (first,):
+            try:
+                return self.augmented(self.data.images[index], position), index, unreadable
+            except BadImages as error:
+                if not self.skip_bad_images:
+                    raise
+                unreadable.append(str(error))
+        raise BadImages(f"none of {total} images can be read")
+
+    def augmented(self, image: Tensor, position: int) -> Tensor:
+        """The image cropped, and flipped or not, as the position says."""
+        size = self.data.resolution
+        if image.shape[1:] == (size, size) and not self.random_flip:
+            return image
+        top, left, flip = torch.rand(3, generator=generator(self.seed, "augment", position)).tolist()
+        if self.center_crop:
+            top = left = 0.5
+        top, left = (int(u * (side - size + 1)) for u, side in zip((top, left), image.shape[1:], strict=True))
+        image = image[:, top : top + size, left : left + size]
+        return image.flip(2) if self.random_flip and flip < 0.5 else image
+
+    def labels_at(self, positions: Sequence[int], indices: Sequence[int]) -> Tensor | None:
+        """The labels of the images at these positions, or the null label in their place: int64 [len(positions)]."""
+        labels = self.data.labels
+        if labels is None:
+            return None
+        dropped = dropped_labels(self.seed, positions, self.label_dropout)
+        return labels.of_images[list(indices)].masked_fill(dropped, labels.null)
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """The images at these positions with their labels and their noise."""
+        images, indices, unreadable = zip(*map(self.load, positions), strict=True)
+        batch = torch.stack(images)
+        noise = noise_rows(self.seed, positions, batch.shape[1:])
+        return Batch(batch, self.labels_at(positions, indices), noise, tuple(itertools.chain(*unreadable)))
+
+
+@dataclass(frozen=True)
+class StreamBatches:
+    """The positions of each backward pass of one process, from a step on to the end of the run."""
+
+    micro_steps: range
+    rank: int
+    world_size: int
+    batch_size: int
+
+    def __iter__(self) -> Iterator[range]:
+        """One batch of positions after another."""
+        for micro_step in self.micro_steps:
+            yield batch_positions(micro_step, self.rank, self.world_size, self.batch_size)
+
+    def __len__(self) -> int:
+        """Number of backward passes."""
+        return len(self.micro_steps)
+
+
+def as_it_is(batch: Any) -> Any:  # noqa: ANN401
+    """Collate nothing: the stream gives whole batches."""
+    return batch
+
+
+def leave_signals_to_the_run(_: int) -> None:
+    """In a worker: a signal to the whole process group is for the run, which needs its workers to finish the step."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def build_loader(
+    stream: ImageStream, batches: StreamBatches, num_workers: int, pin_memory: bool
+) -> torch.utils.data.DataLoader[Any]:
+    """Batches of uint8 images and their labels, in the order that `batches` says, whatever the number of workers."""
+    return torch.utils.data.DataLoader(
+        stream,
+        batch_sampler=cast(Any, batches),  # DataLoader only iterates over it
+        num_workers=num_workers,
+        collate_fn=as_it_is,
+        pin_memory=pin_memory,
+        worker_init_fn=leave_signals_to_the_run,
+    )

@@ -1,0 +1,187 @@
+"""Images as files hold them: surveyed by their headers, decoded to uint8, resized."""
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ..runtime.errors import BadImages
+from .sources import Rows, Source
+
+GRAYSCALE_MODES = ("1", "L", "LA")
+DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # PIL would clip them to 8 bits, not scale them
+PIL_MODE = {1: "L", 3: "RGB"}
+
+# What PIL raises on bytes that are not an image, or only part of one.
+BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def check_bad_images(messages: Sequence[str], most: int) -> None:
+    """Raise BadImages if more images than `most` cannot be read."""
+    if len(messages) > most:
+        raise BadImages(
+            f"{len(messages)} images cannot be read, and max_bad_images is {most}; the last: {messages[-1]}"
+        )
+
+
+class Images(Protocol):
+    """Decoded images by index: a uint8 tensor [N, C, H, W], a list of [C, H, W], or a decoder behind the same face."""
+
+    def __len__(self) -> int: ...  # noqa: D105
+
+    def __getitem__(self, index: int) -> Tensor: ...  # noqa: D105
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a look at the headers of the images tells."""
+
+    channels: int  # 1 if all are grayscale, else 3
+    sizes: frozenset[tuple[int, int]]  # (width, height)
+    fingerprint: str  # hash of the encoded images
+
+    def own_resolution(self) -> int:
+        """The images' size, if they are square and of one size.
+
+        Raises:
+            ValueError: they are not, so the resolution has to be chosen.
+        """
+        smallest, largest = min(self.sizes), max(self.sizes)
+        if smallest != largest or smallest[0] != smallest[1]:
+            raise ValueError(
+                f"the images are from {smallest[0]}x{smallest[1]} to {largest[0]}x{largest[1]} pixels large, "
+                f"not of one square size: choose --resolution"
+            )
+        return smallest[0]
+
+
+def encoded_image(row: Mapping[str, Any], index: int) -> bytes:
+    """The bytes of an image file, from the row itself or from the file it names.
+
+    Raises:
+        ValueError: the row has no image.
+    """
+    image = row["image"]
+    if image is None:
+        raise ValueError(f"row {index} of the data set has no image")
+    return cast(bytes, image["bytes"]) if image["bytes"] is not None else Path(image["path"]).read_bytes()
+
+
+def where(row: Mapping[str, Any], index: int) -> str:
+    """The place of an image, for error messages."""
+    path = row["image"] and row["image"]["path"]
+    return f"image {index}" + (f" ({path})" if path else "")
+
+
+def reason(error: Exception) -> str:
+    """What is wrong with an image; PIL names an object in memory."""
+    return "it is no image file" if isinstance(error, UnidentifiedImageError) else str(error)
+
+
+def survey(source: Source, skip_bad_images: bool = False) -> Survey:
+    """Read the headers of some images.
+
+    Raises:
+        BadImages: an image cannot be read, and such ones are not to be passed over; or none can.
+        ValueError: an image has more than 8 bits per channel.
+    """
+    modes, sizes = set(), set()
+    digest = hashlib.blake2b(source.extent.encode(), digest_size=16)
+    for index in source.surveyed:
+        row = source.images[index]
+        try:
+            encoded = encoded_image(row, index)
+            digest.update(encoded)
+            with Image.open(io.BytesIO(encoded)) as image:
+                mode, size = image.mode, image.size
+        except BROKEN_IMAGE as error:
+            if skip_bad_images:
+                continue
+            raise BadImages(f"{where(row, index)} cannot be read: {reason(error)}") from error
+        if mode in DEEP_MODES:
+            raise ValueError(
+                f"{where(row, index)} has more than 8 bits per channel (mode {mode}): convert it to 8 bits"
+            )
+        modes.add(mode)
+        sizes.add(size)
+    if not sizes:
+        raise BadImages(f"none of {len(source.images)} images can be read")
+    return Survey(1 if modes <= set(GRAYSCALE_MODES) else 3, frozenset(sizes), digest.hexdigest())
+
+
+def decode(row: Mapping[str, Any], index: int, channels: int, resolution: int) -> Tensor:
+    """An image, resized so that its shorter side is the resolution: uint8 [channels, H, W].
+
+    Raises:
+        BadImages: the image cannot be read, or it has colours where the network takes none.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded_image(row, index))) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if channels == 1 and image.mode not in GRAYSCALE_MODES:
+                raise ValueError(f"it is of mode {image.mode}, the training is on grayscale images")
+            image = image.convert(PIL_MODE[channels])
+    except BROKEN_IMAGE as error:
+        raise BadImages(f"{where(row, index)} cannot be read: {reason(error)}") from error
+    if min(image.size) != resolution:
+        scale = resolution / min(image.size)
+        width, height = (max(resolution, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))  # [H, W] or [H, W, C]
+    return pixels.reshape(image.height, image.width, channels).permute(2, 0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class DecodedOnDemand:
+    """Images of a set too large to keep decoded."""
+
+    rows: Rows
+    channels: int
+    resolution: int
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Uint8 [C, H, W]."""
+        return decode(self.rows[index], index, self.channels, self.resolution)
+
+
+def decode_all(images: DecodedOnDemand, skip_bad_images: bool = False) -> tuple[Images, list[int], list[str]]:
+    """Every image, decoded once: one tensor [N, C, H, W] if all have one size, else a list of [C, H, W].
+
+    Returns:
+        The images, their rows, and what is wrong with those that were passed over.
+
+    Raises:
+        BadImages: one cannot be read, and such ones are not to be passed over.
+    """
+    decoded: Tensor | list[Tensor] = []
+    rows: list[int] = []
+    unreadable: list[str] = []
+    for index in range(len(images)):
+        try:
+            image = images[index]
+        except BadImages as error:
+            if not skip_bad_images:
+                raise
+            unreadable.append(str(error))
+            continue
+        if not rows:  # one tensor that is filled, not parts that are joined: they would be there twice
+            decoded = image.new_empty(len(images), *image.shape)
+        if isinstance(decoded, Tensor) and image.shape != decoded.shape[1:]:
+            decoded = list(decoded[: len(rows)])
+        if isinstance(decoded, Tensor):
+            decoded[len(rows)] = image
+        else:
+            decoded.append(image)
+        rows.append(index)
+    return decoded[: len(rows)], rows, unreadable

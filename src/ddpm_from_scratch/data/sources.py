@@ -1,0 +1,295 @@
+"""The rows of a data set, undecoded: in memory, on the disk, or streamed a block at a time."""
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import fsspec
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from tqdm import tqdm
+
+from ..runtime.random_streams import Block
+from .config import EMBEDDED_DATA, DataConfig
+
+READ_WHOLE_BYTES = 2**30  # a single parquet file up to this size
+SURVEYED_ROWS = 20_000  # of larger sets, this many rows are looked at before the run
+SURVEYED_STREAM_ROWS, LEAST_BLOCKS = 2000, 4  # of a streamed one, fewer rows, from at least so many blocks
+FOOTERS_AT_ONCE = 16
+MIB = 2**20
+
+
+class Rows(Protocol):
+    """Undecoded images by index, each as `{"image": {"bytes": ..., "path": ...}}`."""
+
+    def __len__(self) -> int: ...  # noqa: D105
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...  # noqa: D105
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened data set."""
+
+    features: Mapping[str, Any]  # the columns
+    images: Rows
+    values: Callable[[str], list[Any]]  # of a column, whole
+    surveyed: Sequence[int]  # rows spread over the set, to look at before the run
+    blocks: tuple[Block, ...] | None = None  # of a streamed set
+
+    @property
+    def extent(self) -> str:
+        """How much there is: the number of rows, or the blocks."""
+        return str(self.blocks or len(self.images))
+
+
+def open_source(config: DataConfig, split: str = "train") -> Source:
+    """A split of the data set; a single parquet file is the split "train".
+
+    Raises:
+        ValueError: it is empty, there is no such split, or it has no images.
+    """
+    return open_stream(config, split) if config.streaming else open_rows(config, split)
+
+
+# --- rows by index -------------------------------------------------------------------------------------------------
+
+
+def open_rows(config: DataConfig, split: str) -> Source:
+    """Rows in memory, or on the disk in a form that any row can be read from at once.
+
+    Raises:
+        ValueError: see `open_source`.
+    """
+    rows = load_rows(config, split)
+    if len(rows) == 0:
+        raise ValueError(f"{config.dataset_name or config.train_data_dir} holds no images")
+    return Source(
+        rows.features,
+        image_column(rows),
+        lambda column: rows.select_columns([column]).with_format("arrow")[:][column].to_pylist(),
+        evenly(SURVEYED_ROWS, len(rows)).tolist(),
+    )
+
+
+def load_rows(config: DataConfig, split: str) -> datasets.Dataset:
+    """A split with all its columns.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    name = config.dataset_name or (None if config.train_data_dir else str(EMBEDDED_DATA))
+    path = Path(name).expanduser() if name else None
+    if path is None:
+        return datasets.load_dataset(
+            "imagefolder", data_dir=config.train_data_dir, split=split, cache_dir=config.cache_dir
+        )
+    if path.suffix == ".parquet" and path.stat().st_size > READ_WHOLE_BYTES:  # read from the disk row by row
+        files = {"train": str(path)}
+        return datasets.load_dataset("parquet", data_files=files, split=split, cache_dir=config.cache_dir)
+    if path.suffix == ".parquet":
+        table = datasets.table.InMemoryTable(pyarrow.parquet.read_table(path))  # no copy in the cache
+        return pick_split({"train": datasets.Dataset(table)}, split, path)
+    if (path / "state.json").is_file():
+        return pick_split({"train": datasets.load_from_disk(str(path))}, split, path)
+    if (path / "dataset_dict.json").is_file():
+        return pick_split(datasets.load_from_disk(str(path)), split, path)
+    return datasets.load_dataset(
+        str(path) if path.exists() else name,
+        config.dataset_config_name,
+        split=split,
+        cache_dir=config.cache_dir,
+        revision=config.dataset_revision,
+    )
+
+
+def pick_split(splits: Mapping[str, Any], split: str, name: object) -> Any:  # noqa: ANN401
+    """What belongs to the split of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if split not in splits:
+        raise ValueError(f"{name} has no split {split!r}; it has {', '.join(map(str, splits))}")
+    return splits[split]
+
+
+# --- streams -------------------------------------------------------------------------------------------------------
+
+
+class StreamedRows:
+    """Rows by index of a stream that is read a block at a time; the blocks last used are kept.
+
+    Args:
+        stream: undecoded images in the column `image`; its shards are the blocks.
+        blocks: what the shards hold.
+        kept_bytes: blocks that hold more than this together are not kept, but always the largest one is.
+    """
+
+    def __init__(self, stream: datasets.IterableDataset, blocks: tuple[Block, ...], kept_bytes: int) -> None:
+        self.stream, self.blocks = stream, blocks
+        self.starts = [block.start for block in blocks]
+        self.kept_bytes = max(kept_bytes, *(block.num_bytes for block in blocks))
+        self.kept: OrderedDict[int, pyarrow.Table] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return self.blocks[-1].stop
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One row: {"image": {"bytes": ..., "path": ...}}.
+
+        Raises:
+            ValueError: the block is not as long as it was when the run started.
+        """
+        number = bisect_right(self.starts, index) - 1
+        if number not in self.kept:
+            self.kept[number] = self.read(number)
+            while sum(self.blocks[kept].num_bytes for kept in self.kept) > self.kept_bytes:
+                self.kept.popitem(last=False)
+        self.kept.move_to_end(number)
+        return {"image": self.kept[number]["image"][index - self.starts[number]].as_py()}
+
+    def read(self, number: int) -> pyarrow.Table:
+        """A block.
+
+        Raises:
+            ValueError: it is not as long as it was when the run started.
+        """
+        table = pyarrow.concat_tables(tables(self.stream.shard(self.stream.num_shards, number)))
+        block = self.blocks[number]
+        if len(table) != block.stop - block.start:
+            raise ValueError(
+                f"rows {block.start} to {block.stop - 1} of the data set are now {len(table)} rows: it was changed "
+                "while the run went on. Start the same command again."
+            )
+        return table
+
+    def evenly(self, count: int) -> list[int]:
+        """At most `count` rows, spread evenly over some blocks, which are spread evenly over the set."""
+        number = LEAST_BLOCKS
+        while True:
+            chosen = [self.blocks[block] for block in evenly(number, len(self.blocks))]
+            rows = np.concatenate([np.arange(block.start, block.stop) for block in chosen])
+            if len(rows) >= count or number >= len(self.blocks):
+                found: list[int] = rows[evenly(count, len(rows))].tolist()
+                return found
+            number *= 2
+
+
+def evenly(count: int, total: int) -> np.ndarray:
+    """At most `count` of the numbers 0 .. total - 1, evenly spaced: sets are often in the order of their classes."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int)
+
+
+def tables(stream: datasets.IterableDataset) -> list[pyarrow.Table]:
+    """All rows of a stream."""
+    return list(stream.with_format("arrow").iter(batch_size=10_000))
+
+
+def open_stream(config: DataConfig, split: str) -> Source:
+    """Rows that are read while the training goes on, without a copy in the cache.
+
+    A block is a row group of Parquet, whose footers tell what there is; files of other forms are read through once.
+
+    Raises:
+        ValueError: see `open_source`; or it is a folder that is read row by row anyway.
+    """
+    name = config.dataset_name or str(EMBEDDED_DATA)
+    path = Path(name).expanduser()
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        raise ValueError(f"{name} was written by save_to_disk and is read row by row as it is: leave out --streaming")
+    builder = stream_builder(config, path)
+    files = [str(file) for file in pick_split(builder.config.data_files or {}, split, name)]
+    is_parquet = all(file.endswith(".parquet") for file in files)
+    stream = builder.as_streaming_dataset(split).reshard()
+    if stream.features is None:
+        raise ValueError(f"{name} does not say what its columns hold: convert it to Parquet to stream it")
+    images = image_column(stream)
+    blocks = into_blocks(row_groups(files) if is_parquet else read_through(images))
+    if not blocks or blocks[-1].stop == 0:
+        raise ValueError(f"{name} holds no images")
+
+    def values(column: str) -> list[Any]:
+        one = stream_builder(config, path, columns=[column]).as_streaming_dataset(split) if is_parquet else stream
+        return pyarrow.concat_tables(tables(one.select_columns([column])))[column].to_pylist()
+
+    rows = StreamedRows(images, blocks, config.shuffle_window_mb * MIB)
+    return Source(stream.features, rows, values, rows.evenly(SURVEYED_STREAM_ROWS), blocks)
+
+
+def stream_builder(config: DataConfig, path: Path, **options: Any) -> datasets.DatasetBuilder:  # noqa: ANN401
+    """What `datasets` reads the set with; nothing is downloaded but its description."""
+    if path.suffix == ".parquet":
+        return datasets.load_dataset_builder(
+            "parquet", data_files={"train": str(path)}, cache_dir=config.cache_dir, **options
+        )
+    return datasets.load_dataset_builder(
+        str(path) if path.exists() else config.dataset_name,
+        config.dataset_config_name,
+        cache_dir=config.cache_dir,
+        revision=config.dataset_revision,
+        **options,
+    )
+
+
+def row_groups(files: Sequence[str]) -> list[tuple[int, int]]:
+    """Rows and bytes of each row group of these Parquet files, from their footers."""
+
+    def footer(file: str) -> list[tuple[int, int]]:
+        with fsspec.open(file, "rb") as opened:
+            about = pyarrow.parquet.read_metadata(opened)
+        groups = map(about.row_group, range(about.num_row_groups))
+        return [(group.num_rows, group.total_byte_size) for group in groups]
+
+    with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+        return [group for groups in pool.map(footer, files) for group in groups]
+
+
+def read_through(stream: datasets.IterableDataset) -> list[tuple[int, int]]:
+    """Rows and bytes of each shard of a stream, which takes reading it."""
+    shards = map(partial(stream.shard, stream.num_shards), range(stream.num_shards))
+    read = (tables(shard) for shard in tqdm(shards, "counting the images", stream.num_shards, unit="file"))
+    return [(sum(map(len, parts)), sum(part.nbytes for part in parts)) for parts in read]
+
+
+def into_blocks(sizes: Sequence[tuple[int, int]]) -> tuple[Block, ...]:
+    """Blocks of these numbers of rows and bytes, one after another."""
+    stops = np.cumsum([rows for rows, _ in sizes]).tolist()
+    return tuple(Block(stop - rows, stop, size) for stop, (rows, size) in zip(stops, sizes, strict=True))
+
+
+# --- columns -------------------------------------------------------------------------------------------------------
+
+
+def image_column(rows: Any) -> Any:  # noqa: ANN401
+    """The undecoded images alone, of a `Dataset` or an `IterableDataset`, in one column named `image`.
+
+    Raises:
+        ValueError: the data set has no image column.
+    """
+    column = find_image_column(rows.features)
+    rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    return rows if column == "image" else rows.rename_column(column, "image")
+
+
+def find_image_column(features: Mapping[str, Any]) -> str:
+    """The first column of images: of `datasets`' Image type, or encoded bytes with or without a path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name, feature in features.items():
+        if isinstance(feature, datasets.Image):
+            return name
+    for name, feature in features.items():
+        if feature == datasets.Value("binary") or (isinstance(feature, dict) and set(feature) == {"bytes", "path"}):
+            return name
+    raise ValueError(f"no column of the data set holds images; its columns: {', '.join(features)}")

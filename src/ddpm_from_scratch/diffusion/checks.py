@@ -1,0 +1,62 @@
+"""Checks of arguments that several modules share; each raises a ValueError that names the value and what is allowed."""
+
+import difflib
+import numbers
+from collections.abc import Collection, Iterable
+from typing import TypeGuard
+
+import numpy as np
+import torch
+
+
+def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Value is one of allowed; if not, the nearest one is proposed."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        close = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{name}={value!r} is not known. Allowed: {', '.join(allowed)}.{hint}")
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """A real number, and not a truth value."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_range(name: str, value: object, least: float, most: float) -> None:
+    """Value is a finite number from least to most."""
+    if not (is_number(value) and least <= value <= most and abs(value) < float("inf")):
+        span = f"lie in [{least:g}, {most:g}]" if most < float("inf") else f"be at least {least:g} and finite"
+        raise ValueError(f"{name}={value!r} must be a number and {span}.")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Value is a finite number above 0."""
+    if not (is_number(value) and 0 < value < float("inf")):
+        raise ValueError(f"{name}={value!r} must be a number, above 0 and finite.")
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """A whole number, and not a truth value."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def check_whole(name: str, value: object, least: int = 1) -> None:
+    """Value is a whole number, at least `least`."""
+    if not (is_whole(value) and value >= least):
+        raise ValueError(f"{name}={value!r} must be a whole number, at least {least}.")
+
+
+def check_generator(generator: object, batch_size: int) -> None:
+    """Generator is one for the batch, a list of one per image, or None."""
+    each = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    if not all(isinstance(g, torch.Generator) for g in each):
+        raise ValueError(f"generator={generator!r} must be a torch.Generator, or a list of them.")
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise ValueError(f"generator has {len(generator)} entries for {batch_size} images: pass one, or one each.")
+
+
+def suggestion(wrong: str, allowed: Collection[str]) -> str:
+    """`; did you mean '...'?` with the nearest of the allowed names, or nothing if none is near."""
+    nearest = difflib.get_close_matches(wrong, allowed, n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""

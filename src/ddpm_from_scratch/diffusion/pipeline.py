@@ -1,0 +1,435 @@
+"""DDPM's sampling loop as a `DiffusionPipeline`: a plugin for every DDPM checkpoint, and the folder that it saves."""
+
+import ast
+import inspect
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import hf_hub_download, snapshot_download
+from torch import Tensor
+
+from .checks import check_choice, check_generator, check_range, check_whole, is_whole
+from .gaussian import Gaussian, Generators
+from .guidance import Condition, Guidance, guide, label_numbers
+from .reverse_variance import REVERSE_LOG_VARIANCES
+from .scheduler import ScratchDDPMScheduler
+from .scheduler_config import check_config
+from .schedules import rescale_to_zero_terminal_snr
+from .stock import altered, safe_weights, write_config
+from .tensors import broadcast
+from .unet import ScratchUNet2DModel
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+MODULE_HEAD = '''"""ScratchDDPMPipeline of ddpm_from_scratch in one self-contained file, which `save_pretrained` writes.
+
+Generated: change the package, not this file. SPDX-License-Identifier: Apache-2.0
+"""
+'''
+
+
+def one_file(sources: Sequence[str]) -> str:
+    """The source of several modules as one: imports first, without those between the modules. One stays as it is."""
+    if len(sources) == 1:
+        return sources[0]
+    imports: set[str] = set()
+    bodies = []
+    for source in sources:
+        nodes = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        imports.update(ast.unparse(node) for node in nodes if not getattr(node, "level", 0))
+        bodies.append("\n".join(source.splitlines()[max(node.end_lineno or 0 for node in nodes) :]).strip())
+    return "\n\n\n".join([MODULE_HEAD + "\n" + "\n".join(sorted(imports)), *bodies]) + "\n"
+
+
+def _sources() -> tuple[str, ...]:
+    """The files that this pipeline needs, itself last; loaded as remote code, all of it is in one file already."""
+    parts = (
+        write_config,
+        check_choice,
+        Gaussian,
+        rescale_to_zero_terminal_snr,
+        broadcast,
+        REVERSE_LOG_VARIANCES["fixed_small"],
+        check_config,
+        ScratchDDPMScheduler,
+        ScratchUNet2DModel,
+        guide,
+    )
+    files = dict.fromkeys([*(inspect.getfile(part) for part in parts), __file__])
+    return tuple(Path(file).read_text(encoding="utf-8") for file in files)
+
+
+class Frame(NamedTuple):
+    """A moment of the chain, as images in the output type: what the network saw, and what it made of it."""
+
+    timestep: float  # t
+    sample: Any  # x_t
+    pred_original_sample: Any  # the x_0 predicted from it; None if the scheduler does not tell
+
+
+@dataclass
+class ScratchDDPMPipelineOutput(ImagePipelineOutput):
+    """Images, and the frames of the chain that were asked for, in its order."""
+
+    trajectory: list[Frame] | None = None
+
+
+Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
+
+
+class ScratchDDPMPipeline(DiffusionPipeline):
+    """Unconditional or class-conditional image generation by DDPM (Ho et al. 2020, algorithm 2).
+
+    Args:
+        unet: a `UNet2DModel`. A stock one becomes a `ScratchUNet2DModel` around the same tensors.
+        scheduler: any diffusers scheduler. A stock `DDPMScheduler` becomes a `ScratchDDPMScheduler`.
+        id2label: names of the classes of a class-conditional network. The last of its num_class_embeds is the null
+            label, which stands for no class, unless it has a name too.
+
+    Raises:
+        ValueError: for a network with missing weights, or a configuration that one of the two classes refuses.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs: ClassVar[list[str]] = ["sample", "pred_original_sample"]
+    # Read on import: the file of a pipeline loaded as remote code may be another one's by the time of saving.
+    _module_sources: ClassVar[tuple[str, ...]] = _sources()
+
+    # Both classes are named, since `from_pipe` compares exact types with the annotation.
+    def __init__(
+        self,
+        unet: UNet2DModel | ScratchUNet2DModel,
+        scheduler: SchedulerMixin,
+        id2label: dict[int, str] | dict[str, str] | None = None,  # JSON's keys are text
+    ) -> None:
+        super().__init__()
+        missing = [name for name, weight in unet.named_parameters() if weight.is_meta]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} weights of the network are not loaded ({', '.join(missing[:3])} ...): the checkpoint "
+                "is incomplete. Download it again."
+            )
+        if type(unet) is UNet2DModel:
+            unet = ScratchUNet2DModel.from_stock(unet)
+        if type(scheduler) is DDPMScheduler:
+            scheduler = altered(scheduler, ScratchDDPMScheduler)
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(id2label=_check_names(id2label, unet.config.get("num_class_embeds")))
+
+    # --- sampling ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        generator: Generators = None,
+        num_inference_steps: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        class_labels: Sequence[int | str] | Tensor | None = None,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        eta: float | None = None,
+        return_trajectory: int | None = None,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("sample",),
+    ) -> ScratchDDPMPipelineOutput | tuple[Any, ...]:
+        """Generate images.
+
+        The chain is kept in at least float32, whatever the precision of the network.
+
+        Args:
+            batch_size: number of images; if left out, one for each class label, or 1.
+            generator: of all the noise; with a list, one for each image, an image does not depend on the others.
+            num_inference_steps: K; if left out, every step of the training chain.
+            output_type: "pil", a list of images; "np", an array [B, H, W, C] in [0, 1]; "pt", a tensor [B, C, H, W]
+                in [0, 1].
+            return_dict: False for a tuple.
+            class_labels: for a class-conditional network, one for each image, as numbers or names; left out, the null
+                label, which stands for none.
+            guidance_scale: classifier-free guidance; 1 is none, above 1 samples follow their labels more closely. Each
+                step then computes every image twice, in one call of the network.
+            guidance_rescale: how far the guided prediction gets the contrast of the conditional one back, 0 to 1.
+            guidance_interval: the share of the chain, t / T, in which guidance acts.
+            eta: share of the posterior's noise that a step draws: 1 is DDPM, 0 is DDIM. The scheduler's own if left
+                out.
+            return_trajectory: how many frames of the chain to return, evenly spaced from its first step to its last.
+            callback_on_step_end: called as callback(pipeline, step, t, tensors) after each step; it may return new
+                values of the tensors, of which "sample" is used.
+            callback_on_step_end_tensor_inputs: which tensors it is given: "sample" (x_s) and "pred_original_sample"
+                (the predicted x_0; None if the scheduler does not tell).
+
+        Returns:
+            `ScratchDDPMPipelineOutput` with `images` and, if asked for, `trajectory`.
+
+        Raises:
+            ValueError: for an argument that does not fit, before any work.
+        """
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
+        condition, batch_size = self._check_labels(class_labels, batch_size, guidance)
+        shape = self._check_shape(batch_size)
+        check_generator(generator, batch_size)
+        _check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        steps = self._check_steps(num_inference_steps)
+        if return_trajectory is not None and not (is_whole(return_trajectory) and 1 <= return_trajectory <= steps):
+            raise ValueError(f"return_trajectory={return_trajectory!r} must be a number of frames, from 1 to {steps}.")
+        step_options = self._set_chain(steps, eta, generator)
+        kept = _kept_steps(return_trajectory, len(self.scheduler.timesteps))
+
+        device = self._execution_device
+        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        x = randn_tensor(shape, generator=generator, device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+        x, frames = self._denoise(
+            x,
+            self.scheduler.timesteps,
+            condition,
+            step_options,
+            kept,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+        self.maybe_free_model_hooks()
+        return self._output(x, frames, output_type, return_dict)
+
+    def _check_steps(self, num_inference_steps: int | None) -> int:
+        """K, by default T."""
+        most = self.scheduler.config.num_train_timesteps
+        steps = most if num_inference_steps is None else num_inference_steps
+        if not (is_whole(steps) and 1 <= steps <= most):
+            raise ValueError(f"num_inference_steps={steps!r} must be a whole number from 1 to {most}.")
+        return steps
+
+    def _set_chain(self, steps: int, eta: float | None, generator: Generators) -> dict[str, Any]:
+        """Set the scheduler's timesteps; the options that each of its steps is to get."""
+        accepted = inspect.signature(self.scheduler.step).parameters
+        own = isinstance(self.scheduler, ScratchDDPMScheduler)
+        if eta is not None and not own and "eta" not in accepted:
+            raise ValueError(f"eta={eta!r} was passed, but {type(self.scheduler).__name__} has no eta: leave it out.")
+        if eta is not None:
+            check_range("eta", eta, 0, 1)
+        self.scheduler.set_timesteps(steps, **({"eta": eta} if own else {}))
+        offered = {"generator": generator, "eta": eta} if eta is not None else {"generator": generator}
+        return {name: value for name, value in offered.items() if name in accepted}
+
+    def _denoise(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        condition: Condition | None,
+        step_options: Mapping[str, Any],
+        kept: Sequence[int] = (),
+        callback: Callback | None = None,
+        callback_tensors: Sequence[str] = ("sample",),
+        scheduler: SchedulerMixin | None = None,
+    ) -> tuple[Tensor, list[tuple[float, Tensor, Tensor | None]]]:
+        """Algorithm 2 from x at the first timestep on: the final sample, and (t, x_t, x̂_0) of the kept steps.
+
+        The steps are the pipeline's scheduler's, unless another one is given.
+
+        Timesteps stay on the host, where the scheduler looks them up; the network gets copies that were made before the
+        loop. So nothing in it waits for the device.
+        """
+        frames: list[tuple[float, Tensor, Tensor | None]] = []
+        times, on_device = timesteps.tolist(), timesteps.to(x.device)
+        for i, t in enumerate(self.progress_bar(timesteps)):
+            output = self._predict(x, t, on_device[i], times[i], condition)
+            result = (scheduler or self.scheduler).step(output, t, x, **step_options)
+            prediction = getattr(result, "pred_original_sample", None)
+            if i in kept:
+                frames.append((times[i], x, prediction))
+            x = result.prev_sample
+            if callback is not None:
+                tensors = {"sample": x, "pred_original_sample": prediction}
+                asked = {name: tensors[name] for name in callback_tensors}
+                x = (callback(self, i, t, asked) or {}).get("sample", x)
+        return x, frames
+
+    def _predict(self, x: Tensor, t: Tensor, t_on_device: Tensor, time: float, condition: Condition | None) -> Tensor:
+        """The network's output for x_t, guided if so asked, in the precision of the chain."""
+        model_input = self.scheduler.scale_model_input(x, t).to(self.unet.dtype)
+        if condition is None:
+            output = self.unet(model_input, t_on_device).sample.to(x.dtype)
+        elif not condition.guidance.acts(time / self.scheduler.config.num_train_timesteps):
+            output = self.unet(model_input, t_on_device, class_labels=condition.labels).sample.to(x.dtype)
+        else:
+            doubled = torch.cat([model_input] * 2)
+            both = self.unet(doubled, t_on_device, class_labels=condition.labels_and_null).sample.to(x.dtype)
+            output, unconditional = both.chunk(2)
+            channels = x.shape[1]
+            guided = guide(output[:, :channels], unconditional[:, :channels], condition.guidance)
+            output = torch.cat([guided, output[:, channels:]], dim=1)  # a learned variance stays the conditional one
+        # Only DDPM reads a learned variance; other schedulers take the prediction alone.
+        return output if _reads_variance(self.scheduler) else output[:, : x.shape[1]]
+
+    def _output(
+        self, x: Tensor, frames: Sequence[tuple[float, Tensor, Tensor | None]], output_type: str, return_dict: bool
+    ) -> ScratchDDPMPipelineOutput | tuple[Any, ...]:
+        images = self._postprocess(x, output_type)
+        if not frames:
+            return ScratchDDPMPipelineOutput(images=images) if return_dict else (images,)
+        trajectory = [
+            Frame(t, self._postprocess(x_t, output_type), None if x_0 is None else self._postprocess(x_0, output_type))
+            for t, x_t, x_0 in frames
+        ]
+        return ScratchDDPMPipelineOutput(images, trajectory) if return_dict else (images, trajectory)
+
+    def _postprocess(self, x: Tensor, output_type: str) -> Any:  # noqa: ANN401
+        images = (x / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        array = images.cpu().permute(0, 2, 3, 1).float().numpy()
+        return array if output_type == "np" else self.numpy_to_pil(array)
+
+    # --- checks -----------------------------------------------------------------------------------------------------
+
+    def _check_labels(
+        self,
+        class_labels: Any,  # noqa: ANN401
+        batch_size: int | None,
+        guidance: Guidance,
+    ) -> tuple[Condition | None, int]:
+        """What the network is told of the classes, None if it has none; and the number of images."""
+        guidance.check()
+        classes, names = self.unet.config.get("num_class_embeds"), self.config.get("id2label")
+        if classes is None:
+            if class_labels is not None:
+                raise ValueError("class_labels was passed, but this network is not class-conditional.")
+            if guidance.scale != 1:
+                raise ValueError(f"guidance_scale={guidance.scale!r} needs a class-conditional network.")
+            return None, 1 if batch_size is None else batch_size
+        null = classes - 1
+        has_null = null not in (names or {})
+        if class_labels is None:
+            if not has_null:
+                raise ValueError("class_labels is missing: each label of this network is a class, and none is null.")
+            if guidance.scale != 1:
+                raise ValueError(f"guidance_scale={guidance.scale!r} needs class_labels to follow.")
+            labels = torch.full((1 if batch_size is None else self._check_shape(batch_size)[0],), null)
+        else:
+            labels = label_numbers(class_labels, classes, names)
+        if guidance.scale != 1 and not has_null:
+            raise ValueError(
+                f"guidance_scale={guidance.scale!r} needs a null label, and each label of this network is a class."
+            )
+        if batch_size not in (None, len(labels)):
+            raise ValueError(f"batch_size={batch_size!r} differs from the number of class_labels, {len(labels)}.")
+        labels = labels.to(self._execution_device)
+        return Condition(labels, torch.cat([labels, torch.full_like(labels, null)]), guidance), len(labels)
+
+    def _check_shape(self, batch_size: Any) -> tuple[int, ...]:  # noqa: ANN401
+        """The shape of the samples, [B, C, H, W]."""
+        check_whole("batch_size", batch_size)
+        size = self.unet.config.sample_size
+        if size is None:
+            raise ValueError("The network's configuration has no sample_size: set it to the side of the images.")
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        return (int(batch_size), self.unet.config.in_channels, *sides)
+
+    # --- loading and saving -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:  # noqa: ANN401
+        """As in diffusers, but the network, which both pipelines share, keeps its precision unless told otherwise."""
+        if not {"dtype", "torch_dtype"} & set(kwargs) and "unet" in pipeline.components:
+            kwargs["dtype"] = pipeline.unet.dtype
+            if type(pipeline.unet).__module__.startswith("diffusers_modules"):
+                raise ValueError(
+                    "This pipeline was loaded as remote code, whose classes are not this package's: load it with "
+                    f"{cls.__name__}.from_pretrained."
+                )
+        return super().from_pipe(pipeline, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:  # noqa: ANN401
+        """As in diffusers, but pickled weights (`.bin`) are only read with `use_safetensors=False`.
+
+        Raises:
+            OSError: there is no such model, or only pickled weights of it.
+        """
+        with safe_weights(pretrained_model_name_or_path, kwargs):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:  # noqa: ANN401
+        """As in diffusers, but this class is the one that loads, whichever the folder names: none of its code runs."""
+        loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config["_class_name"] = cls.__name__
+        return loaded
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:  # noqa: ANN401
+        """As in diffusers, which would run a folder's own pipeline; from such a folder, only data are fetched."""
+        hub = {
+            k: kwargs[k]
+            for k in ("cache_dir", "force_download", "token", "revision", "local_files_only")
+            if k in kwargs
+        }
+        index = hf_hub_download(pretrained_model_name, cls.config_name, **hub)
+        if isinstance(json.loads(Path(index).read_text(encoding="utf-8"))["_class_name"], str):
+            return super().download(pretrained_model_name, **kwargs)
+        weights = "*.bin" if kwargs.get("use_safetensors") is False else "*.safetensors"
+        return snapshot_download(pretrained_model_name, allow_patterns=["*.json", weights], **hub)
+
+    def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:  # noqa: ANN401
+        """Write model_index.json in stock names, and this pipeline as one self-contained file beside it.
+
+        `save_pretrained` and `push_to_hub` both pass here. Stock diffusers then loads the folder as a `DDPMPipeline`; a
+        class-conditional network, which that cannot run, names this pipeline instead.
+        """
+        os.makedirs(save_directory, exist_ok=True)
+        (Path(save_directory) / "pipeline.py").write_text(one_file(self._module_sources), encoding="utf-8")
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write model_index.json; see `save_config`."""
+        conditional = self.unet.config.get("num_class_embeds") is not None
+        unnamed = ["id2label"] if self.config.get("id2label") is None else []
+        own = isinstance(self.scheduler, ScratchDDPMScheduler)
+        names: dict[str, Any] = {
+            "_class_name": ["pipeline", ScratchDDPMPipeline.__name__] if conditional else DDPMPipeline.__name__,
+            "unet": ["diffusers", UNet2DModel.__name__],
+            "scheduler": ["diffusers", DDPMScheduler.__name__ if own else type(self.scheduler).__name__],
+        }
+        write_config(self.to_json_string(), json_file_path, without=unnamed, **names)
+
+
+def _reads_variance(scheduler: SchedulerMixin) -> bool:
+    learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
+    return learned and isinstance(scheduler, ScratchDDPMScheduler | DDPMScheduler)
+
+
+def _check_output(output_type: str, asked: Sequence[str], offered: Sequence[str]) -> None:
+    check_choice("output_type", output_type, OUTPUT_TYPES)
+    if isinstance(asked, str) or not set(asked) <= set(offered):
+        raise ValueError(f"callback_on_step_end_tensor_inputs={asked!r} must be a list from {', '.join(offered)}.")
+
+
+def _check_names(id2label: Mapping[Any, str] | None, classes: int | None) -> dict[int, str] | None:
+    """Names by number, whose keys JSON makes text."""
+    if id2label is None:
+        return None
+    if classes is None:
+        raise ValueError("id2label was passed, but this network is not class-conditional.")
+    names = {int(number): name for number, name in id2label.items()}
+    if len(set(names.values())) < len(names) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"id2label={id2label!r} must give each class a name of its own.")
+    if not set(names) <= set(range(classes)):
+        raise ValueError(f"id2label={id2label!r} must have keys from 0 to {classes - 1}, the labels of the network.")
+    return names
+
+
+def _kept_steps(frames: int | None, steps: int) -> list[int]:
+    """Which of the steps to keep, the first and the last among them; for one frame, the last."""
+    if frames is None:
+        return []
+    return [steps - 1] if frames == 1 else np.linspace(0, steps - 1, frames).round().astype(int).tolist()

@@ -1,0 +1,102 @@
+"""The scheduler's configuration: its checks, and the tables that follow from it.
+
+Analytic-DPM: Bao, Li, Zhu, Zhang 2022, https://arxiv.org/abs/2201.06503.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from .checks import check_choice, check_range, check_whole, is_number
+from .reverse_variance import REVERSE_LOG_VARIANCES
+from .schedules import BETA_SCHEDULES, rescale_to_zero_terminal_snr
+from .timesteps import TIMESTEP_CHOICES, TIMESTEP_SPACINGS, interpolate_moments
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
+# The keys that diffusers.DDPMScheduler does not have, with their defaults: written only where they differ.
+OWN_KEYS = {"eta": 1.0, "second_moments": None, "optimal_variance": None, "timestep_choice": None}
+
+Config = Mapping[str, Any]
+
+
+def check_config(c: Config) -> None:
+    """Raise ValueError for a value that is not allowed, or keys that do not fit together."""
+    check_choice("beta_schedule", c["beta_schedule"], BETA_SCHEDULES)
+    if c["variance_type"] is not None:
+        check_choice("variance_type", c["variance_type"], REVERSE_LOG_VARIANCES)
+    check_choice("prediction_type", c["prediction_type"], PREDICTION_TYPES)
+    check_choice("timestep_spacing", c["timestep_spacing"], TIMESTEP_SPACINGS)
+    _check_numbers(c)
+    _check_own_keys(c)
+
+
+def _check_numbers(c: Config) -> None:
+    for name, least in {"num_train_timesteps": 1, "steps_offset": 0}.items():
+        check_whole(name, c[name], least)
+    fraction: tuple[str, Callable[[float], bool]] = ("lie between 0 and 1", lambda x: 0 < x < 1)
+    ranges = {} if c["trained_betas"] is not None else {"beta_start": fraction, "beta_end": fraction}
+    ranges |= {
+        "dynamic_thresholding_ratio": ("lie in (0, 1]", lambda x: 0 < x <= 1),
+        "sample_max_value": ("be at least 1", lambda x: x >= 1),
+        "clip_sample_range": ("be positive", lambda x: x > 0),
+    }
+    for name, (allowed, fits) in ranges.items():
+        if not (is_number(c[name]) and fits(c[name])):
+            raise ValueError(f"{name}={c[name]!r} must be a number and {allowed}.")
+    check_range("eta", c["eta"], 0, 1)
+    if c["rescale_betas_zero_snr"] and c["num_train_timesteps"] == 1:
+        raise ValueError("rescale_betas_zero_snr=True needs num_train_timesteps of at least 2.")
+
+
+def _check_own_keys(c: Config) -> None:
+    if c["optimal_variance"] not in (None, True, False):
+        raise ValueError(f"optimal_variance={c['optimal_variance']!r} must be True, False or None.")
+    if c["timestep_choice"] is not None:
+        check_choice("timestep_choice", c["timestep_choice"], TIMESTEP_CHOICES)
+    for name, needed in {"optimal_variance": True, "timestep_choice": "likelihood"}.items():
+        if c[name] == needed and c["second_moments"] is None:
+            raise ValueError(
+                f"{name}={needed!r} needs second_moments: estimate them with ddpm_from_scratch.calibration."
+            )
+
+
+def limits_x_0(c: Config) -> bool:
+    """Whether the predicted x_0 is clipped or thresholded."""
+    return bool(c["thresholding"] or c["clip_sample"])
+
+
+def make_betas(c: Config) -> np.ndarray:
+    """[T] betas in float64, checked."""
+    steps = c["num_train_timesteps"]
+    if c["trained_betas"] is not None:
+        betas = np.asarray(c["trained_betas"], dtype=np.float64)
+        source = "trained_betas"
+    else:
+        source = f"beta_start={c['beta_start']!r}, beta_end={c['beta_end']!r}"
+        betas = BETA_SCHEDULES[c["beta_schedule"]](c["beta_start"], c["beta_end"], steps)
+    if betas.shape != (steps,):
+        raise ValueError(f"{source} has shape {betas.shape}; num_train_timesteps asks for ({steps},).")
+    if c["rescale_betas_zero_snr"]:
+        betas = rescale_to_zero_terminal_snr(betas)
+    if not (np.all(betas > 0) and np.all(betas[:-1] < 1) and betas[-1] <= 1):
+        raise ValueError(f"{source}: every beta must lie in (0, 1); only the last may be 1.")
+    if np.any(np.diff(np.cumprod(1 - betas), prepend=1.0) >= 0):
+        raise ValueError(
+            f"{source}: ᾱ must fall at every step; betas this small or large leave it as it is in float64."
+        )
+    return betas
+
+
+def make_x_0_variance(c: Config, alpha_bar: np.ndarray) -> np.ndarray | None:
+    """[T] E‖x_0 - x̂_0‖² / d at every timestep in float64, from some; within what an exact x̂_0 could have."""
+    moments = c["second_moments"]
+    if moments is None:
+        return None
+    variance = interpolate_moments(moments, alpha_bar)
+    # Analytic-DPM theorem 2: no more than with x_t / √ᾱ_t for x̂_0, nor than data in ±r can have at all.
+    with np.errstate(divide="ignore"):
+        variance = np.minimum(variance, (1 - alpha_bar) / alpha_bar)
+    limit = c["clip_sample_range"] if limits_x_0(c) else np.inf
+    return np.minimum(variance, limit**2)

@@ -1,0 +1,1 @@
+"""Sample quality against real images, and likelihoods of held-out images."""

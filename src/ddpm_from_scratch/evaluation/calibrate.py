@@ -1,0 +1,78 @@
+"""Calibrate a trained model: `python training/calibrate.py MODEL [--dataset_name ...]`.
+
+Estimates the second moments that the optimal variance of few-step sampling needs, on the training images, and writes
+them into the model's scheduler configuration. Nothing else in the folder changes.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..data.config import DataConfig
+from ..data.dataset import load_data
+from ..diffusion.pipeline import ScratchDDPMPipeline
+from ..diffusion.scheduler import ScratchDDPMScheduler
+from .calibration import calibrate
+
+SCHEDULER_FILE = Path("scheduler", "scheduler_config.json")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="calibrate.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path, help="folder of a saved pipeline")
+    parser.add_argument("--dataset_name", help="as for train.py; without it: the embedded Fashion-MNIST")
+    parser.add_argument("--train_data_dir", help="as for train.py")
+    parser.add_argument("--num_images", type=int, default=512, help="of the data set, evenly spaced")
+    parser.add_argument("--num_timesteps", type=int, default=64, help="at which the moments are estimated")
+    parser.add_argument("--batch_size", type=int, default=64, help="images per call of the network")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    return parser.parse_args(arguments)
+
+
+def training_images(args: argparse.Namespace, channels: int, resolution: int) -> torch.Tensor:
+    """Float [N, C, H, W] in [-1, 1], cropped at the centre."""
+    config = DataConfig(dataset_name=args.dataset_name, train_data_dir=args.train_data_dir)
+    images = load_data(config, channels, resolution).images
+    if args.num_images > len(images):
+        raise ValueError(f"--num_images {args.num_images}: from 1 to {len(images)} are allowed, as many as there are.")
+    chosen = [images[index * len(images) // args.num_images] for index in range(args.num_images)]
+    squares = [image[:, (h := (image.shape[1] - resolution) // 2) : h + resolution] for image in chosen]
+    squares = [image[:, :, (w := (image.shape[2] - resolution) // 2) : w + resolution] for image in squares]
+    return torch.stack(squares).float() / 127.5 - 1
+
+
+def write_scheduler(scheduler: ScratchDDPMScheduler, path: Path) -> None:
+    """The configuration beside its place first, then there: whole or as it was."""
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    scheduler.to_json_file(unfinished)
+    os.replace(unfinished, path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Estimate and write."""
+    args = parse(arguments)
+    for name, least in {"num_images": 1, "num_timesteps": 2, "batch_size": 1}.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)}: it must be at least {least}.")
+    if not (args.model / SCHEDULER_FILE).is_file():
+        raise FileNotFoundError(f"{args.model} has no {SCHEDULER_FILE}: pass the folder of a saved pipeline.")
+    pipeline = ScratchDDPMPipeline.from_pretrained(args.model)
+    if not isinstance(pipeline.scheduler, ScratchDDPMScheduler):
+        raise ValueError(
+            f"{args.model} has a {type(pipeline.scheduler).__name__}, which has no variance to calibrate: save the "
+            "model with a DDPMScheduler or ScratchDDPMScheduler."
+        )
+    classes, size = pipeline.unet.config.num_class_embeds, pipeline.unet.config.sample_size
+    if classes is not None and classes - 1 in (pipeline.config.id2label or {}):
+        raise ValueError(f"{args.model}: each label of its network is a class, and none is null, which is measured.")
+    if not isinstance(size, int):
+        raise ValueError(f"{args.model}: sample_size={size!r}, and only square images can be taken.")
+    unet = pipeline.unet.to("cuda" if torch.cuda.is_available() else "cpu")
+    images = training_images(args, unet.config.in_channels, size)
+    options = {"num_timesteps": args.num_timesteps, "batch_size": args.batch_size, "seed": args.seed}
+    write_scheduler(calibrate(unet, pipeline.scheduler, images, **options), args.model / SCHEDULER_FILE)
+    print(args.model)

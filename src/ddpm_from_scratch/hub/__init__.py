@@ -1,0 +1,1 @@
+"""A model's page and repository on the Hub, and its demo."""

@@ -1,0 +1,227 @@
+"""The model's page on the Hub: a template filled with what the model's folder holds. What is not there is left out."""
+
+import inspect
+import itertools
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from diffusers import DiffusionPipeline
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..diffusion.scheduler import ScratchDDPMScheduler
+
+TASK = "unconditional-image-generation"
+TAGS = ("diffusers", "ddpm", "image-generation", "ddpm-from-scratch")
+# Pictures in the Hub's gallery, with the line below each; a picture that the folder lacks is left out.
+GALLERY = {"usage.png": "What the code on this page draws", "samples.png": "Samples, not chosen"}
+SHOWN_LABELS = 8  # in the code of the page
+TINY = 64  # pixels; smaller images are enlarged
+CHANNELS = {1: "grey", 3: "RGB"}
+METRICS = {
+    "kernel_distance": "Kernel distance",
+    "frechet_distance": "Fréchet distance",
+    "fid": "FID",
+    "precision": "Precision",
+    "recall": "Recall",
+    "density": "Density",
+    "coverage": "Coverage",
+}
+SAMPLE_UNITS = {
+    "num_generated": "{:,} images",
+    "num_inference_steps": "{} steps",
+    "extractor": "{} features",
+    "size": "{} px",
+}
+SAMPLE_ARGUMENTS = (
+    "extractor",
+    "size",
+    "num_generated",
+    "num_reference",
+    "num_inference_steps",
+    "scheduler",
+    "labels",
+    "seed",
+    "kernel_distance_error",
+)
+BOUND_ARGUMENTS = ("num_images", "num_terms", "variance_type", "labels", "error")
+
+
+def model_page(
+    pipeline: DiffusionPipeline,
+    folder: Path,
+    repository: str,
+    template: str | os.PathLike[str],
+    *,
+    license: str | None = None,
+    datasets: Sequence[str] = (),
+    usage_output: str | None = None,
+    unfinished: tuple[int, int] | None = None,
+) -> ModelCard:
+    """Fill the template.
+
+    Args:
+        pipeline: the model.
+        folder: where its `results.json`, `training_config.yaml` and pictures are, as far as there are any.
+        repository: `owner/name` on the Hub.
+        template: a Jinja file, whose variables are those of `page_facts`, and `card_data`.
+        license: of the weights, as the Hub names it; the page says nothing about it if left out.
+        datasets: Hub names of the data that it was trained on.
+        usage_output: what the page's first block of code printed when it was run.
+        unfinished: optimiser steps done and to do, of a model that is still being trained.
+
+    Returns:
+        The page; its `data` are the metadata, the measured results among them.
+    """
+    facts = page_facts(pipeline, folder, repository)
+    data = ModelCardData(
+        license=license,
+        library_name="diffusers",
+        pipeline_tag=TASK,
+        datasets=list(datasets) or None,
+        tags=[*TAGS, *(["class-conditional"] if facts["conditional"] else [])],
+        model_name=facts["name"],
+        eval_results=eval_results(facts["evaluation"], datasets if _measured_on_its_own_data(facts) else ()) or None,
+        widget=[
+            {"text": text, "output": {"url": picture}} for picture, text in GALLERY.items() if picture in facts["files"]
+        ]
+        or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(template),
+        **facts,
+        license=license,
+        datasets=datasets,
+        usage_output=usage_output,
+        unfinished=unfinished,
+    )
+
+
+def page_facts(pipeline: DiffusionPipeline, folder: Path, repository: str) -> dict[str, Any]:
+    """What is known of a model: of its configuration, and of the files beside it.
+
+    Returns:
+        `repository` and its `name`; of the network: `size` and `channels` (in words), `tiny`, `parameters`,
+        `conditional`, `classes` (in words); of its use: `labels`, code for some of them, `guided`, whether there is a
+        null label, `stock`, whether diffusers' own pipeline runs it, `ddpm`, whether its scheduler is that of DDPM, and
+        `num_steps`, T; `scheduler`, its configuration; `training`, `comparison` and `evaluation` from results.json and
+        `config` from training_config.yaml, empty if there is none; `measures`, the rows of the evaluation's table;
+        `by_class`, the accuracies of its classes in words; `files`, the names of those in the folder.
+
+    Raises:
+        ValueError: the network's configuration does not tell the size of its images.
+    """
+    network, scheduler = pipeline.unet.config, pipeline.scheduler
+    if network["sample_size"] is None:
+        raise ValueError("The network's configuration has no sample_size: set it to the side of the images.")
+    sides = (size, size) if isinstance(size := network["sample_size"], int) else tuple(size)
+    names = {int(number): name for number, name in (pipeline.config.get("id2label") or {}).items()}
+    count = network.get("num_class_embeds") or 0
+    labels = [names[number] for number in sorted(names)] or list(range(count - 1))
+    results = _read(folder / "results.json", json.loads)
+    return {
+        "repository": repository,
+        "name": repository.rpartition("/")[2],
+        "size": " × ".join(map(str, sides)),
+        "tiny": max(sides) < TINY,
+        "channels": CHANNELS.get(network["in_channels"], f"{network['in_channels']}-channel"),
+        "parameters": pipeline.unet.num_parameters(),
+        "conditional": count > 0,
+        "classes": f"{len(labels)} classes" + (f" ({_plain(', '.join(map(str, labels)))})" if names else ""),
+        "labels": json.dumps(labels[:SHOWN_LABELS], ensure_ascii=False),  # valid Python too
+        "guided": count > 0 and count - 1 not in names,
+        "stock": count == 0 and "generator" in inspect.signature(scheduler.step).parameters,
+        "ddpm": isinstance(scheduler, ScratchDDPMScheduler),
+        "num_steps": scheduler.config.get("num_train_timesteps", 1000),
+        "scheduler": dict(scheduler.config),
+        "measures": measures(results.get("evaluation", {})),
+        "by_class": _shares(results.get("evaluation", {}).get("classes", {}).get("by_class", {})),
+        "evaluation": results.pop("evaluation", {}),
+        "comparison": _with_ends(results.pop("comparison", {})),
+        "training": results,
+        "config": _read(folder / "training_config.yaml", yaml.safe_load) or {},
+        "files": sorted(path.name for path in folder.iterdir() if path.is_file()),
+    }
+
+
+def measures(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The evaluation's samples in the order of a table, fewest steps first, and the floor below those that share it."""
+    samples = sorted(evaluation.get("samples", ()), key=_shared)
+    rows = []
+    for _, group in itertools.groupby(samples, _shared):
+        members = sorted(group, key=lambda sample: sample.get("num_inference_steps", 0))
+        last = members[-1]
+        floor = {"of": f"floor ({last['floor_of']})", "num_generated": last["num_generated"], **last["floor"]}
+        rows += [{"of": "model", **sample} for sample in members]
+        rows.append({"extractor": last["extractor"], "size": last["size"], **floor})
+    return rows
+
+
+def _with_ends(comparison: dict[str, Any]) -> dict[str, Any]:
+    """Recipes that were compared, with the last point of each."""
+    return comparison and {**comparison, "ends": list({one["recipe"]: one for one in comparison["points"]}.values())}
+
+
+def _shared(sample: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What samples with the same floor have in common; most images first."""
+    return sample["extractor"], sample["size"], -sample["num_generated"]
+
+
+def _shares(by_name: Mapping[str, float]) -> str:
+    """Shares by name, in words."""
+    return ", ".join(f"{_plain(name)} {100 * share:.0f} %" for name, share in by_name.items())
+
+
+def _plain(text: str) -> str:
+    """Text in which Markdown and HTML find nothing to interpret."""
+    return re.sub(r"([\\`*_\[\]<>|&])", r"\\\1", text)
+
+
+def _measured_on_its_own_data(facts: Mapping[str, Any]) -> bool:
+    """Whether the figures come from comparing with the images that the model was trained on."""
+    compared = facts["evaluation"].get("images", {}).get("training", {}).get("name")
+    return compared is not None and compared == facts["training"].get("dataset", {}).get("name")
+
+
+def eval_results(evaluation: Mapping[str, Any], datasets: Sequence[str]) -> list[EvalResult]:
+    """The measured figures as the Hub's metadata hold them; none of a data set that the Hub does not know.
+
+    Of several numbers of steps, those of the first.
+
+    Args:
+        evaluation: the entry "evaluation" of results.json.
+        datasets: Hub names of the data; the first is the one that the images were compared with.
+    """
+    if not datasets:
+        return []
+    dataset = datasets[0]
+    result = partial(EvalResult, task_type=TASK, dataset_type=dataset, dataset_name=dataset.rpartition("/")[2])
+    found = []
+    samples = evaluation.get("samples", ())
+    for sample in (one for one in samples if one.get("num_inference_steps") == samples[0].get("num_inference_steps")):
+        how = ", ".join(unit.format(sample[key]) for key, unit in SAMPLE_UNITS.items() if key in sample)
+        for key, value in _known(sample, tuple(METRICS)).items():
+            arguments = _known(sample, SAMPLE_ARGUMENTS) | {"floor": sample["floor"][key]}
+            name = f"{METRICS[key]} ({how})"
+            found.append(result(metric_type=key, metric_value=value, metric_name=name, metric_args=arguments))
+    for value in _known(evaluation.get("bound", {}), ("bits_per_dim",)).values():
+        arguments, name = _known(evaluation["bound"], BOUND_ARGUMENTS), "Variational bound, bits per dimension"
+        found.append(result(metric_type="bits_per_dim", metric_value=value, metric_name=name, metric_args=arguments))
+    return found
+
+
+def _known(values: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """Of the values those that are there, and numbers if they are to be."""
+    return {key: value for key in keys if (value := values.get(key)) is not None and value == value}
+
+
+def _read(path: Path, parse: Any) -> dict[str, Any]:  # noqa: ANN401
+    """The contents of a file; nothing if there is none."""
+    content: dict[str, Any] = parse(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content

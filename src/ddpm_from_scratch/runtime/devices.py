@@ -1,0 +1,90 @@
+"""What computes: devices, their precision and memory layout, and the threads of a CPU."""
+
+import ctypes
+import os
+import platform
+from collections.abc import Mapping
+
+import psutil
+import torch
+
+
+def device_name(device: torch.device) -> str:
+    """What computes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by `accelerate launch`, by `torchrun`
+
+FAST_BF16_CPU = ("avx512_bf16", "amx_bf16", "amx_tile")
+
+# Numbers of glibc's mallopt(3), and what they are set to.
+KEEP_MEMORY = {-1: 2**31 - 1, -3: 2**30}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: in bytes
+
+
+def cpu_has_fast_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices in hardware."""
+    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.13
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in FAST_BF16_CPU)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def resolve_precision(mixed_precision: str, device: torch.device) -> str:
+    """`auto` becomes bf16 where the device computes it fast, else no.
+
+    Raises:
+        ValueError: fp16 on a device whose kernels or gradient scaling do not support it.
+    """
+    if mixed_precision == "fp16" and device.type != "cuda":
+        raise ValueError(f"mixed_precision fp16 needs a CUDA device, this is {device.type}; choose auto, bf16 or no")
+    if mixed_precision != "auto":
+        return mixed_precision
+    fast_bf16 = {"cpu": cpu_has_fast_bf16, "cuda": torch.cuda.is_bf16_supported}.get(device.type, lambda: False)
+    return "bf16" if fast_bf16() else "no"
+
+
+def threads_per_process(environment: Mapping[str, str], cores: int) -> int | None:
+    """How many threads a CPU run should take; None to leave PyTorch's own choice.
+
+    Both launchers set OMP_NUM_THREADS to 1 unless told otherwise, which would leave all cores but one idle.
+    """
+    launched = any(name in environment for name in LAUNCHERS)
+    if not launched or environment.get("OMP_NUM_THREADS") != "1":
+        return None
+    return max(1, cores // int(environment.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def prepare_cpu() -> None:
+    """What a run that computes on the CPU sets for its process."""
+    use_all_cores()
+    keep_freed_memory()
+
+
+def use_all_cores() -> None:
+    """Share this machine's cores among the run's processes on it."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = threads_per_process(os.environ, min(psutil.cpu_count(logical=False) or available, available))
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory that one step frees for the next step, which asks for the same again.
+
+    Else it goes back to the system, which clears every page of it anew. Only glibc, Linux' usual one, is told.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in KEEP_MEMORY.items():
+            mallopt(parameter, value)
+
+
+# The layout in which a device's convolutions are fast. On a GPU activations take that of the weights; on a CPU they
+# have it anyway, and so the gradients need no turning.
+MEMORY_FORMAT = dict.fromkeys(("cpu", "cuda"), torch.channels_last)
+
+# How a network is compiled: CUDA graphs spare a GPU the wait for the host, which starts hundreds of kernels a step.
+COMPILE_MODE = {"cuda": "reduce-overhead"}

@@ -1,0 +1,81 @@
+"""Failure modes of a training run and their exit codes."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from safetensors import SafetensorError
+
+
+class Fault(Exception):
+    """An end of the run that is not a mistake in the code."""
+
+    code = 1
+
+
+class Refused(Fault, ValueError):
+    """Something is wrong with what the run was asked to do; nothing was done."""
+
+    code = 2
+
+
+class BadImages(Fault, ValueError):
+    """Too many images cannot be read."""
+
+    code = 65
+
+
+class Diverged(Fault):
+    """The loss was not finite for too long."""
+
+    code = 70
+
+
+class CannotSave(Fault):
+    """A checkpoint, the model or its pictures could not be written."""
+
+    code = 74
+
+
+class Stopped(Fault):
+    """A signal asked for it, and a checkpoint was written."""
+
+    code = 75
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Errors in here, before any work, are a refusal of what was asked for."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise Refused(str(error)) from error
+
+
+@contextmanager
+def saving(what: str) -> Iterator[None]:
+    """Errors in here are of a disk that is full or fails.
+
+    Raises:
+        CannotSave: there was one.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CannotSave(
+            f"{what} cannot be written: {error}. The checkpoints that are there are whole: make room and run the same "
+            "command again."
+        ) from error
+
+
+def told(main: Callable[[Sequence[str]], object], name: str, arguments: Sequence[str]) -> int:
+    """Run a command, and say what it refuses; its exit code."""
+    try:
+        main(arguments)
+    except Fault as fault:
+        print(f"ddpm {name}: {fault}", file=sys.stderr)
+        return fault.code
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"ddpm {name}: error: {error}", file=sys.stderr)
+        return 2
+    return 0

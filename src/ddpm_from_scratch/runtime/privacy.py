@@ -1,0 +1,43 @@
+"""What of a configuration may be published: no secrets, and no places on this machine."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import yaml
+
+
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """A configuration as a preset."""
+    text: str = yaml.safe_dump(dict(values), sort_keys=False, width=120)
+    return text
+
+
+def looks_local(name: str) -> bool:
+    """Whether a data set or model name can only be a path: Hub names are `name` or `owner/name`."""
+    return bool(re.match(r"[./~]|.*\.(parquet|json)$", name)) or name.count("/") > 1
+
+
+def public_name(name: str) -> str:
+    """A Hub name as it is, or the last part of a local path, whose rest is nobody else's business."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path.resolve().name
+    return PureWindowsPath(name).name if looks_local(name) or "\\" in name else name
+
+
+def public_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as it may be published: without secrets and without places on this machine."""
+    shown = {key: value for key, value in values.items() if key not in NOT_SAVED}
+    named = {key: public_name(shown[key]) for key in NAMES_OR_PATHS if shown.get(key)}
+    return shown | named | {key: None for key in PLACES if shown.get(key, LATEST) != LATEST}
+
+
+NOT_SAVED = ("hub_token",)  # a secret stays out of every file and log
+
+NAMES_OR_PATHS = ("dataset_name", "train_data_dir", "model_config_name_or_path", "test_set", "output_dir")
+
+PLACES = ("cache_dir", "resume_from_checkpoint")  # of no use on another machine, but for `latest`
+
+LATEST = "latest"

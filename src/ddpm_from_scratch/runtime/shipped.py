@@ -1,0 +1,12 @@
+"""Files of this project that are no code: in a wheel inside the package, in a checkout at the top of the repository."""
+
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
+CHECKOUT = PACKAGE.parents[1]
+IN_WHEEL = PACKAGE / "shipped"  # pyproject.toml says what a wheel puts there
+
+
+def shipped(name: str) -> Path:
+    """The place of a file or folder, such as "model_card.md"; it need not be there."""
+    return IN_WHEEL / name if IN_WHEEL.is_dir() else CHECKOUT / name

@@ -1,0 +1,1 @@
+"""Sampling from any model: samplers by name, generation over processes, editing and previews."""

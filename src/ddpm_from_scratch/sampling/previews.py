@@ -1,0 +1,98 @@
+"""Pictures of a chain: the frames that `pipeline(..., return_trajectory=N)` keeps, as a strip or an animated GIF."""
+
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from ..diffusion.checks import check_choice, check_whole
+from ..diffusion.pipeline import Frame
+
+FRAME_PARTS = ("sample", "pred_original_sample")
+
+
+def _pictures(frame: Frame, part: str) -> list[Image.Image]:
+    """The images of a frame, in any output type, as PIL images."""
+    images = getattr(frame, part)
+    if images is None:
+        raise ValueError(f"part={part!r}: the scheduler of this chain does not tell it. Take 'sample'.")
+    if isinstance(images, list):
+        return images
+    array = images if isinstance(images, np.ndarray) else images.cpu().permute(0, 2, 3, 1).float().numpy()
+    pixels = (array * 255).round().astype(np.uint8)
+    return [Image.fromarray(one[..., 0] if one.shape[-1] == 1 else one) for one in pixels]
+
+
+def _checked(trajectory: Sequence[Frame] | None, part: str, scale: int) -> Sequence[Frame]:
+    check_choice("part", part, FRAME_PARTS)
+    check_whole("scale", scale)
+    if not trajectory:
+        raise ValueError("There are no frames: ask the pipeline for some with return_trajectory=N.")
+    return trajectory
+
+
+def _sheet(rows: Sequence[Sequence[Image.Image]], scale: int) -> Image.Image:
+    """Images of one size in rows, enlarged without smoothing."""
+    width, height = rows[0][0].size
+    sheet = Image.new(rows[0][0].mode, (width * len(rows[0]), height * len(rows)))
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            sheet.paste(image, (x * width, y * height))
+    return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
+
+
+def strip(trajectory: Sequence[Frame], part: str = "sample", scale: int = 1) -> Image.Image:
+    """One row for each image of the batch, one column for each frame.
+
+    Args:
+        trajectory: the frames.
+        part: "sample" (x_t) or "pred_original_sample" (the x_0 predicted from it).
+        scale: whole factor by which pixels are enlarged.
+
+    Raises:
+        ValueError: no frames, or an argument that is not allowed.
+    """
+    frames = [_pictures(frame, part) for frame in _checked(trajectory, part, scale)]
+    return _sheet(list(zip(*frames, strict=True)), scale)
+
+
+def write_gif(
+    trajectory: Sequence[Frame],
+    path: str | os.PathLike[str],
+    part: str = "sample",
+    scale: int = 1,
+    milliseconds: int = 80,
+) -> None:
+    """The frames as an animation, the images of the batch side by side; the last frame stays longer.
+
+    Args:
+        trajectory: the frames.
+        path: of the file, ending in .gif.
+        part: see `strip`.
+        scale: see `strip`.
+        milliseconds: per frame.
+
+    Raises:
+        ValueError: no frames, or an argument that is not allowed; nothing is written.
+    """
+    check_whole("milliseconds", milliseconds)
+    if not str(path).lower().endswith(".gif"):
+        raise ValueError(f"path={str(path)!r} must end in .gif.")
+    first, *rest = [_sheet([_pictures(frame, part)], scale) for frame in _checked(trajectory, part, scale)]
+    durations = [milliseconds] * len(rest) + [10 * milliseconds]
+    first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
+
+
+TINY = 64  # pixels; smaller images are enlarged so that a grid can be looked at
+
+
+def image_grid(images: Sequence[Image.Image]) -> Image.Image:
+    """The images in rows, as near to a square as their number allows."""
+    width, height = images[0].size
+    columns = math.ceil(math.sqrt(len(images)))
+    grid = Image.new(images[0].mode, (columns * width, math.ceil(len(images) / columns) * height))
+    for index, image in enumerate(images):
+        grid.paste(image, (index % columns * width, index // columns * height))
+    return grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.NEAREST) if width < TINY else grid

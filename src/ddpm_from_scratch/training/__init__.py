@@ -1,0 +1,1 @@
+"""Training: Algorithm 1, its configuration and objectives, and checkpoints that resume exactly."""

@@ -1,0 +1,182 @@
+"""Checkpoints that are whole or absent, and hold nothing but tensors and JSON."""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ..runtime.atomic_files import begin_folder, finish_folder, remove_folder, tidy, write_file
+from ..runtime.privacy import LATEST
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class Progress:
+    """Where a run stands: besides the weights and the optimiser, all that a resumed run needs."""
+
+    step: int = 0  # optimiser steps done
+    seconds: float = 0.0  # spent in training, without sampling and saving
+    losses: list[tuple[int, float]] = field(default_factory=list)  # (step, mean loss since the entry before)
+    evaluations: list[dict[str, float]] = field(default_factory=list)  # of --eval_steps
+    unread: list[float] = field(default_factory=list)  # losses of the steps since the last entry, if it stopped there
+    bad_images: list[str] = field(default_factory=list)  # that could not be read and were passed over
+    skipped_steps: int = 0  # since their gradients were not finite
+    skipped_in_a_row: int = 0  # up to here
+    gradient_scaler: dict[str, float] = field(default_factory=dict)  # fp16's loss scale and its counters
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """The optimiser's state as a flat mapping `parameter/entry` -> tensor."""
+    state = optimizer.state
+    return {f"{names[p]}/{entry}": tensor for p, entries in state.items() for entry, tensor in entries.items()}
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` gave.
+
+    Each tensor takes the memory layout of its parameter, since fused kernels walk both in memory order. They want the
+    count of steps beside the parameter too; others read it on the host.
+    """
+    by_name = {name: parameter for parameter, name in names.items()}
+    fused = optimizer.defaults["fused"]
+    for key, tensor in tensors.items():
+        name, entry = key.rsplit("/", 1)
+        parameter = by_name[name]
+        device = parameter.device if tensor.ndim or fused else tensor.device
+        like = torch.empty_like(parameter if tensor.ndim else tensor, dtype=tensor.dtype, device=device)
+        optimizer.state[parameter][entry] = like.copy_(tensor)
+
+
+def save_checkpoint(
+    folder: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    total_limit: int | None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint, whole or not at all, then drop the oldest beyond the limit.
+
+    Args:
+        folder: `.../step_00001000`; a checkpoint that is there already is replaced.
+        tensors: a safetensors file for each key.
+        state: goes into state.json.
+        total_limit: how many checkpoints may stay; None for all.
+        about: for the manifest, beside the size and the sha256 of each file.
+
+    Raises:
+        OSError: it cannot be written, or an old one not be removed; those that are there are whole.
+    """
+    unfinished, files = begin_folder(folder), {}
+    try:
+        for name, content in contents(tensors, state):
+            write_file(unfinished / name, content)
+            files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        write_file(unfinished / MANIFEST, as_json({**(about or {}), "files": files}))
+        finish_folder(folder)
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)  # what fills the disk for nothing
+        raise
+    for old in list_checkpoints(folder.parent)[: -total_limit if total_limit else 0]:
+        remove_folder(old)
+
+
+def contents(tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+    """The files of a checkpoint, one in memory at a time."""
+    for name, group in tensors.items():
+        yield f"{name}.safetensors", save({key: t.detach().cpu().contiguous() for key, t in group.items()})
+    yield "state.json", as_json(state)
+
+
+def as_json(values: Mapping[str, Any]) -> bytes:
+    """Values as a file."""
+    return json.dumps(values).encode()
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(folder.glob("step_[0-9]*"), key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole, every byte of it."""
+    try:
+        if not (checkpoint / MANIFEST).exists():  # of version 0.1.0, which kept the configuration elsewhere
+            return None if "config" in read_state(checkpoint) else f"it has no {MANIFEST}"
+        for name, known in json.loads((checkpoint / MANIFEST).read_bytes())["files"].items():
+            with open(checkpoint / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != known["sha256"]:
+                    return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
+    """The checkpoint to resume from: the last whole one for `latest` (None if there is none yet), else the path itself.
+
+    Raises:
+        FileNotFoundError: the path is no checkpoint.
+        ValueError: it is damaged; for `latest`, all are.
+    """
+    if resume is None:
+        return None
+    if resume != LATEST:
+        if not Path(resume, "state.json").is_file():
+            raise FileNotFoundError(f"{resume} is no checkpoint: it has no state.json")
+        if (wrong := damage(Path(resume))) is not None:
+            raise ValueError(f"{resume} is damaged ({wrong}): resume from another checkpoint")
+        return Path(resume)
+    tidy(folder)
+    for checkpoint in reversed(found := list_checkpoints(folder)):
+        if (wrong := damage(checkpoint)) is None:
+            return checkpoint
+        logger.warning("%s is damaged (%s): taking the one before", checkpoint, wrong)
+    if found:
+        raise ValueError(f"all checkpoints in {folder} are damaged: move them away to start anew")
+    return None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint."""
+    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_bytes())
+    return state
+
+
+def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    """One of the tensor files of a checkpoint, on the CPU."""
+    tensors: dict[str, Tensor] = load_file(checkpoint / f"{name}.safetensors")
+    return tensors
+
+
+def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuse to go on with another run's state.
+
+    Args:
+        saved: what identifies the run that wrote the checkpoint.
+        current: the same of this run.
+
+    Raises:
+        ValueError: they differ; the message names each field with both values.
+    """
+    saved = json.loads(json.dumps(saved))
+    current = json.loads(json.dumps(current))
+    differences = [
+        f"{key}: {saved.get(key)!r} in the checkpoint, {current.get(key)!r} now"
+        for key in sorted({*saved, *current})
+        if saved.get(key) != current.get(key)
+    ]
+    if differences:
+        raise ValueError("the checkpoint belongs to another run; it differs in\n  " + "\n  ".join(differences))

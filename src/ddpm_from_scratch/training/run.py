@@ -1,0 +1,276 @@
+"""A training run: its parts, put together from a configuration, and its state on disk."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
+from torch import Tensor, nn
+
+from ..data.dataset import TrainingData, load_data
+from ..diffusion.pipeline import ScratchDDPMPipeline
+from ..diffusion.scheduler import ScratchDDPMScheduler
+from ..diffusion.unet import ScratchUNet2DModel
+from ..runtime.devices import COMPILE_MODE, MEMORY_FORMAT, device_name, prepare_cpu, resolve_precision
+from ..runtime.errors import saving
+from ..runtime.random_streams import derived_seed
+from ..runtime.results import versions
+from .checkpoint import (
+    Progress,
+    check_same_run,
+    find_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    read_state,
+    read_tensors,
+    save_checkpoint,
+)
+from .config import TrainingConfig, check_halvings
+from .faults import FiniteGuard
+from .model import (
+    OBJECTIVE_FLAGS,
+    PROCESS_FLAGS,
+    build_objective,
+    build_scheduler,
+    build_unet,
+    check_classes,
+    load_trained,
+    network_config,
+)
+from .objectives import LossAwareSampler, Objective
+from .optimizer import EMA, build_optimizer, in_optimizer_steps, learning_rate
+
+# What `accelerate launch` sets for each.
+SPLITTING_ENGINES = {
+    "FSDP": "ACCELERATE_USE_FSDP",
+    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
+    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
+}
+
+
+@dataclass
+class Run:
+    """The parts of a training run."""
+
+    config: TrainingConfig  # its steps are optimiser steps
+    accelerator: Accelerator
+    data: TrainingData
+    scheduler: ScratchDDPMScheduler
+    unet: nn.Module  # as trained: wrapped for the devices and the precision
+    optimizer: torch.optim.Optimizer
+    ema: EMA | None
+    progress: Progress
+    objective: Objective
+    sampler: LossAwareSampler | None  # of timesteps; None for uniform ones
+    guard: FiniteGuard
+
+    @cached_property
+    def global_batch_size(self) -> int:
+        """Images per optimiser step, over all backward passes and processes."""
+        config = self.config
+        return config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+
+    @cached_property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        epochs = math.ceil(self.config.num_epochs * len(self.data.images) / self.global_batch_size)
+        return self.config.max_train_steps or epochs
+
+    @property
+    def trained_unet(self) -> ScratchUNet2DModel:
+        """The network that the optimiser steps."""
+        return cast(ScratchUNet2DModel, self.accelerator.unwrap_model(self.unet))
+
+    @property
+    def eval_unet(self) -> ScratchUNet2DModel:
+        """The network to sample from and to save: the average, if there is one."""
+        return cast(ScratchUNet2DModel, self.ema.network) if self.ema else self.trained_unet
+
+    @property
+    def id2label(self) -> dict[int, str] | None:
+        """The names of the classes, as the pipeline takes them; None for unconditional training."""
+        return self.data.labels.id2label if self.data.labels else None
+
+    @property
+    def pipeline(self) -> ScratchDDPMPipeline:
+        """The model as it is now."""
+        return ScratchDDPMPipeline(unet=self.eval_unet, scheduler=self.scheduler, id2label=self.id2label)
+
+    @cached_property
+    def parameter_names(self) -> dict[Tensor, str]:
+        """Names for the optimiser's state."""
+        return {parameter: name for name, parameter in self.trained_unet.named_parameters()}
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed, or it would be another run."""
+        config = self.config
+        same = ["seed", "center_crop", "random_flip", "use_ema", *PROCESS_FLAGS, *OBJECTIVE_FLAGS, "timestep_sampling"]
+        if config.skip_bad_images:
+            same.append("skip_bad_images")
+        if config.streaming:
+            same += ["streaming", "shuffle_window_mb"]
+        if config.loss != "simple":  # the bound is that of a variance
+            same.append("ddpm_variance_type")
+        model = {f"model.{k}": v for k, v in self.trained_unet.config.items() if not k.startswith("_")}
+        return {
+            **{name: getattr(config, name) for name in same},
+            "global batch size (train_batch_size x gradient_accumulation_steps x processes)": self.global_batch_size,
+            "training images (fingerprint)": self.data.fingerprint,
+            **self.data.describe_labels(config),
+            **model,
+        }
+
+
+def check_engine() -> None:
+    """Refuse engines that cut a network into parts.
+
+    Raises:
+        ValueError: the launcher was told to use one.
+    """
+    for engine, switch in SPLITTING_ENGINES.items():
+        if parse_flag_from_env(switch):
+            raise ValueError(
+                f"accelerate is told to use {engine}, which cuts a network into parts: networks of this kind fit on "
+                "every device whole, and checkpoints are written from whole ones. Use data parallelism (MULTI_GPU)."
+            )
+
+
+def build(config: TrainingConfig) -> Run:
+    """Put a run together, at its start or where its checkpoint stands; nothing is written.
+
+    Raises:
+        ValueError: data, network, device or checkpoint do not fit the configuration.
+        FileNotFoundError: there is no such data set, model or checkpoint.
+    """
+    check_engine()
+    # Unless told to compute on CPUs, accelerate does not find its sibling processes there and runs unrelated copies.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    if on_cpu:
+        prepare_cpu()
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        # Said explicitly: `accelerate launch` without a config of its own would set "no".
+        mixed_precision=resolve_precision(config.mixed_precision, PartialState(cpu=on_cpu).device),
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=None if config.logger == "none" else config.logger,
+        project_dir=str(Path(config.output_dir, config.logging_dir)),
+    )
+    passes = config.gradient_accumulation_steps * accelerator.num_processes
+    config = in_optimizer_steps(config, config.train_batch_size * passes)
+    torch.manual_seed(derived_seed(config.seed, "weights"))
+    scheduler = build_scheduler(config)
+    with accelerator.main_process_first():  # downloads happen once
+        trained = load_trained(config, scheduler)
+        keys = dict(trained.unet.config) if trained else network_config(config)
+        data = load_data(config, keys.get("in_channels"), config.resolution or keys.get("sample_size"))
+    check_halvings(keys, data.resolution)
+    if data.labels:
+        check_classes(keys.get("num_class_embeds"), trained.id2label if trained else None, data.labels)
+        keys["num_class_embeds"] = data.labels.num_class_embeds
+    unet = trained.unet if trained else build_unet(keys, config, data.channels, data.resolution)
+    unet.register_to_config(sample_size=data.resolution)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    unet.to(accelerator.device, memory_format=MEMORY_FORMAT.get(accelerator.device.type, torch.preserve_format))
+    ema = EMA(unet, config.ema_inv_gamma, config.ema_power, config.ema_max_decay) if config.use_ema else None
+    optimizer = build_optimizer(unet.parameters(), config, accelerator.device)
+    if config.compile:
+        unet.compile(mode=COMPILE_MODE.get(accelerator.device.type, "default"))
+    prepared_unet, optimizer = accelerator.prepare(unet, optimizer)
+    objective = build_objective(config, scheduler)
+    sampler = LossAwareSampler(config.ddpm_num_steps) if config.timestep_sampling == "loss_aware" else None
+    progress = Progress(bad_images=list(data.unreadable))
+    guard = FiniteGuard(optimizer.optimizer if accelerator.scaler is None else None, accelerator.device)
+    run = Run(config, accelerator, data, scheduler, prepared_unet, optimizer, ema, progress, objective, sampler, guard)
+    with accelerator.main_process_first():  # it clears up what a killed run left, once
+        checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir, "checkpoints"))
+    if checkpoint is not None:
+        load(run, checkpoint)
+    return run
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint; one process does, since all hold the same.
+
+    Raises:
+        CannotSave: it cannot be written; those that are there are whole.
+    """
+    if not run.accelerator.is_main_process:
+        return
+    progress, scaler = run.progress, run.accelerator.scaler
+    progress.gradient_scaler = scaler.state_dict() if scaler is not None else {}
+    progress.skipped_steps, progress.skipped_in_a_row = run.guard.counts()
+    tensors = {
+        "unet": run.trained_unet.state_dict(),
+        "optimizer": optimizer_tensors(run.optimizer, run.parameter_names),
+        **({"ema": run.ema.network.state_dict()} if run.ema else {}),
+        **({"sampler": run.sampler.state_dict()} if run.sampler else {}),
+    }
+    state = {"progress": vars(progress), "identity": run.identity()}
+    about = {"step": progress.step, "config": run.config.to_dict(), "versions": versions()}
+    folder = Path(run.config.output_dir, "checkpoints", f"step_{progress.step:08d}")
+    with saving(f"the checkpoint of step {progress.step}"):
+        save_checkpoint(folder, tensors, state, run.config.checkpoints_total_limit, about)
+
+
+def load(run: Run, checkpoint: Path) -> None:
+    """Continue where a checkpoint stands: weights, average, optimiser and progress; all else follows from the seed.
+
+    Raises:
+        ValueError: the checkpoint is of another run, or further than this run is to go.
+    """
+    state = read_state(checkpoint)
+    older = {name: getattr(TrainingConfig(), name) for name in (*OBJECTIVE_FLAGS, "timestep_sampling")}
+    check_same_run({**older, **state["identity"]}, run.identity())  # version 0.1.0 had no other objective
+    run.progress = Progress(**state["progress"])
+    if run.progress.step > run.total_steps:
+        raise ValueError(f"{checkpoint} has done {run.progress.step} steps, the run has {run.total_steps}")
+    run.guard.go_on(run.progress.skipped_steps, run.progress.skipped_in_a_row)
+    run.trained_unet.load_state_dict(read_tensors(checkpoint, "unet"))
+    load_optimizer_tensors(run.optimizer, run.parameter_names, read_tensors(checkpoint, "optimizer"))
+    if run.ema:
+        run.ema.network.load_state_dict(read_tensors(checkpoint, "ema"))
+    if run.sampler:
+        run.sampler.load_state_dict(read_tensors(checkpoint, "sampler"))
+    if run.accelerator.scaler is not None and run.progress.gradient_scaler:
+        run.accelerator.scaler.load_state_dict(run.progress.gradient_scaler)
+
+
+def results(run: Run) -> dict[str, Any]:
+    """The run in numbers."""
+    progress, accelerator = run.progress, run.accelerator
+    images = progress.step * run.global_batch_size
+    return {
+        "final_loss": final_loss(progress.losses),
+        "final_learning_rate": learning_rate(progress.step, run.config, run.total_steps),
+        "steps": progress.step,
+        "images_seen": images,
+        "epochs": images / len(run.data.images),
+        "seconds": progress.seconds,
+        "images_per_second": images / progress.seconds,
+        **({"skipped_steps": progress.skipped_steps} if progress.skipped_steps else {}),
+        **({"bad_images": len(progress.bad_images)} if progress.bad_images else {}),
+        **({"evaluations": progress.evaluations} if progress.evaluations else {}),
+        "seed": run.config.seed,
+        "num_parameters": run.trained_unet.num_parameters(),
+        "dataset": run.data.describe(run.config),
+        "device": device_name(accelerator.device),
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "versions": versions(),
+    }
+
+
+FINAL_PART = 0.1  # of the run, over which the final loss is averaged
+
+
+def final_loss(losses: Sequence[tuple[int, float]]) -> float:
+    """Mean of the logged losses of the last tenth of the run."""
+    first = (1 - FINAL_PART) * losses[-1][0]
+    return float(np.mean([loss for step, loss in losses if step > first]))

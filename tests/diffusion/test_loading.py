@@ -1,0 +1,166 @@
+"""Every way of loading, in processes of their own: without the package, with it, and from the built wheel."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from ddpm_from_scratch import ScratchDDPMPipeline
+from helpers.networks import TINY_NETWORK, randomised
+from helpers.paths import ROOT
+
+# Reads jobs (how to load, how to call) and reports what came out of each.
+WORKER = """
+import json, sys
+jobs = json.load(open(sys.argv[1]))
+if jobs["package"]:
+    import ddpm_from_scratch
+    own = ddpm_from_scratch.ScratchDDPMPipeline
+else:
+    sys.modules["ddpm_from_scratch"] = None  # an import of the package fails
+    own = None
+import numpy, torch
+from diffusers import DiffusionPipeline
+torch.set_num_threads(1)
+results = {}
+for name, job in jobs["jobs"].items():
+    loader = own if job["own"] else DiffusionPipeline
+    try:
+        pipeline = loader.from_pretrained(job["folder"], **job["load"])
+    except ValueError as error:
+        results[name] = {"error": str(error)}
+        continue
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(7)
+    images = pipeline(generator=generator, num_inference_steps=10, output_type="np", **job["call"]).images
+    numpy.save(job["images"], images)
+    if job["save"]:
+        pipeline.save_pretrained(job["save"])
+    results[name] = {
+        "pipeline": type(pipeline).__name__,
+        "module": type(pipeline).__module__,
+        "parts": [type(pipeline.unet).__name__, type(pipeline.scheduler).__name__],
+    }
+results["loaded"] = sorted(name for name in sys.modules if name.startswith("diffusers_modules.local"))
+if jobs["package"]:
+    results["file"] = ddpm_from_scratch.__file__
+json.dump(results, open(sys.argv[2], "w"))
+"""
+
+
+def in_a_process(tmp_path, jobs, package, pythonpath="", environment=None):
+    """Run jobs {name: {folder, own, load, call, save}} in a fresh process; its report, and the images by name."""
+    for name, job in jobs.items():
+        defaults = {"own": False, "load": {}, "call": {"batch_size": 2}, "save": None}
+        jobs[name] = defaults | job | {"images": str(tmp_path / f"{name}.npy")}
+    request, report = tmp_path / "request.json", tmp_path / "report.json"
+    request.write_text(json.dumps({"package": package, "jobs": jobs}))
+    offline = {**os.environ, "HF_HOME": str(tmp_path / "hf_home"), "PYTHONPATH": pythonpath}
+    environment = environment or offline
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER, request, report], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    images = {name: np.load(tmp_path / f"{name}.npy") for name in jobs if (tmp_path / f"{name}.npy").exists()}
+    return json.loads(report.read_text()), images
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Four model folders: ours, ours and class-conditional, stock, and one of ours whose code must not run."""
+    root = tmp_path_factory.mktemp("folders")
+    unconditional = randomised(UNet2DModel(**TINY_NETWORK))
+    conditional = randomised(UNet2DModel(**TINY_NETWORK, num_class_embeds=5))
+    ScratchDDPMPipeline(unconditional, DDPMScheduler()).save_pretrained(root / "own")
+    for name in ("conditional", "poisoned"):
+        ScratchDDPMPipeline(conditional, DDPMScheduler()).save_pretrained(root / name)
+    DDPMPipeline(unconditional, DDPMScheduler()).save_pretrained(root / "stock")
+    (root / "poisoned" / "pipeline.py").write_text("raise SystemExit('code of the folder was executed')")
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(folders):
+    def images(name, **call):
+        pipeline = ScratchDDPMPipeline.from_pretrained(folders / name)
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(7)
+        return pipeline(generator=generator, num_inference_steps=10, output_type="np", **call).images
+
+    return {"own": images("own", batch_size=2), "conditional": images("conditional", class_labels=[1, 3])}
+
+
+def test_without_the_package(folders, expected, tmp_path):
+    own, conditional, stock = (str(folders / name) for name in ("own", "conditional", "stock"))
+    trusted = {"trust_remote_code": True}
+    labels = {"class_labels": [1, 3]}
+    jobs = {
+        "no_trust": {"folder": own},
+        "our_pipeline": {
+            "folder": own,
+            "load": {"custom_pipeline": "pipeline", **trusted},
+            "save": str(tmp_path / "again"),
+        },
+        "on_a_stock_checkpoint": {"folder": stock, "load": {"custom_pipeline": own, **trusted}},
+        "untrusted": {"folder": own, "load": {"custom_pipeline": "pipeline"}},
+        "conditional": {"folder": conditional, "load": trusted, "call": labels, "save": str(tmp_path / "conditional")},
+        "conditional_untrusted": {"folder": conditional, "call": labels},
+    }
+    report, images = in_a_process(tmp_path, jobs, package=False)
+    assert report["no_trust"]["parts"] == ["UNet2DModel", "DDPMScheduler"]
+    assert report["no_trust"]["pipeline"] == "DDPMPipeline"
+    for name in ("our_pipeline", "on_a_stock_checkpoint", "conditional"):
+        assert report[name]["pipeline"] == "ScratchDDPMPipeline"
+        assert report[name]["module"].startswith("diffusers_modules")
+        assert report[name]["parts"] == ["ScratchUNet2DModel", "ScratchDDPMScheduler"]
+    for name in ("untrusted", "conditional_untrusted"):
+        assert "trust_remote_code=True" in report[name]["error"]
+    for name in ("no_trust", "our_pipeline", "on_a_stock_checkpoint"):
+        np.testing.assert_allclose(images[name], expected["own"], atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(images["conditional"], expected["conditional"], atol=1e-5)
+    assert contents(tmp_path / "again") == contents(own)
+    assert contents(tmp_path / "conditional") == contents(conditional)
+
+
+def test_with_the_package_no_code_of_the_folder_runs(folders, expected, tmp_path):
+    jobs = {
+        "own": {"folder": str(folders / "own"), "own": True, "save": str(tmp_path / "again")},
+        "stock": {"folder": str(folders / "stock"), "own": True},
+        "poisoned": {"folder": str(folders / "poisoned"), "own": True, "call": {"class_labels": [1, 3]}},
+    }
+    report, images = in_a_process(tmp_path, jobs, package=True, pythonpath=str(ROOT / "src"))
+    for name in jobs:
+        assert report[name]["module"] == "ddpm_from_scratch.pipeline"
+    assert report["loaded"] == []
+    np.testing.assert_allclose(images["own"], expected["own"], atol=1e-5)
+    np.testing.assert_allclose(images["stock"], expected["own"], atol=1e-5)
+    np.testing.assert_allclose(images["poisoned"], expected["conditional"], atol=1e-5)
+    assert contents(tmp_path / "again") == contents(folders / "own")
+
+
+def test_the_built_wheel_outside_the_repository(folders, expected, tmp_path):
+    """Builds the source distribution, the wheel from it, and loads and samples with what the wheel holds."""
+    quiet = {"check": True, "capture_output": True}
+    subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path / "dist", ROOT], **quiet)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    (source,) = (tmp_path / "dist").glob("*.tar.gz")
+    assert source.stat().st_size < 1_000_000
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site, wheel]
+    subprocess.run(pip, **quiet)
+    assert (site / "ddpm_from_scratch" / "py.typed").exists()
+    jobs = {"own": {"folder": str(folders / "own"), "own": True, "save": str(tmp_path / "again")}}
+    report, images = in_a_process(tmp_path, jobs, package=True, pythonpath=str(site))
+    assert Path(report["file"]).is_relative_to(site)
+    np.testing.assert_allclose(images["own"], expected["own"], atol=1e-5)
+    assert contents(tmp_path / "again") == contents(folders / "own")
