@@ -60,7 +60,7 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], SchedulerMixin]] = {
     "dpmsolver++": partial(solver, DPMSolverMultistepScheduler),
     "unipc": partial(solver, UniPCMultistepScheduler),
 }
-CALIBRATED = ("optimal", "analytic_ddim")  # need second_moments
+CALIBRATED = ("optimal", "analytic_ddim")  # need x_0_mse
 STEPS = (5, 10, 20, 50, 100, 1000)
 
 # Chains whose variational bound is measured, from t = T - 1 to 0.
@@ -280,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     missing = [method for (method, _), path in paths.items() if cached(path, args.num_images) is None]
     calibrated = bool(set(missing) & set(CALIBRATED)) or not args.no_bounds
-    if calibrated and config["second_moments"] is None:
+    if calibrated and config["x_0_mse"] is None:
         config = calibrate(unet, pipeline.scheduler, to_unit_range(real[:CALIBRATION_IMAGES])).config
     if missing or not args.no_bounds:
         unet.to(memory_format=torch.channels_last)

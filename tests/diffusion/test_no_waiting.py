@@ -22,7 +22,7 @@ SETTINGS = {
     "eta_0": ({}, {}, {"eta": 0.0}),
     "learned_variance": ({"out_channels": 2}, {"variance_type": "learned_range"}, {}),
     "dynamic_thresholding": ({}, {"thresholding": True, "sample_max_value": 1.5}, {}),
-    "optimal_variance": ({}, {"second_moments": [(0, 0.01), (999, 0.3)]}, {}),
+    "optimal_variance": ({}, {"x_0_mse": [(0, 0.01), (999, 0.3)]}, {}),
     "guidance": ({"num_class_embeds": 5}, {}, GUIDED),
     "trajectory": ({}, {}, {"return_trajectory": 3}),
 }

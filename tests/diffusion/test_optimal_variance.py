@@ -13,7 +13,7 @@ from diffusers import UNet2DModel as StockUNet
 
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
 from ddpm_from_scratch.diffusion.timesteps import TIMESTEP_CHOICES, bound_costs
-from ddpm_from_scratch.evaluation.calibration import calibrate, moment_timesteps, second_moments
+from ddpm_from_scratch.evaluation.calibration import calibrate, moment_timesteps, x_0_mse
 from helpers import oracles
 from helpers.networks import TINY_NETWORK, randomised
 
@@ -31,7 +31,7 @@ def moments_of(data):
 
 def make(data, **settings):
     return ScratchDDPMScheduler(
-        clip_sample=False, timestep_spacing="linspace", second_moments=moments_of(data), **settings
+        clip_sample=False, timestep_spacing="linspace", x_0_mse=moments_of(data), **settings
     )
 
 
@@ -150,8 +150,8 @@ def test_it_is_used_for_fewer_steps_than_T_unless_eta_is_0_or_one_says_otherwise
 
 def test_the_bounds_of_the_paper():
     huge = [(0, 5.0), (999, 5.0)]
-    unclipped = ScratchDDPMScheduler(second_moments=huge, optimal_variance=True, clip_sample=False)
-    clipped = ScratchDDPMScheduler(second_moments=huge, optimal_variance=True, clip_sample_range=0.8)
+    unclipped = ScratchDDPMScheduler(x_0_mse=huge, optimal_variance=True, clip_sample=False)
+    clipped = ScratchDDPMScheduler(x_0_mse=huge, optimal_variance=True, clip_sample_range=0.8)
     a_t, a_s = CHAIN.alpha_bar[500], CHAIN.alpha_bar[400]
     posterior = (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
     on_x_0 = math.sqrt(a_s) * (1 - a_t / a_s) / (1 - a_t)
@@ -165,7 +165,7 @@ def test_the_bounds_of_the_paper():
 def test_the_bound_on_noise_leaves_what_the_posterior_has():
     """In a short chain the noise of x_1 is large by itself."""
     process = {"num_train_timesteps": 10, "beta_schedule": "squaredcos_cap_v2"}
-    scheduler = ScratchDDPMScheduler(**process, second_moments=[(0, 0.1), (9, 0.3)], optimal_variance=True)
+    scheduler = ScratchDDPMScheduler(**process, x_0_mse=[(0, 0.1), (9, 0.3)], optimal_variance=True)
     alpha_bar = oracles.Chain(oracles.cosine_betas(10)).alpha_bar
     scheduler.set_timesteps(10)
     zero = torch.zeros(1, 100_000, dtype=torch.float64)
@@ -191,7 +191,7 @@ def test_noise_in_the_least_noisy_step_is_bounded_for_images_only():
     """At s = 0 its mean absolute value is at most 2 of 255 levels; p_reverse, of which the bound is made, keeps it."""
     noise = []
     for clip in (True, False):
-        scheduler = ScratchDDPMScheduler(second_moments=[(0, 0.2), (999, 0.2)], clip_sample=clip)  # eta = 1
+        scheduler = ScratchDDPMScheduler(x_0_mse=[(0, 0.2), (999, 0.2)], clip_sample=clip)  # eta = 1
         scheduler.set_timesteps(timesteps=[200, 100, 0])
         zero = torch.zeros(1, 40_000, dtype=torch.float64)
         for t in (200, 100):
@@ -227,15 +227,15 @@ def test_estimated_moments_agree_with_the_closed_form():
             return self
 
     scheduler = ScratchDDPMScheduler(clip_sample=False)
-    moments = second_moments(Network(), scheduler, gaussian_images(256), progress=False)
+    moments = x_0_mse(Network(), scheduler, gaussian_images(256), progress=False)
     t, values = np.array(moments).T
     expected = narrow.x_0_variance(CHAIN.alpha_bar[t.astype(int)])
     assert (t[0], t[-1], len(t)) == (0, 999, 64)
     np.testing.assert_allclose(values, expected, rtol=0.03)  # 16384 squares have a relative error of 1.1 %
     # In between, interpolation adds next to nothing.
-    calibrated = ScratchDDPMScheduler.from_config(scheduler.config, second_moments=moments, optimal_variance=True)
+    calibrated = ScratchDDPMScheduler.from_config(scheduler.config, x_0_mse=moments, optimal_variance=True)
     exact = ScratchDDPMScheduler(
-        clip_sample=False, second_moments=list(enumerate(narrow.x_0_variance(CHAIN.alpha_bar))), optimal_variance=True
+        clip_sample=False, x_0_mse=list(enumerate(narrow.x_0_variance(CHAIN.alpha_bar))), optimal_variance=True
     )
     for upper in range(30, 1000, 37):
         assert variance(calibrated, upper, upper - 30) == pytest.approx(variance(exact, upper, upper - 30), rel=0.03)
@@ -243,9 +243,9 @@ def test_estimated_moments_agree_with_the_closed_form():
 
 def test_batches_of_any_kind_give_the_same_moments():
     scheduler, images = ScratchDDPMScheduler(clip_sample=False), gaussian_images(32)
-    whole = second_moments(ExactNetwork(), scheduler, images, num_timesteps=8, batch_size=8, progress=False)
-    batches = second_moments(ExactNetwork(), scheduler, iter(images.split(8)), num_timesteps=8, progress=False)
-    other_seed = second_moments(ExactNetwork(), scheduler, images, num_timesteps=8, seed=1, progress=False)
+    whole = x_0_mse(ExactNetwork(), scheduler, images, num_timesteps=8, batch_size=8, progress=False)
+    batches = x_0_mse(ExactNetwork(), scheduler, iter(images.split(8)), num_timesteps=8, progress=False)
+    other_seed = x_0_mse(ExactNetwork(), scheduler, images, num_timesteps=8, seed=1, progress=False)
     assert whole == batches
     assert whole != other_seed
 
@@ -266,7 +266,7 @@ def test_a_real_network_of_any_kind_is_calibrated():
     process = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "variance_type": "learned_range"}
     scheduler = ScratchDDPMScheduler(num_train_timesteps=50, **process)
     calibrated = calibrate(unet, scheduler, oracles.grid_data(4, 1, 8, 8).float(), num_timesteps=10, progress=False)
-    moments = np.array(calibrated.config.second_moments)
+    moments = np.array(calibrated.config.x_0_mse)
     assert np.isfinite(moments).all()
     assert moments[0, 1] < moments[-1, 1]
     calibrated.set_timesteps(5)
@@ -288,15 +288,15 @@ def test_a_real_network_of_any_kind_is_calibrated():
 )
 def test_wrong_calibrations(images, options, message):
     with pytest.raises(ValueError, match=message):
-        second_moments(ExactNetwork(), ScratchDDPMScheduler(), images, progress=False, **options)
+        x_0_mse(ExactNetwork(), ScratchDDPMScheduler(), images, progress=False, **options)
 
 
 def test_networks_and_schedulers_that_cannot_be_calibrated(stock_unet):
     images = torch.zeros(1, 1, 8, 8)
     with pytest.raises(ValueError, match="in training mode"):
-        second_moments(stock_unet.train(), ScratchDDPMScheduler(), images)
+        x_0_mse(stock_unet.train(), ScratchDDPMScheduler(), images)
     with pytest.raises(ValueError, match=r"scheduler is a DDPMScheduler: pass ScratchDDPMScheduler\.from_config"):
-        second_moments(stock_unet.eval(), DDPMScheduler(), images)
+        x_0_mse(stock_unet.eval(), DDPMScheduler(), images)
 
 
 @pytest.mark.parametrize(
@@ -306,19 +306,19 @@ def test_networks_and_schedulers_that_cannot_be_calibrated(stock_unet):
         ({"eta": "1"}, "eta='1' must be a number"),
         ({"eta": None}, "eta=None"),
         ({"optimal_variance": "yes"}, "optimal_variance='yes' must be True, False or None"),
-        ({"optimal_variance": True}, "optimal_variance=True needs second_moments: estimate them"),
-        ({"timestep_choice": "likelihood"}, "timestep_choice='likelihood' needs second_moments"),
+        ({"optimal_variance": True}, "optimal_variance=True needs x_0_mse: estimate them"),
+        ({"timestep_choice": "likelihood"}, "timestep_choice='likelihood' needs x_0_mse"),
         ({"timestep_choice": "quadratc"}, r"'quadratc' is not known. .*Did you mean 'quadratic'\?"),
-        ({"second_moments": []}, r"second_moments=\[\] must be pairs"),
-        ({"second_moments": 0.5}, "must be pairs"),
-        ({"second_moments": {"0": 1}}, "must be pairs"),
-        ({"second_moments": [[0, "a"]]}, "must be pairs"),
-        ({"second_moments": [[0, 1], [1]]}, "must be pairs"),
-        ({"second_moments": [(0, 0.0)]}, "with positive values"),
-        ({"second_moments": [(0, float("nan"))]}, "must be pairs"),
-        ({"second_moments": [(5, 0.1), (5, 0.2)]}, "must ascend within 0..999"),
-        ({"second_moments": [(0, 0.1), (1000, 0.2)]}, "must ascend within 0..999"),
-        ({"second_moments": [(0.5, 0.1)]}, "must ascend"),
+        ({"x_0_mse": []}, r"x_0_mse=\[\] must be pairs"),
+        ({"x_0_mse": 0.5}, "must be pairs"),
+        ({"x_0_mse": {"0": 1}}, "must be pairs"),
+        ({"x_0_mse": [[0, "a"]]}, "must be pairs"),
+        ({"x_0_mse": [[0, 1], [1]]}, "must be pairs"),
+        ({"x_0_mse": [(0, 0.0)]}, "with positive values"),
+        ({"x_0_mse": [(0, float("nan"))]}, "must be pairs"),
+        ({"x_0_mse": [(5, 0.1), (5, 0.2)]}, "must ascend within 0..999"),
+        ({"x_0_mse": [(0, 0.1), (1000, 0.2)]}, "must ascend within 0..999"),
+        ({"x_0_mse": [(0.5, 0.1)]}, "must ascend"),
     ],
 )
 def test_wrong_configurations(settings, message):
@@ -327,14 +327,14 @@ def test_wrong_configurations(settings, message):
 
 
 def test_moments_may_be_an_array(tmp_path):
-    scheduler = ScratchDDPMScheduler(second_moments=np.array([[0, 0.01], [999, 0.3]]))
+    scheduler = ScratchDDPMScheduler(x_0_mse=np.array([[0, 0.01], [999, 0.3]]))
     scheduler.save_pretrained(tmp_path)
-    assert ScratchDDPMScheduler.from_pretrained(tmp_path).config.second_moments == [[0, 0.01], [999, 0.3]]
+    assert ScratchDDPMScheduler.from_pretrained(tmp_path).config.x_0_mse == [[0, 0.01], [999, 0.3]]
 
 
 def test_timesteps_of_the_least_bound_at_zero_terminal_snr():
     process = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
-    scheduler = ScratchDDPMScheduler(**process, second_moments=[(0, 0.01), (999, 0.3)], timestep_choice="likelihood")
+    scheduler = ScratchDDPMScheduler(**process, x_0_mse=[(0, 0.01), (999, 0.3)], timestep_choice="likelihood")
     scheduler.set_timesteps(10)
     assert len(set(scheduler.timesteps.tolist())) == 10
 
@@ -348,7 +348,7 @@ def test_the_bound_at_eta_0_is_refused():
 
 
 def test_a_calibrated_folder_loads_everywhere(tmp_path, stock_unet):
-    scheduler = ScratchDDPMScheduler(second_moments=[(0, 0.01), (999, 0.3)], timestep_choice="likelihood")
+    scheduler = ScratchDDPMScheduler(x_0_mse=[(0, 0.01), (999, 0.3)], timestep_choice="likelihood")
     pipeline = ScratchDDPMPipeline(stock_unet, scheduler)
     pipeline.save_pretrained(tmp_path)
     for stock in (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler):
@@ -359,7 +359,7 @@ def test_a_calibrated_folder_loads_everywhere(tmp_path, stock_unet):
             x = loaded.step(x, t, x).prev_sample
         assert torch.isfinite(x).all()
         back = ScratchDDPMScheduler.from_config(loaded.config)
-        assert back.config.second_moments == [[0, 0.01], [999, 0.3]]
+        assert back.config.x_0_mse == [[0, 0.01], [999, 0.3]]
     ours = ScratchDDPMPipeline.from_pretrained(tmp_path).scheduler
     ours.set_timesteps(4)
     scheduler.set_timesteps(4)
@@ -387,7 +387,7 @@ def test_dynamic_programming_finds_the_best_of_all_chains(count):
     moments = SEPARATE.x_0_variance(alpha_bar)
     process = {"num_train_timesteps": 9, "beta_start": 0.02, "beta_end": 0.4, "clip_sample": False}
     scheduler = ScratchDDPMScheduler(
-        **process, second_moments=list(enumerate(moments)), timestep_choice="likelihood", optimal_variance=True
+        **process, x_0_mse=list(enumerate(moments)), timestep_choice="likelihood", optimal_variance=True
     )
     scheduler.set_timesteps(count)
 
@@ -427,7 +427,7 @@ def test_the_costs_are_terms_of_the_bound():
 @pytest.mark.parametrize("steps", [1, 2, 7, 100])
 def test_every_number_of_chosen_timesteps(choice, steps):
     moments = list(enumerate(GAUSSIAN.x_0_variance(oracles.Chain(oracles.linear_betas(steps)).alpha_bar)))
-    scheduler = ScratchDDPMScheduler(steps, timestep_choice=choice, second_moments=moments)
+    scheduler = ScratchDDPMScheduler(steps, timestep_choice=choice, x_0_mse=moments)
     for count in range(1, steps + 1):
         scheduler.set_timesteps(count)
         timesteps = scheduler.timesteps.tolist()

@@ -100,7 +100,7 @@ def test_a_pipeline_keeps_the_form_of_a_stock_network():
 def test_a_calibrated_scheduler_keeps_its_process():
     scheduler = calibrate(network, ScratchDDPMScheduler(*POSITIONS), grid_data(4, 1, 4, 4), progress=False)
     assert_the_process(scheduler)
-    assert [t for t, _ in scheduler.config.second_moments] == list(range(12))
+    assert [t for t, _ in scheduler.config.x_0_mse] == list(range(12))
 
 
 def test_likelihood_and_objective_keep_the_process():

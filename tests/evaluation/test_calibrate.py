@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
 from ddpm_from_scratch.evaluation.calibrate import main
-from ddpm_from_scratch.evaluation.calibration import second_moments
+from ddpm_from_scratch.evaluation.calibration import x_0_mse
 from helpers.networks import TINY_NETWORK, randomised
 
 SIZES = ["--num_images", "6", "--num_timesteps", "5", "--batch_size", "4"]
@@ -32,11 +32,11 @@ def test_it_writes_the_moments_and_nothing_else(model, capsys):
     name = next(path for path in before if path.name == "scheduler_config.json")
     assert {path for path in after if after[path] != before.get(path)} == {name}
     old, new = json.loads(before[name]), json.loads(after[name])
-    moments = new.pop("second_moments")
+    moments = new.pop("x_0_mse")
     assert new == old
     assert moments[0][0] == 0
     assert len(moments) == 5
-    assert ScratchDDPMPipeline.from_pretrained(model).scheduler.config.second_moments == moments
+    assert ScratchDDPMPipeline.from_pretrained(model).scheduler.config.x_0_mse == moments
     assert capsys.readouterr().out.strip() == str(model)
 
 
@@ -48,10 +48,10 @@ def test_the_moments_are_those_of_the_training_images(model):
     pipeline = ScratchDDPMPipeline.from_pretrained(model)
     images = data.load_data(TrainingConfig(), 1, 28).images
     chosen = torch.stack([images[i] for i in (0, 1666, 3333, 5000, 6666, 8333)]).float() / 127.5 - 1
-    scheduler = ScratchDDPMScheduler.from_config(pipeline.scheduler.config, second_moments=None)
+    scheduler = ScratchDDPMScheduler.from_config(pipeline.scheduler.config, x_0_mse=None)
     options = {"num_timesteps": 5, "batch_size": 4, "progress": False}
-    expected = second_moments(pipeline.unet, scheduler, chosen, **options)
-    assert pipeline.scheduler.config.second_moments == [list(pair) for pair in expected]
+    expected = x_0_mse(pipeline.unet, scheduler, chosen, **options)
+    assert pipeline.scheduler.config.x_0_mse == [list(pair) for pair in expected]
 
 
 @pytest.mark.parametrize(

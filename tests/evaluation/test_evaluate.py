@@ -396,7 +396,7 @@ def learned_variance(folder):
 
 def optimal_variance(folder):
     moments = [(0, 0.01), (T - 1, 0.5)]
-    own_model(folder, ScratchDDPMScheduler(num_train_timesteps=T, second_moments=moments, optimal_variance=True))
+    own_model(folder, ScratchDDPMScheduler(num_train_timesteps=T, x_0_mse=moments, optimal_variance=True))
 
 
 def deterministic(folder):

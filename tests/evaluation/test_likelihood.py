@@ -75,7 +75,7 @@ def test_it_equals_the_papers_formulas_for_the_noise_that_was_drawn(kind, which,
         variance_type="fixed_small" if optimal else kind,
         clip_sample=clip,
         prediction_type=prediction_type,
-        second_moments=list(enumerate(moments)) if optimal else None,
+        x_0_mse=list(enumerate(moments)) if optimal else None,
         optimal_variance=True if optimal else None,
     )
     unet = tiny_unet(out_channels=1 if optimal or kind.startswith("fixed") else 2)
@@ -168,7 +168,7 @@ class Rounded:
         return -BITS * self.shares @ log_mass @ weights / weights.sum()
 
 
-MOMENTS = {"second_moments": list(enumerate(oracles.GaussianData(0, 0.09).x_0_variance(LINEAR.alpha_bar)))}
+MOMENTS = {"x_0_mse": list(enumerate(oracles.GaussianData(0, 0.09).x_0_variance(LINEAR.alpha_bar)))}
 SIXTY = {"num_train_timesteps": 60, "beta_start": 0.002, "beta_end": 0.3}
 SIXTY_CHAIN = oracles.Chain(oracles.linear_betas(60, 0.002, 0.3))
 SPREAD = 0.4  # v of the learned range
@@ -184,7 +184,7 @@ def test_each_term_has_its_closed_form_for_gaussian_data(kind, chosen):
         **SIXTY,
         clip_sample=False,
         variance_type="fixed_small" if optimal else kind,
-        second_moments=list(enumerate(moments)) if optimal else None,
+        x_0_mse=list(enumerate(moments)) if optimal else None,
         optimal_variance=True if optimal else None,
     )
     network = data.network(SPREAD if kind == "learned_range" else None)
@@ -227,7 +227,7 @@ def test_with_the_optimal_variance_the_bound_is_the_entropy(chosen, shape, mean)
     data = Rounded(mean, 0.3, alpha_bar, shape)
     assert data.entropy == pytest.approx(7.30, abs=0.005)
     moments = list(enumerate(data.exact.x_0_variance(alpha_bar)))
-    scheduler = ScratchDDPMScheduler(**HUNDRED, clip_sample=False, second_moments=moments, optimal_variance=True)
+    scheduler = ScratchDDPMScheduler(**HUNDRED, clip_sample=False, x_0_mse=moments, optimal_variance=True)
     bits = measure(data.network(), scheduler, data.images, **chosen)
     assert float(bits.standard_error().total) < 0.008
     assert float(bits.mean().total) == pytest.approx(data.entropy, abs=0.01)
@@ -242,7 +242,7 @@ def test_the_optimal_variance_is_automatic_where_set_timesteps_has_it():
     totals = {
         (optimal, chosen): measure(
             network_of(curved),
-            ScratchDDPMScheduler(**SHORT, second_moments=moments, optimal_variance=optimal),
+            ScratchDDPMScheduler(**SHORT, x_0_mse=moments, optimal_variance=optimal),
             images,
             timesteps=chosen,
         ).total

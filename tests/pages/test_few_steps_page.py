@@ -172,14 +172,14 @@ def test_the_bound_of_exactly_known_data(benchmark):
 def test_every_chain_is_measured(benchmark, script, monkeypatch):
     monkeypatch.setattr(benchmark, "BOUND_STEPS", (2, 3))
     unet = ScratchUNet2DModel.from_stock(randomised(UNet2DModel(**TINY_NETWORK)))
-    config = ScratchDDPMScheduler(second_moments=[(0, 1e-4), (999, 1.0)]).config
+    config = ScratchDDPMScheduler(x_0_mse=[(0, 1e-4), (999, 1.0)]).config
     rows = benchmark.measure_bounds(unet, config, oracles.grid_data(4, 1, 8, 8).float())
     assert [(row["chain"], row["steps"]) for row in rows] == list(itertools.product(script.BOUNDS, (2, 3)))
     assert all(0 < row["error"] < row["bits_per_dim"] < float("inf") for row in rows)
 
 
 def test_every_method_calls_the_network_once_a_step(benchmark):
-    config = ScratchDDPMScheduler(timestep_spacing="trailing", second_moments=[(0, 1e-4), (999, 1.0)]).config
+    config = ScratchDDPMScheduler(timestep_spacing="trailing", x_0_mse=[(0, 1e-4), (999, 1.0)]).config
     for make in benchmark.METHODS.values():
         scheduler = make(config)
         for steps in benchmark.STEPS:

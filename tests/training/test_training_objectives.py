@@ -249,7 +249,7 @@ def test_the_bound_is_the_same_whatever_the_network_predicts(loss):
 def test_second_moments_of_an_earlier_network_leave_the_bound_alone():
     x_0, noise, x_t, output = one_of_each_t()
     output = torch.cat([output, torch.zeros_like(output)], 1)
-    moments = {"second_moments": [(0, 1e-3), (T - 1, 0.5)], "optimal_variance": True}
+    moments = {"x_0_mse": [(0, 1e-3), (T - 1, 0.5)], "optimal_variance": True}
     losses = [
         objective("vlb", variance_type="learned_range", **options)(output, x_0, noise, x_t, ALL)
         for options in ({}, moments)

@@ -109,15 +109,15 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: rescale so that ᾱ of the last step is 0.
         eta: how much of the posterior's noise a step draws, in [0, 1]: 1 is DDPM, 0 is DDIM, which draws none (DDIM
             eq. 16). `set_timesteps` may choose another one for a chain.
-        second_moments: E‖x_0 - x̂_0(x_t)‖² / d at some timesteps, as pairs [t, value] in ascending order, which
+        x_0_mse: E‖x_0 - x̂_0(x_t)‖² / d at some timesteps, as pairs [t, value] in ascending order, which
             `ddpm_from_scratch.calibration` estimates. The variance of p(x_s | x_t) that is optimal for the bound, and
             right for samples, follows from them. In between, their logarithm is interpolated along log SNR. They hold
             for one network, schedule and clipping.
-        optimal_variance: use that variance instead of `variance_type`. None: where second_moments are given, for
+        optimal_variance: use that variance instead of `variance_type`. None: where x_0_mse are given, for
             chains of fewer than T steps with eta > 0.
         timestep_choice: which K < T timesteps, instead of timestep_spacing: "quadratic" (DDIM, appendix D.2),
             "log_snr" (even steps of it) or "likelihood" (those of the least variational bound, which needs
-            second_moments).
+            x_0_mse).
 
     Raises:
         ValueError: for a value that is not allowed; the message lists what is. Predicting epsilon with a zero terminal
@@ -146,7 +146,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
         eta: float = 1.0,
-        second_moments: list[tuple[int, float]] | None = None,
+        x_0_mse: list[tuple[int, float]] | None = None,
         optimal_variance: bool | None = None,
         timestep_choice: str | None = None,
     ) -> None:

@@ -16,7 +16,7 @@ from .timesteps import TIMESTEP_CHOICES, TIMESTEP_SPACINGS, interpolate_moments
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 # The keys that diffusers.DDPMScheduler does not have, with their defaults: written only where they differ.
-OWN_KEYS = {"eta": 1.0, "second_moments": None, "optimal_variance": None, "timestep_choice": None}
+OWN_KEYS = {"eta": 1.0, "x_0_mse": None, "optimal_variance": None, "timestep_choice": None}
 
 Config = Mapping[str, Any]
 
@@ -56,9 +56,9 @@ def _check_own_keys(c: Config) -> None:
     if c["timestep_choice"] is not None:
         check_choice("timestep_choice", c["timestep_choice"], TIMESTEP_CHOICES)
     for name, needed in {"optimal_variance": True, "timestep_choice": "likelihood"}.items():
-        if c[name] == needed and c["second_moments"] is None:
+        if c[name] == needed and c["x_0_mse"] is None:
             raise ValueError(
-                f"{name}={needed!r} needs second_moments: estimate them with ddpm_from_scratch.calibration."
+                f"{name}={needed!r} needs x_0_mse: estimate them with ddpm_from_scratch.calibration."
             )
 
 
@@ -91,7 +91,7 @@ def make_betas(c: Config) -> np.ndarray:
 
 def make_x_0_variance(c: Config, alpha_bar: np.ndarray) -> np.ndarray | None:
     """[T] E‖x_0 - x̂_0‖² / d at every timestep in float64, from some; within what an exact x̂_0 could have."""
-    moments = c["second_moments"]
+    moments = c["x_0_mse"]
     if moments is None:
         return None
     variance = interpolate_moments(moments, alpha_bar)

@@ -43,10 +43,10 @@ def interpolate_moments(moments: Sequence[tuple[int, float]], alpha_bar: np.ndar
     except (TypeError, ValueError):  # not numbers, or not in pairs
         pairs = np.empty(0)
     if pairs.ndim != 2 or pairs.shape[1] != 2 or not np.all(np.isfinite(pairs)) or np.any(pairs[:, 1] <= 0):
-        raise ValueError(f"second_moments={moments!r} must be pairs [t, value] with positive values.")
+        raise ValueError(f"x_0_mse={moments!r} must be pairs [t, value] with positive values.")
     t = pairs[:, 0]
     if np.any(t != t.round()) or np.any(np.diff(t) <= 0) or t[0] < 0 or t[-1] >= len(alpha_bar):
-        raise ValueError(f"second_moments: the timesteps {t.tolist()} must ascend within 0..{len(alpha_bar) - 1}.")
+        raise ValueError(f"x_0_mse: the timesteps {t.tolist()} must ascend within 0..{len(alpha_bar) - 1}.")
     noise = -log_snr(alpha_bar)
     return np.exp(np.interp(noise, noise[t.astype(int)], np.log(pairs[:, 1])))
 

@@ -31,7 +31,7 @@ def moment_timesteps(scheduler: ScratchDDPMScheduler, count: int) -> list[int]:
 
 
 @torch.no_grad()
-def second_moments(
+def x_0_mse(
     unet: Any,  # noqa: ANN401
     scheduler: ScratchDDPMScheduler,
     images: Tensor | Iterable[Tensor],
@@ -94,9 +94,9 @@ def calibrate(
     images: Tensor | Iterable[Tensor],
     **options: Any,  # noqa: ANN401
 ) -> ScratchDDPMScheduler:
-    """The scheduler with the `second_moments` of the network in its configuration; options as there."""
-    moments = second_moments(unet, scheduler, images, **options)
-    calibrated: ScratchDDPMScheduler = altered(scheduler, second_moments=moments)
+    """The scheduler with the `x_0_mse` of the network in its configuration; options as there."""
+    moments = x_0_mse(unet, scheduler, images, **options)
+    calibrated: ScratchDDPMScheduler = altered(scheduler, x_0_mse=moments)
     return calibrated
 
 
