@@ -47,6 +47,12 @@ def check_whole(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name}={value!r} must be a whole number, at least {least}.")
 
 
+def check_count(name: str, value: object, most: int) -> None:
+    """Value is a whole number from 1 to most."""
+    if not (is_whole(value) and 1 <= value <= most):
+        raise ValueError(f"{name}={value!r} must be a whole number from 1 to {most}.")
+
+
 def check_generator(generator: object, batch_size: int) -> None:
     """Generator is one for the batch, a list of one per image, or None."""
     each = generator if isinstance(generator, list) else [] if generator is None else [generator]

@@ -17,10 +17,9 @@ batches of timesteps on the CPU and nothing waits for the device. Samples have a
 computed in float32.
 """
 
-import itertools
 import math
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,16 +28,31 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
-from .checks import check_range, is_whole
+from .chain import (
+    Chain,
+    StepPlan,
+    Timestep,
+    Transition,
+    listed_timesteps,
+    posterior_coefficients,
+    posterior_log_variance,
+    spaced_timesteps,
+    to_index,
+)
+from .checks import check_count, check_range
 from .gaussian import Gaussian, Generators, noise_like
 from .reverse_variance import LEARNED_VARIANCES, REVERSE_LOG_VARIANCES
-from .scheduler_config import OWN_KEYS, check_config, limits_x_0, make_betas, make_x_0_variance
+from .scheduler_config import (
+    OWN_KEYS,
+    check_config,
+    limit_x_0,
+    limits_x_0,
+    make_betas,
+    make_x_0_variance,
+    with_present_keys,
+)
 from .stock import write_config
-from .tensors import Coefficient, as_tensor, broadcast, check_shapes, is_entry, mean_of_sample, plus, upcast
-from .timesteps import TIMESTEP_CHOICES, TIMESTEP_SPACINGS
-
-Timestep = int | Tensor
-Index = np.ndarray  # on the host, timesteps as whole numbers: a scalar, or [B]
+from .tensors import Coefficient, as_tensor, broadcast, check_shapes, mean_of_sample, plus, split_channels, upcast
 
 # Standard deviation of noise in p(x_1 | x_2), with the paper's indices, of which a pixel in [-1, 1] shows E|noise| = 2
 # of its 255 levels: more than that would hardly be taken out again (Analytic-DPM, appendix on sampling).
@@ -46,7 +60,7 @@ LAST_NOISE = 2 * (2 / 255) * math.sqrt(math.pi / 2)
 
 
 class Prediction(NamedTuple):
-    """What a network's output says of x_t, in consistent pairs: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) epsilon.
+    """x_0 and the noise as a network's output gives them, in consistent pairs: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) epsilon.
 
     `variance_values` is the output's second half of channels as it came (v of iDDPM eq. 15 under "learned_range", the
     log-variance under "learned"); None if the network has no such half.
@@ -57,29 +71,9 @@ class Prediction(NamedTuple):
     variance_values: Tensor | None
 
 
-def _log_square(x: float) -> float:
+def log_square(x: float) -> float:
+    """Log x², -∞ at 0."""
     return 2 * math.log(x) if x > 0 else -math.inf
-
-
-class Transition(NamedTuple):
-    """A step t -> s of a chain, on the host; u is the timestep above t in it (see `q_posterior`)."""
-
-    t: Index
-    s: Index
-    u: Index
-    eta: float
-    optimal: bool  # whether the reverse variance is the optimal one
-
-
-class StepPlan(NamedTuple):
-    """The numbers of a step t -> s of the sampling chain, which depend on nothing that is sampled."""
-
-    transition: Transition
-    signal: float  # √ᾱ_t
-    sigma: float  # √(1 - ᾱ_t)
-    on_x_0: float  # of the mean, see `_coefficients`
-    on_x_t: float
-    noise: float | None  # standard deviation of p(x_s | x_t); 0 where none is drawn, None where the network says it
 
 
 class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
@@ -171,12 +165,17 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
         self._plans: dict[tuple[int, int, float, bool, str], StepPlan] = {}
-        self._chosen: dict[int, np.ndarray] = {}  # timesteps of a choice, which may take a second to make
+        self._chosen: dict[int, np.ndarray] = {}  # by K: a choice may take a second to make
         self._set_chain(np.arange(num_train_timesteps)[::-1], eta)
 
     def __len__(self) -> int:
         """T."""
         return int(self.config["num_train_timesteps"])
+
+    @classmethod
+    def from_config(cls, config: Any = None, **kwargs: Any) -> Any:  # noqa: ANN401
+        """As in diffusers; keys under names that they had in earlier versions of this package are understood."""
+        return super().from_config(with_present_keys(config), **kwargs)
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write the configuration under the name of the stock class, whose keys these are: either class loads it."""
@@ -190,7 +189,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     def q_marginal(self, x_0: Tensor, t: Timestep) -> Gaussian:
         """q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I): DDPM eq. 4. x_0: [B, ...]."""
         x_0 = upcast(x_0)
-        alpha_bar = self._alpha_bar[self._index(t)]
+        alpha_bar = self._alpha_bar[to_index(t, len(self))]
         return Gaussian(broadcast(np.sqrt(alpha_bar), x_0) * x_0, as_tensor(np.log(1 - alpha_bar), x_0))
 
     def q_transition(self, x_s: Tensor, t: Timestep, s: Timestep) -> Gaussian:
@@ -215,14 +214,21 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return (signal * upcast(noise) - sigma * x_0).to(sample.dtype)
 
     def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Timestep, s: Timestep | None = None) -> Gaussian:
-        """q(x_s | x_t, x_0): DDPM eqs. 6-7, for any -1 <= s < t; with eta < 1, DDIM eq. 7.
+        r"""q(x_s | x_t, x_0), DDPM eqs. 6-7, for any -1 <= s < t; with eta < 1, DDIM eq. 7.
+
+        For neighbours at eta = 1 the mean is √ᾱ_s β_t / (1 - ᾱ_t) x_0 + √α_t (1 - ᾱ_s) / (1 - ᾱ_t) x_t, and the
+        variance β̃_t = (1 - ᾱ_s) / (1 - ᾱ_t) β_t.
 
         With s left out the chain is the full one, s = t - 1, with the configuration's eta; with s given it is that of
         `set_timesteps`. The mean is exact for s = -1 too (it is x_0); the log-variance there is not -∞ but that of the
         next step up the chain, as in the implementations of DDPM and iDDPM.
         """
         check_shapes("x_0", x_0, x_t)
-        return self._posterior(upcast(x_0), upcast(x_t), self._transition(t, s))
+        x_0, x_t, step = upcast(x_0), upcast(x_t), self._transition(t, s)
+        on_x_0, on_x_t, _ = posterior_coefficients(self._alpha_bar[step.t], self._alpha_bar[step.s], step.eta)
+        mean = plus(broadcast(on_x_0, x_0) * x_0, broadcast(on_x_t, x_t), x_t)
+        log_variance = posterior_log_variance(self._alpha_bar, step) + log_square(step.eta)
+        return Gaussian(mean, as_tensor(log_variance, x_0))
 
     # --- reverse process (DDPM section 3.2) -------------------------------------------------------------------------
 
@@ -236,7 +242,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
             x_t: [B, C, ...].
             t: one timestep, or one per sample.
         """
-        output, variance_values = self._split(model_output, x_t)
+        output, variance_values = split_channels(model_output, x_t)
         x_t = upcast(x_t)
         signal, sigma = self._signal_and_sigma(t, x_t)
         x_0 = self._x_0(output, x_t, signal, sigma)
@@ -255,73 +261,27 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         Where the optimal variance is used (see the class), it takes the place of that one. s is understood as in
         `q_posterior`.
         """
-        return self._reverse(self.predict(model_output, x_t, t), upcast(x_t), self._transition(t, s))
+        prediction = self.predict(model_output, x_t, t)
+        mean = self.q_posterior(prediction.x_0, upcast(x_t), t, s).mean
+        log_variance = self._reverse_log_variance(prediction.variance_values, self._transition(t, s))
+        return Gaussian(mean, as_tensor(log_variance, mean))
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Timestep,
-        sample: Tensor,
-        generator: Generators = None,
-        return_dict: bool = True,
-    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """One step of DDPM algorithm 2: draw x_s from p(x_s | x_t), s being next in `timesteps`; no noise at s = -1.
+    def _reverse_log_variance(self, values: Tensor | None, step: Transition) -> Coefficient | Tensor:
+        """The optimal one, or by `variance_type`, from the network's values if it says so."""
+        if step.optimal:
+            return self._optimal_log_variance(step)
+        self._check_variance_values(values)
+        small = posterior_log_variance(self._alpha_bar, step)
+        large = np.log(1 - self._alpha_bar[step.t] / self._alpha_bar[step.s])
+        log_variance = REVERSE_LOG_VARIANCES[self.variance_type](small, large, step.s < 0, values)
+        return log_variance + log_square(step.eta)
 
-        What an optimal variance adds to that of the posterior in the least noisy x_s of all, s = 0, is bounded by
-        LAST_NOISE where x_0 is clipped.
-
-        Args:
-            model_output: [B, C, ...], or [B, 2 C, ...] (see `predict`).
-            timestep: t, one of `timesteps`.
-            sample: x_t, [B, C, ...].
-            generator: of the noise; a list has one for each sample.
-            return_dict: False for a tuple (prev_sample, pred_original_sample).
-
-        Returns:
-            prev_sample (x_s) and pred_original_sample (the predicted x_0), both in the dtype of sample.
-
-        Raises:
-            ValueError: for a timestep that is not in `timesteps`, or shapes that do not fit.
-        """
-        plan = self._plan(self._one_timestep(timestep))
-        output, variance_values = self._split(model_output, sample)
-        if not plan.transition.optimal:
-            self._check_variance_values(variance_values)
-        x_t = upcast(sample)
-        x_0 = self._x_0(output, x_t, plan.signal, plan.sigma)
-        mean = plus(plan.on_x_0 * x_0, plan.on_x_t, x_t)
-        if plan.noise is None:
-            log_variance = as_tensor(self._typed_log_variance(variance_values, plan.transition), x_t)
-            x_s = Gaussian(mean, log_variance).sample(generator, dtype=sample.dtype)
-        elif plan.noise == 0:
-            x_s = mean
-        else:
-            x_s = plus(mean, plan.noise, noise_like(mean, generator, dtype=sample.dtype))
-        x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
-        return DDPMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
-
-    def undo_ddim(self, prediction: Prediction, x_s: Tensor, t: Timestep, s: Timestep) -> Tensor:
-        """The x_t from which DDIM's step at eta = 0 leads to x_s, if `prediction` is what the network says of that x_t.
-
-        With angles φ, tan φ = √((1-ᾱ)/ᾱ), the step is a rotation by δ = φ_t - φ_s, x_s = cos δ x_t - sin δ v (Salimans
-        & Ho 2022, appendix D). For networks that predict v it is well conditioned from the data to pure noise.
-
-        Raises:
-            ValueError: for a step from pure noise to data, of which nothing can be undone.
-        """
-        x_s = upcast(x_s)
-        signal_t, sigma_t = self._signal_and_sigma(t, x_s)
-        a_s = self._alpha_bar[self._index(s, least=-1)]
-        signal_s, sigma_s = broadcast(np.sqrt(a_s), x_s), broadcast(np.sqrt(1 - a_s), x_s)
-        v = signal_t * prediction.epsilon - sigma_t * prediction.x_0
-        sine, cosine = sigma_t * signal_s - signal_t * sigma_s, signal_t * signal_s + sigma_t * sigma_s
-        if isinstance(cosine, float) and abs(cosine) < 1e-6:
-            raise ValueError(f"The step from t={t} to s={s} goes from noise to data at once: take more steps.")
-        return (x_s + sine * v) / cosine
-
-    def scale_model_input(self, sample: Tensor, timestep: Timestep | None = None) -> Tensor:
-        """The sample as it is: the network of DDPM takes x_t itself."""
-        return sample
+    def _optimal_log_variance(self, step: Transition) -> Coefficient:
+        """The σ² that minimises the bound: q's own, and what of x_0 is not known from x_t (Analytic-DPM theorem 1)."""
+        assert self._x_0_variance is not None  # checked on construction
+        a_t, a_s = self._alpha_bar[step.t], self._alpha_bar[step.s]
+        on_x_0, _, variance = posterior_coefficients(a_t, a_s, step.eta)
+        return np.log(variance + on_x_0**2 * self._x_0_variance[step.t])
 
     # --- objectives (DDPM section 3) --------------------------------------------------------------------------------
 
@@ -336,7 +296,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     def simple_loss(self, model_output: Tensor, x_0: Tensor, noise: Tensor, t: Timestep) -> Tensor:
         """L_simple, DDPM eq. 14: [B], the squared error of the training target, mean over the dimensions."""
         check_shapes("noise", noise, x_0)
-        output, _ = self._split(model_output, x_0)
+        output, _ = split_channels(model_output, x_0)
         target = upcast(self.training_target(upcast(x_0), upcast(noise), t))
         return mean_of_sample((output - target) ** 2)
 
@@ -351,15 +311,15 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: for eta = 0, where q has no variance and the divergence is infinite, or shapes that do not fit.
         """
-        transition = self._transition(t, s)
-        if transition.eta == 0:
+        step = self._transition(t, s)
+        if step.eta == 0:
             raise ValueError("The bound is infinite at eta=0, where q(x_s | x_t, x_0) is a point: take eta > 0.")
         check_shapes("x_0", x_0, x_t)
         x_0, x_t = upcast(x_0), upcast(x_t)
-        reverse = self._reverse(self.predict(model_output, x_t, t), x_t, transition)
-        kl = self._posterior(x_0, x_t, transition).kl(reverse)
+        reverse = self.p_reverse(model_output, x_t, t, s)
+        kl = self.q_posterior(x_0, x_t, t, s).kl(reverse)
         decoder = -reverse.discretized_log_prob(x_0)
-        last = torch.as_tensor(transition.s < 0).reshape(-1, *(1,) * (x_0.ndim - 1)).to(x_0.device)
+        last = torch.as_tensor(step.s < 0).reshape(-1, *(1,) * (x_0.ndim - 1)).to(x_0.device)
         return mean_of_sample(torch.where(last, decoder, kl))
 
     def prior_kl(self, x_0: Tensor, t: Timestep | None = None) -> Tensor:
@@ -370,7 +330,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         q = self.q_marginal(x_0, len(self) - 1 if t is None else t)
         return mean_of_sample(q.kl(Gaussian(torch.zeros_like(q.mean), torch.zeros_like(q.log_variance))))
 
-    # --- the chain --------------------------------------------------------------------------------------------------
+    # --- sampling (DDPM algorithm 2) --------------------------------------------------------------------------------
 
     def set_timesteps(
         self,
@@ -392,136 +352,96 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("Pass either num_inference_steps or timesteps (a descending list), one of the two.")
         if eta is not None:
             check_range("eta", eta, 0, 1)
-        chain = self._spaced(num_inference_steps) if timesteps is None else self._listed(timesteps)
+        chain = self._spaced(num_inference_steps) if timesteps is None else listed_timesteps(timesteps, len(self))
         self.num_inference_steps = len(chain)
         self.custom_timesteps = timesteps is not None
         self._set_chain(chain, self.config["eta"] if eta is None else eta, device)
 
-    def previous_timestep(self, timestep: Timestep) -> int:
-        """The s that follows t in `timesteps`; -1 after the last one. ValueError if t is not there."""
-        t = self._one_timestep(timestep)
-        if t not in self._next:
-            raise ValueError(
-                f"timestep {t} is not one of the {len(self._next)} in `timesteps`. Pass one of them, or choose others "
-                "with set_timesteps."
-            )
-        return self._next[t]
-
     def _spaced(self, count: int | None) -> np.ndarray:
-        steps, offset = len(self), self.config["steps_offset"]
-        if not (is_whole(count) and 1 <= count <= steps):
-            raise ValueError(f"num_inference_steps={count!r} must be a whole number from 1 to {steps}.")
-        if self.config["timestep_choice"] is not None:
-            return self._choose(int(count))
-        spacing = self.config["timestep_spacing"]
-        chain = TIMESTEP_SPACINGS[spacing](steps, int(count)) + (offset if spacing == "leading" else 0)
-        if chain[-1] >= steps:
-            raise ValueError(
-                f"steps_offset={offset} with num_inference_steps={count} starts at timestep {int(chain[-1])}; the last "
-                f"one is {steps - 1}. Take fewer steps, steps_offset=0 or timestep_spacing='trailing'."
-            )
-        return chain[::-1].astype(np.int64)
-
-    def _choose(self, count: int) -> np.ndarray:
-        """K timesteps of `timestep_choice`."""
+        check_count("num_inference_steps", count, len(self))
         if count not in self._chosen:
-            choice = TIMESTEP_CHOICES[self.config["timestep_choice"]]
-            self._chosen[count] = choice(self._alpha_bar[: len(self)], self._x_0_variance, count)[::-1]
+            self._chosen[count] = spaced_timesteps(self.config, self._alpha_bar[: len(self)], self._x_0_variance, count)
         return self._chosen[count]
 
-    def _listed(self, timesteps: list[int]) -> np.ndarray:
-        chain = np.asarray(timesteps)
-        if chain.ndim != 1 or len(chain) == 0 or not np.issubdtype(chain.dtype, np.integer):
-            raise ValueError(f"timesteps={timesteps!r} must be a non-empty list of whole numbers.")
-        if np.any(np.diff(chain) >= 0) or chain[0] >= len(self) or chain[-1] < 0:
-            raise ValueError(f"timesteps={timesteps!r} must train_step strictly within {len(self) - 1}..0.")
-        return chain.astype(np.int64)
+    def _set_chain(self, timesteps: np.ndarray, eta: float, device: str | torch.device | None = None) -> None:
+        automatic = self._x_0_variance is not None and len(timesteps) < len(self) and eta > 0
+        optimal = automatic if self.config["optimal_variance"] is None else self.config["optimal_variance"]
+        self._chain = Chain(timesteps, len(self), eta, optimal, device)
+        self.timesteps = self._chain.timesteps
 
-    def _set_chain(self, chain: np.ndarray, eta: float, device: str | torch.device | None = None) -> None:
-        """The chain, kept once as pairs: t -> s on the way down, t -> u on the way up."""
-        self._eta = float(eta)
-        automatic = self._x_0_variance is not None and len(chain) < len(self) and eta > 0
-        self._optimal = automatic if self.config["optimal_variance"] is None else self.config["optimal_variance"]
-        self.timesteps = torch.from_numpy(chain.copy()).to(device)
-        self._host_timesteps, self._own_timesteps = chain, self.timesteps
-        down = [*chain.tolist(), -1]
-        self._next = dict(itertools.pairwise(down))
-        self._above = np.full(len(self), len(self))  # T, pure noise, above the top
-        self._above[chain[1:]] = chain[:-1]
+    def previous_timestep(self, timestep: Timestep) -> int:
+        """The s that follows t in `timesteps`; -1 after the last one. ValueError if t is not there."""
+        return self._chain.previous(timestep)[1]
 
-    def _plan(self, t: int) -> StepPlan:
-        """The step from t of the chain, computed once for all chains that have it."""
-        s = self.previous_timestep(t)
-        key = t, s, self._eta, self._optimal, self.variance_type
+    def scale_model_input(self, sample: Tensor, timestep: Timestep | None = None) -> Tensor:
+        """The sample as it is: the network of DDPM takes x_t itself."""
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Timestep,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        """One step of DDPM algorithm 2: draw x_s from p(x_s | x_t), s being next in `timesteps`; no noise at s = -1.
+
+        Where x_0 is clipped, LAST_NOISE bounds what an optimal variance adds to the posterior's at s = 0.
+
+        Args:
+            model_output: [B, C, ...], or [B, 2 C, ...] (see `predict`).
+            timestep: t, one of `timesteps`.
+            sample: x_t, [B, C, ...].
+            generator: of the noise; a list has one for each sample.
+            return_dict: False for a tuple (prev_sample, pred_original_sample).
+
+        Returns:
+            prev_sample (x_s) and pred_original_sample (the predicted x_0), both in the dtype of sample.
+
+        Raises:
+            ValueError: for a timestep that is not in `timesteps`, or shapes that do not fit.
+        """
+        plan = self._plan(*self._chain.previous(timestep))
+        output, variance_values = split_channels(model_output, sample)
+        if not plan.transition.optimal:
+            self._check_variance_values(variance_values)
+        x_t = upcast(sample)
+        x_0 = self._x_0(output, x_t, plan.signal, plan.sigma)
+        mean = plus(plan.on_x_0 * x_0, plan.on_x_t, x_t)
+        if plan.noise is None:
+            log_variance = as_tensor(self._reverse_log_variance(variance_values, plan.transition), x_t)
+            x_s = Gaussian(mean, log_variance).sample(generator, dtype=sample.dtype)
+        elif plan.noise == 0:
+            x_s = mean
+        else:
+            x_s = plus(mean, plan.noise, noise_like(mean, generator, dtype=sample.dtype))
+        x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
+        return DDPMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
+
+    def _plan(self, t: int, s: int) -> StepPlan:
+        """The numbers of `p_reverse` at t -> s, computed once for all chains that have this step."""
+        key = t, s, self._chain.eta, self._chain.optimal, self.variance_type
         if key not in self._plans:
-            self._plans[key] = self._make_plan(self._transition(t, s))
+            step = self._transition(t, s)
+            alpha_bar, below = self._alpha_bar[step.t], self._alpha_bar[step.s]
+            on_x_0, on_x_t, variance = map(float, posterior_coefficients(alpha_bar, below, step.eta))
+            noise = self._step_noise(step, variance)
+            self._plans[key] = StepPlan(step, math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar), on_x_0, on_x_t, noise)
         return self._plans[key]
 
-    def _make_plan(self, step: Transition) -> StepPlan:
-        alpha_bar = float(self._alpha_bar[step.t])
-        on_x_0, on_x_t, variance = map(float, self._coefficients(step))
-        if step.optimal:
-            noise = math.exp(0.5 * float(self._optimal_log_variance(step)))
-            if limits_x_0(self.config) and step.s == 0:
-                noise = min(noise, max(LAST_NOISE * self.config["clip_sample_range"], math.sqrt(variance)))
-        elif step.eta == 0:
-            noise = 0.0
-        elif self.variance_type in LEARNED_VARIANCES:
-            noise = None
-        else:
-            noise = math.exp(0.5 * float(self._typed_log_variance(None, step)))
-        noise = 0.0 if step.s < 0 else noise
-        return StepPlan(step, math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar), on_x_0, on_x_t, noise)
+    def _step_noise(self, step: Transition, variance: float) -> float | None:
+        """Standard deviation of the noise that `step` draws, None where the network gives it; see LAST_NOISE."""
+        if step.s < 0 or (step.eta == 0 and not step.optimal):
+            return 0.0
+        if self.variance_type in LEARNED_VARIANCES and not step.optimal:
+            return None
+        noise = math.exp(0.5 * float(self._reverse_log_variance(None, step)))
+        if step.optimal and step.s == 0 and limits_x_0(self.config):
+            noise = min(noise, max(LAST_NOISE * self.config["clip_sample_range"], math.sqrt(variance)))
+        return noise
 
     # --- inner workings: tensors upcast, timesteps as host indices ---------------------------------------------------
-
-    def _posterior(self, x_0: Tensor, x_t: Tensor, step: Transition) -> Gaussian:
-        log_variance = self._posterior_log_variance(step) + _log_square(step.eta)
-        return Gaussian(self._posterior_mean(x_0, x_t, step), as_tensor(log_variance, x_0))
-
-    def _posterior_mean(self, x_0: Tensor, x_t: Tensor, step: Transition) -> Tensor:
-        on_x_0, on_x_t, _ = self._coefficients(step)
-        return plus(broadcast(on_x_0, x_0) * x_0, broadcast(on_x_t, x_t), x_t)
-
-    def _coefficients(self, step: Transition) -> tuple[Coefficient, Coefficient, Coefficient]:
-        """Of q(x_s | x_t, x_0) = N(on_x_0 x_0 + on_x_t x_t, variance I), DDIM eqs. 7 and 16; at η = 1, DDPM eq. 7.
-
-        The variance is η²β̃. What noise it leaves of the 1 - ᾱ_s in x_s is that of x_t, scaled.
-        """
-        a_t, a_s = self._alpha_bar[step.t], self._alpha_bar[step.s]
-        fresh = step.eta**2 * (1 - a_t / a_s) / (1 - a_t)
-        on_x_t = np.sqrt((1 - fresh) * (1 - a_s) / (1 - a_t))
-        return np.sqrt(a_s) - on_x_t * np.sqrt(a_t), on_x_t, fresh * (1 - a_s)
-
-    def _posterior_log_variance(self, step: Transition) -> Coefficient:
-        """Log β̃ of t -> s; where s = -1, and β̃ is 0, that of u -> t, one step up the chain."""
-        last = step.s < 0
-        a_t = self._alpha_bar[np.where(last, step.u, step.t)]
-        a_s = self._alpha_bar[np.where(last, step.t, step.s)]
-        # α is 0 where ᾱ_s is: pure noise (zero terminal SNR) stays pure noise.
-        alpha = np.divide(a_t, a_s, out=np.zeros_like(a_t), where=a_s > 0)
-        return np.log((1 - a_s) / (1 - a_t) * (1 - alpha))
-
-    def _reverse(self, prediction: Prediction, x_t: Tensor, step: Transition) -> Gaussian:
-        if step.optimal:
-            log_variance: Coefficient | Tensor = self._optimal_log_variance(step)
-        else:
-            log_variance = self._typed_log_variance(prediction.variance_values, step)
-        return Gaussian(self._posterior_mean(prediction.x_0, x_t, step), as_tensor(log_variance, x_t))
-
-    def _optimal_log_variance(self, step: Transition) -> Coefficient:
-        """The σ² that minimises the bound: q's own, and what of x_0 is not known from x_t (Analytic-DPM theorem 1)."""
-        assert self._x_0_variance is not None  # checked on construction
-        on_x_0, _, variance = self._coefficients(step)
-        return np.log(variance + on_x_0**2 * self._x_0_variance[step.t])
-
-    def _typed_log_variance(self, values: Tensor | None, step: Transition) -> Coefficient | Tensor:
-        """By `variance_type`, from the network's values if it says so."""
-        self._check_variance_values(values)
-        small = self._posterior_log_variance(step)
-        large = np.log(1 - self._alpha_bar[step.t] / self._alpha_bar[step.s])
-        log_variance = REVERSE_LOG_VARIANCES[self.variance_type](small, large, step.s < 0, values)
-        return log_variance + _log_square(step.eta)
 
     def _check_variance_values(self, values: Tensor | None) -> None:
         if self.variance_type in LEARNED_VARIANCES and values is None:
@@ -539,61 +459,19 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
             x_0 = output
         else:
             x_0 = plus(signal * x_t, -sigma, output)
-        return self._limit(x_0) if limits_x_0(self.config) else x_0
-
-    def _limit(self, x_0: Tensor) -> Tensor:
-        """Clipped to ±clip_sample_range, or dynamically thresholded (Imagen section 2.3)."""
-        if not self.config["thresholding"]:
-            limit = self.config["clip_sample_range"]
-            return x_0.clamp(-limit, limit)
-        level = torch.quantile(x_0.reshape(len(x_0), -1).abs(), self.config["dynamic_thresholding_ratio"], dim=1)
-        level = level.clamp(1, self.config["sample_max_value"]).reshape(-1, *(1,) * (x_0.ndim - 1))
-        return torch.maximum(torch.minimum(x_0, level), -level) / level
-
-    def _split(self, model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The prediction, and the second half of the channels if there is one."""
-        if model_output.shape == x.shape:
-            return upcast(model_output), None
-        if x.ndim > 1 and model_output.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
-            output, variance_values = upcast(model_output).split(x.shape[1], dim=1)
-            return output, variance_values
-        raise ValueError(
-            f"model_output has shape {tuple(model_output.shape)}; a sample of shape {tuple(x.shape)} needs the same "
-            "shape, or twice its channels for a learned variance."
-        )
+        return limit_x_0(x_0, self.config)
 
     def _signal_and_sigma(self, t: Timestep, x: Tensor) -> tuple[float | Tensor, float | Tensor]:
         """√ᾱ_t and √(1 - ᾱ_t), to multiply x, which is upcast."""
-        alpha_bar = self._alpha_bar[self._index(t)]
+        alpha_bar = self._alpha_bar[to_index(t, len(self))]
         return broadcast(np.sqrt(alpha_bar), x), broadcast(np.sqrt(1 - alpha_bar), x)
 
     def _transition(self, t: Timestep, s: Timestep | None) -> Transition:
         """The step t -> s of the chain of `set_timesteps`; with s left out, t -> t - 1 of the full one."""
-        at = self._index(t)
+        at = to_index(t, len(self))
         if s is None:
             return Transition(at, at - 1, at + 1, self.config["eta"], self.config["optimal_variance"] is True)
-        below = self._index(s, least=-1)
+        below = to_index(s, len(self), least=-1)
         if np.any(below >= at):
             raise ValueError(f"s={s} must be smaller than t={t}: a reverse step goes from t down to s.")
-        return Transition(at, below, self._above[at], self._eta, self._optimal)
-
-    def _index(self, t: Timestep, least: int = 0) -> Index:
-        """Timesteps on the host; ValueError outside least..T-1."""
-        index = np.asarray(t.cpu() if isinstance(t, Tensor) else t)
-        whole = np.issubdtype(index.dtype, np.integer)
-        if not whole or index.size == 0 or index.min() < least or index.max() >= len(self):
-            raise ValueError(f"timestep {t!r} is not allowed: whole numbers from {least} to {len(self) - 1} are.")
-        return index.reshape(()) if index.size == 1 else index.reshape(-1)
-
-    def _one_timestep(self, t: Timestep) -> int:
-        if isinstance(t, Tensor) and t.device.type != "cpu" and is_entry(t, self._own_timesteps):
-            # Its place is known without its value, for which the host would wait.
-            return int(self._host_timesteps[t.storage_offset()])
-        if isinstance(t, Tensor) and t.device.type == "cpu" and t.ndim == 0:
-            t = t.numpy().item()
-        if type(t) is int and t in self._next:
-            return t
-        index = self._index(t)
-        if np.ndim(index):
-            raise ValueError(f"step takes one timestep for the whole batch, not {len(index)}.")
-        return int(index)
+        return self._chain.transition(at, below)

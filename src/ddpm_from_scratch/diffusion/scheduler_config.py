@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .checks import check_choice, check_range, check_whole, is_number
 from .reverse_variance import REVERSE_LOG_VARIANCES
@@ -18,7 +20,17 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 # The keys that diffusers.DDPMScheduler does not have, with their defaults: written only where they differ.
 OWN_KEYS = {"eta": 1.0, "x_0_mse": None, "optimal_variance": None, "timestep_choice": None}
 
+# Names that keys of ours had before, by which saved models may know them.
+FORMER_KEYS = {"second_moments": "x_0_mse"}
+
 Config = Mapping[str, Any]
+
+
+def with_present_keys(config: Any) -> Any:  # noqa: ANN401
+    """A configuration whose keys have the names that they have today; anything but a mapping as it is."""
+    if not isinstance(config, Mapping) or not set(FORMER_KEYS) & set(config):
+        return config
+    return {FORMER_KEYS.get(name, name): value for name, value in config.items()}
 
 
 def check_config(c: Config) -> None:
@@ -57,14 +69,21 @@ def _check_own_keys(c: Config) -> None:
         check_choice("timestep_choice", c["timestep_choice"], TIMESTEP_CHOICES)
     for name, needed in {"optimal_variance": True, "timestep_choice": "likelihood"}.items():
         if c[name] == needed and c["x_0_mse"] is None:
-            raise ValueError(
-                f"{name}={needed!r} needs x_0_mse: estimate them with ddpm_from_scratch.calibration."
-            )
+            raise ValueError(f"{name}={needed!r} needs x_0_mse: estimate them with ddpm_from_scratch.calibration.")
 
 
 def limits_x_0(c: Config) -> bool:
     """Whether the predicted x_0 is clipped or thresholded."""
     return bool(c["thresholding"] or c["clip_sample"])
+
+
+def limit_x_0(x_0: Tensor, c: Config) -> Tensor:
+    """The predicted x_0 as configured: dynamically thresholded (Imagen section 2.3), clipped, or as it is."""
+    if c["thresholding"]:
+        level = torch.quantile(x_0.reshape(len(x_0), -1).abs(), c["dynamic_thresholding_ratio"], dim=1)
+        level = level.clamp(1, c["sample_max_value"]).reshape(-1, *(1,) * (x_0.ndim - 1))
+        return torch.maximum(torch.minimum(x_0, level), -level) / level
+    return x_0.clamp(-c["clip_sample_range"], c["clip_sample_range"]) if c["clip_sample"] else x_0
 
 
 def make_betas(c: Config) -> np.ndarray:

@@ -49,3 +49,20 @@ def is_entry(scalar: Tensor, vector: Tensor) -> bool:
 def mean_of_sample(x: Tensor) -> Tensor:
     """[B, ...] -> [B]."""
     return x.flatten(1).mean(1) if x.ndim > 1 else x
+
+
+def split_channels(model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The prediction, shaped like x, and the second half of the channels if there is one; both upcast.
+
+    Raises:
+        ValueError: for a shape that is neither x's nor has twice its channels.
+    """
+    if model_output.shape == x.shape:
+        return upcast(model_output), None
+    if x.ndim > 1 and model_output.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
+        prediction, second = upcast(model_output).split(x.shape[1], dim=1)
+        return prediction, second
+    raise ValueError(
+        f"model_output has shape {tuple(model_output.shape)}; a sample of shape {tuple(x.shape)} needs the same "
+        "shape, or twice its channels for a learned variance."
+    )
