@@ -1,21 +1,14 @@
-"""Which images: a data set, and how its images are cropped, flipped and labelled."""
+"""Which images: a data set, and how its images are read, cropped, flipped and labelled."""
 
-import dataclasses
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
 
-from ..runtime.shipped import shipped
-
-T = TypeVar("T")
+from ..runtime.privacy import looks_local
+from ..runtime.shipped import EMBEDDED_DATASET, shipped
+from .fields import FRACTION, at_least, check_fields, knob
 
 EMBEDDED_DATA = shipped("training/data") / "fashion_mnist_train.parquet"
-
 EMBEDDED_TEST_SET = EMBEDDED_DATA.with_name("fashion_mnist_test.parquet")
-
-
-def knob(default: T, help: str) -> T:
-    """A dataclass field with its explanation, which `--help` prints."""
-    return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -33,15 +26,17 @@ class DataConfig:
         False, "read dataset_name while training, without a copy in the cache; for sets that do not fit elsewhere"
     )
     shuffle_window_mb: int = knob(
-        128, "MiB of encoded images that streaming reads from places all over the set and shuffles, in every process"
+        128,
+        "MiB of encoded images that streaming reads from places all over the set and shuffles, in every process",
+        at_least(1),
     )
     cache_dir: str | None = knob(None, "where downloads are kept; the Hugging Face cache by default")
-    resolution: int | None = knob(None, "image size in pixels; the images' own if left out (paper: 32)")
+    resolution: int | None = knob(None, "image size in pixels; the images' own if left out (paper: 32)", at_least(1))
     center_crop: bool = knob(False, "crop images that are not square at the centre; at a random place otherwise")
     random_flip: bool = knob(False, "mirror half of the images (paper: true)")
-    dataloader_num_workers: int = knob(0, "processes that decode images; 0: the training process does it")
+    dataloader_num_workers: int = knob(0, "processes that decode images; 0: the training process does it", at_least(0))
     skip_bad_images: bool = knob(False, "pass over images that cannot be read, and report them; otherwise they end it")
-    max_bad_images: int = knob(100, "more such images end the run")
+    max_bad_images: int = knob(100, "more such images end the run", at_least(0))
 
     # Classes
     class_conditional: bool = knob(False, "train with the images' labels, to sample by class with guidance")
@@ -50,9 +45,68 @@ class DataConfig:
         0.1,
         "share of the training images whose label is replaced by the null label, so that the network also learns the "
         "unconditional score",
+        FRACTION,
     )
 
     @property
     def trains_on_embedded_data(self) -> bool:
         """Whether no other images are named."""
         return self.dataset_name is None and self.train_data_dir is None
+
+    @property
+    def source(self) -> str:
+        """Where the images are: a Hub name, a file or a folder."""
+        return self.dataset_name or self.train_data_dir or embedded_set()[0]
+
+    def held_out(self, test_set: str | None) -> tuple[str, str] | None:
+        """Name and split of held-out images: those named, or the embedded ones' own; None where nobody named any."""
+        if test_set is not None:
+            return test_set, "train"
+        return embedded_set("test") if self.trains_on_embedded_data else None
+
+    def validate(self) -> None:
+        """Check what concerns the data; nothing is downloaded.
+
+        Raises:
+            ValueError: a value is impossible by itself or together with another.
+            FileNotFoundError: a local file or folder is missing.
+        """
+        check_fields(self)
+        check_data(self)
+
+
+def embedded_set(split: str = "train") -> tuple[str, str]:
+    """Name and split of the embedded images, train or test; of their Hub original where a package came without them."""
+    path = {"train": EMBEDDED_DATA, "test": EMBEDDED_TEST_SET}[split]
+    return (str(path), "train") if path.is_file() else (EMBEDDED_DATASET, split)
+
+
+def check_data(config: DataConfig) -> None:
+    """Local data are there, and what is said of them fits together; see `DataConfig.validate`."""
+    name, folder = config.dataset_name, config.train_data_dir
+    if name is not None and folder is not None:
+        raise ValueError("dataset_name and train_data_dir both name the training data: give one")
+    if config.dataset_config_name is not None and name is None:
+        raise ValueError("dataset_config_name needs dataset_name")
+    check_revision("dataset", config.dataset_revision, name)
+    if config.streaming and folder is not None:
+        raise ValueError("streaming is of a dataset_name; the files of a train_data_dir are read one by one as it is")
+    if folder is not None and not Path(folder).is_dir():
+        raise FileNotFoundError(f"train_data_dir: no folder {folder}")
+    check_local("dataset_name", name)
+    if config.label_column is not None and not config.class_conditional:
+        raise ValueError(f"label_column {config.label_column!r} needs --class_conditional")
+    if config.class_conditional and config.label_dropout == 0:
+        raise ValueError("label_dropout 0 would leave the null label untrained, which guidance needs: take 0.1 or so")
+
+
+def check_local(field: str, name: str | None) -> None:
+    """Raise FileNotFoundError for a name that can only be a path, and leads to nothing."""
+    if name is not None and looks_local(name) and not Path(name).expanduser().exists():
+        raise FileNotFoundError(f"{field}: no file or folder {name}")
+
+
+def check_revision(kind: str, revision: str | None, name: str | None) -> None:
+    """Raise ValueError for the revision of a data set or model that is not on the Hub."""
+    if revision is not None and (name is None or looks_local(name) or Path(name).exists()):
+        raise ValueError(f"{kind}_revision is of a {kind} on the Hub, got {name}: leave it out")

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..runtime.errors import BadImages
 from ..runtime.privacy import public_name
 from ..runtime.random_streams import WindowedOrder, batch_positions, dropped_labels, generator, image_index, noise_rows
-from .config import DataConfig
+from .config import EMBEDDED_DATA, DataConfig
 from .images import PIL_MODE, DecodedOnDemand, Images, check_bad_images, decode_all, survey
 from .labels import Labels, find_label_column, read_labels
 from .sources import MIB, StreamedRows, evenly, open_source
@@ -50,9 +50,9 @@ class TrainingData:
 
     def describe(self, config: DataConfig) -> dict[str, Any]:
         """For results and logs."""
-        name = config.dataset_name or config.train_data_dir or "embedded Fashion-MNIST (10,000 images)"
+        embedded = config.trains_on_embedded_data and EMBEDDED_DATA.is_file()
         return {
-            "name": public_name(name),
+            "name": "embedded Fashion-MNIST (10,000 images)" if embedded else public_name(config.source),
             "num_images": len(self.images),
             "channels": self.channels,
             "resolution": self.resolution,
@@ -86,6 +86,8 @@ def load_data(config: DataConfig, channels: int | None, resolution: int | None, 
     Raises:
         ValueError: the images or labels cannot be read, or not in this form.
     """
+    if config.trains_on_embedded_data and not EMBEDDED_DATA.is_file():
+        logger.info("no images are named, and none came with the package: taking %s from the Hub", config.source)
     source = open_source(config, split)
     labels = None
     if config.class_conditional:

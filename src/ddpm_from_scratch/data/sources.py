@@ -17,7 +17,7 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from ..runtime.random_streams import Block
-from .config import EMBEDDED_DATA, DataConfig
+from .config import DataConfig
 
 READ_WHOLE_BYTES = 2**30  # a single parquet file up to this size
 SURVEYED_ROWS = 20_000  # of larger sets, this many rows are looked at before the run
@@ -70,7 +70,7 @@ def open_rows(config: DataConfig, split: str) -> Source:
     """
     rows = load_rows(config, split)
     if len(rows) == 0:
-        raise ValueError(f"{config.dataset_name or config.train_data_dir} holds no images")
+        raise ValueError(f"{config.source} holds no images")
     return Source(
         rows.features,
         image_column(rows),
@@ -85,12 +85,11 @@ def load_rows(config: DataConfig, split: str) -> datasets.Dataset:
     Raises:
         ValueError: there is none of this name.
     """
-    name = config.dataset_name or (None if config.train_data_dir else str(EMBEDDED_DATA))
-    path = Path(name).expanduser() if name else None
-    if path is None:
+    if config.train_data_dir is not None:
         return datasets.load_dataset(
             "imagefolder", data_dir=config.train_data_dir, split=split, cache_dir=config.cache_dir
         )
+    name, path = config.source, Path(config.source).expanduser()
     if path.suffix == ".parquet" and path.stat().st_size > READ_WHOLE_BYTES:  # read from the disk row by row
         files = {"train": str(path)}
         return datasets.load_dataset("parquet", data_files=files, split=split, cache_dir=config.cache_dir)
@@ -202,8 +201,7 @@ def open_stream(config: DataConfig, split: str) -> Source:
     Raises:
         ValueError: see `open_source`; or it is a folder that is read row by row anyway.
     """
-    name = config.dataset_name or str(EMBEDDED_DATA)
-    path = Path(name).expanduser()
+    name, path = config.source, Path(config.source).expanduser()
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         raise ValueError(f"{name} was written by save_to_disk and is read row by row as it is: leave out --streaming")
     builder = stream_builder(config, path)
@@ -232,7 +230,7 @@ def stream_builder(config: DataConfig, path: Path, **options: Any) -> datasets.D
             "parquet", data_files={"train": str(path)}, cache_dir=config.cache_dir, **options
         )
     return datasets.load_dataset_builder(
-        str(path) if path.exists() else config.dataset_name,
+        str(path) if path.exists() else config.source,
         config.dataset_config_name,
         cache_dir=config.cache_dir,
         revision=config.dataset_revision,

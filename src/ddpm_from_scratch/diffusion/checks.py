@@ -9,13 +9,18 @@ import numpy as np
 import torch
 
 
+def suggestion(wrong: str, allowed: Collection[str]) -> str:
+    """`; did you mean '...'?` with the nearest of the allowed names, or nothing if none is near."""
+    nearest = difflib.get_close_matches(wrong, allowed, n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
 def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
     """Value is one of allowed; if not, the nearest one is proposed."""
     allowed = tuple(allowed)
     if value not in allowed:
-        close = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{name}={value!r} is not known. Allowed: {', '.join(allowed)}.{hint}")
+        hint = suggestion(str(value), allowed)
+        raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(allowed)}{hint}")
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -60,9 +65,3 @@ def check_generator(generator: object, batch_size: int) -> None:
         raise ValueError(f"generator={generator!r} must be a torch.Generator, or a list of them.")
     if isinstance(generator, list) and len(generator) != batch_size:
         raise ValueError(f"generator has {len(generator)} entries for {batch_size} images: pass one, or one each.")
-
-
-def suggestion(wrong: str, allowed: Collection[str]) -> str:
-    """`; did you mean '...'?` with the nearest of the allowed names, or nothing if none is near."""
-    nearest = difflib.get_close_matches(wrong, allowed, n=1)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""

@@ -60,6 +60,13 @@ def guide(conditional: Tensor, unconditional: Tensor, guidance: Guidance) -> Ten
     return guidance.rescale * ratio * guided + (1 - guidance.rescale) * guided
 
 
+def null_label(num_class_embeds: int | None, id2label: Mapping[Any, str] | None = None) -> int | None:
+    """The label that stands for no class: the last one, unless it has a name; None where there is none."""
+    if num_class_embeds is None or num_class_embeds - 1 in map(int, id2label or {}):  # JSON's keys are text
+        return None
+    return num_class_embeds - 1
+
+
 def label_numbers(class_labels: Any, classes: int, id2label: Mapping[int, str] | None) -> Tensor:  # noqa: ANN401
     """Labels, as numbers or names in any mixture, as a LongTensor [B].
 

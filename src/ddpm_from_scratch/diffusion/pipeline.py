@@ -2,32 +2,31 @@
 
 import ast
 import inspect
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import hf_hub_download, snapshot_download
 from torch import Tensor
 
 from .checks import check_choice, check_generator, check_range, check_whole, is_whole
-from .gaussian import Gaussian, Generators
-from .guidance import Condition, Guidance, guide, label_numbers
-from .reverse_variance import REVERSE_LOG_VARIANCES
+from .gaussian import Generators
+from .guidance import Condition, Guidance, guide, label_numbers, null_label
 from .scheduler import ScratchDDPMScheduler
-from .scheduler_config import check_config
-from .schedules import rescale_to_zero_terminal_snr
 from .stock import altered, safe_weights, write_config
-from .tensors import broadcast
 from .unet import ScratchUNet2DModel
 
 OUTPUT_TYPES = ("pil", "np", "pt")
+HUB_OPTIONS = ("cache_dir", "force_download", "token", "revision", "local_files_only")
+# This folder, in the order in which it makes one file.
+MODULES = ("checks", "stock", "gaussian", "tensors", "schedules", "timesteps", "reverse_variance", "scheduler_config")
+MODULES += ("chain", "scheduler", "unet", "guidance", "pipeline")
 MODULE_HEAD = '''"""ScratchDDPMPipeline of ddpm_from_scratch in one self-contained file, which `save_pretrained` writes.
 
 Generated: change the package, not this file. SPDX-License-Identifier: Apache-2.0
@@ -49,21 +48,11 @@ def one_file(sources: Sequence[str]) -> str:
 
 
 def _sources() -> tuple[str, ...]:
-    """The files that this pipeline needs, itself last; loaded as remote code, all of it is in one file already."""
-    parts = (
-        write_config,
-        check_choice,
-        Gaussian,
-        rescale_to_zero_terminal_snr,
-        broadcast,
-        REVERSE_LOG_VARIANCES["fixed_small"],
-        check_config,
-        ScratchDDPMScheduler,
-        ScratchUNet2DModel,
-        guide,
-    )
-    files = dict.fromkeys([*(inspect.getfile(part) for part in parts), __file__])
-    return tuple(Path(file).read_text(encoding="utf-8") for file in files)
+    """The sources of MODULES; loaded as remote code, all of them are in this one file already."""
+    here = Path(__file__)
+    alone = ScratchDDPMScheduler.__module__ == __name__
+    files = [here] if alone else [here.with_name(f"{module}.py") for module in MODULES]
+    return tuple(file.read_text(encoding="utf-8") for file in files)
 
 
 class Frame(NamedTuple):
@@ -306,24 +295,24 @@ class ScratchDDPMPipeline(DiffusionPipeline):
             if guidance.scale != 1:
                 raise ValueError(f"guidance_scale={guidance.scale!r} needs a class-conditional network.")
             return None, 1 if batch_size is None else batch_size
-        null = classes - 1
-        has_null = null not in (names or {})
+        null = null_label(classes, names)
         if class_labels is None:
-            if not has_null:
+            if null is None:
                 raise ValueError("class_labels is missing: each label of this network is a class, and none is null.")
             if guidance.scale != 1:
                 raise ValueError(f"guidance_scale={guidance.scale!r} needs class_labels to follow.")
             labels = torch.full((1 if batch_size is None else self._check_shape(batch_size)[0],), null)
         else:
             labels = label_numbers(class_labels, classes, names)
-        if guidance.scale != 1 and not has_null:
+        if guidance.scale != 1 and null is None:
             raise ValueError(
                 f"guidance_scale={guidance.scale!r} needs a null label, and each label of this network is a class."
             )
         if batch_size not in (None, len(labels)):
             raise ValueError(f"batch_size={batch_size!r} differs from the number of class_labels, {len(labels)}.")
         labels = labels.to(self._execution_device)
-        return Condition(labels, torch.cat([labels, torch.full_like(labels, null)]), guidance), len(labels)
+        none = labels if null is None else torch.full_like(labels, null)
+        return Condition(labels, torch.cat([labels, none]), guidance), len(labels)
 
     def _check_shape(self, batch_size: Any) -> tuple[int, ...]:  # noqa: ANN401
         """The shape of the samples, [B, C, H, W]."""
@@ -356,7 +345,23 @@ class ScratchDDPMPipeline(DiffusionPipeline):
             OSError: there is no such model, or only pickled weights of it.
         """
         with safe_weights(pretrained_model_name_or_path, kwargs):
+            if not os.path.isdir(pretrained_model_name_or_path) and "custom_pipeline" not in kwargs:
+                hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+                index = super().load_config(pretrained_model_name_or_path, **hub)
+                if not isinstance(index["_class_name"], str):
+                    return cls._from_parts(pretrained_model_name_or_path, index, hub, kwargs)
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def _from_parts(cls, name: Any, index: dict[str, Any], hub: dict[str, Any], options: dict[str, Any]) -> Any:  # noqa: ANN401
+        """Load from a repository that names a pipeline of its own, which diffusers would fetch and run."""
+        parts = {part: options.pop(part) for part in ("unet", "scheduler") if part in options}
+        if "unet" not in parts:
+            parts["unet"] = ScratchUNet2DModel.from_pretrained(name, subfolder="unet", **options)
+        if "scheduler" not in parts:
+            kind = getattr(diffusers, index["scheduler"][1])
+            parts["scheduler"] = kind.from_pretrained(name, subfolder="scheduler", **hub)
+        return cls(**parts, id2label=index.get("id2label"))
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:  # noqa: ANN401
@@ -365,20 +370,6 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config["_class_name"] = cls.__name__
         return loaded
-
-    @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:  # noqa: ANN401
-        """As in diffusers, which would run a folder's own pipeline; from such a folder, only data are fetched."""
-        hub = {
-            k: kwargs[k]
-            for k in ("cache_dir", "force_download", "token", "revision", "local_files_only")
-            if k in kwargs
-        }
-        index = hf_hub_download(pretrained_model_name, cls.config_name, **hub)
-        if isinstance(json.loads(Path(index).read_text(encoding="utf-8"))["_class_name"], str):
-            return super().download(pretrained_model_name, **kwargs)
-        weights = "*.bin" if kwargs.get("use_safetensors") is False else "*.safetensors"
-        return snapshot_download(pretrained_model_name, allow_patterns=["*.json", weights], **hub)
 
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:  # noqa: ANN401
         """Write model_index.json in stock names, and this pipeline as one self-contained file beside it.

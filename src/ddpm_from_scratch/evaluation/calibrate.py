@@ -13,6 +13,7 @@ import torch
 
 from ..data.config import DataConfig
 from ..data.dataset import load_data
+from ..diffusion.guidance import null_label
 from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..diffusion.scheduler import ScratchDDPMScheduler
 from .calibration import calibrate
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "model with a DDPMScheduler or ScratchDDPMScheduler."
         )
     classes, size = pipeline.unet.config.num_class_embeds, pipeline.unet.config.sample_size
-    if classes is not None and classes - 1 in (pipeline.config.id2label or {}):
+    if classes is not None and null_label(classes, pipeline.config.id2label) is None:
         raise ValueError(f"{args.model}: each label of its network is a class, and none is null, which is measured.")
     if not isinstance(size, int):
         raise ValueError(f"{args.model}: sample_size={size!r}, and only square images can be taken.")

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..diffusion.checks import check_whole
+from ..diffusion.guidance import null_label
 from ..diffusion.scheduler import ScratchDDPMScheduler
 from ..diffusion.scheduler_config import make_betas
 from ..diffusion.stock import altered
@@ -103,8 +104,8 @@ def calibrate(
 def _error(unet: Any, scheduler: ScratchDDPMScheduler, x_0: Tensor, noise: Tensor, t: int) -> Tensor:  # noqa: ANN401
     """Sum of (x_0 - x̂_0)² over a batch, at one t."""
     x_t = scheduler.add_noise(x_0, noise, t)
-    classes = unet.config.get("num_class_embeds")
-    labels = {} if classes is None else {"class_labels": torch.full((len(x_t),), classes - 1, device=x_t.device)}
+    null = null_label(unet.config.get("num_class_embeds"))
+    labels = {} if null is None else {"class_labels": torch.full((len(x_t),), null, device=x_t.device)}
     output = unet(x_t.to(unet.dtype), torch.tensor(t, device=x_t.device), **labels).sample.to(x_t.dtype)
     return ((x_0 - scheduler.predict(output, x_t, t).x_0) ** 2).sum()
 

@@ -26,13 +26,12 @@ from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..diffusion.stock import write_config
 from ..runtime.privacy import as_yaml, looks_local, public_config
 from ..runtime.results import merge_results, read_results
-from ..runtime.shipped import shipped
+from ..runtime.shipped import EMBEDDED_DATASET, shipped
 from .model_card import model_page
 from .repository import MODEL_FILES, open_repository, push
 from .space import publish_space
 
 TEMPLATE = shipped("model_card.md")
-EMBEDDED_DATASET = "zalando-datasets/fashion_mnist"  # where the embedded images are from
 CONFIG = "training_config.yaml"
 WRITTEN = ("README.md", "usage.png", "pipeline.py")  # into the model's folder
 FIRST_CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)

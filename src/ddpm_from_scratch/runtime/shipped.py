@@ -7,6 +7,9 @@ CHECKOUT = PACKAGE.parents[1]
 IN_WHEEL = PACKAGE / "shipped"  # pyproject.toml says what a wheel puts there
 
 
+EMBEDDED_DATASET = "zalando-datasets/fashion_mnist"  # the Hub original of the embedded images
+
+
 def shipped(name: str) -> Path:
     """The place of a file or folder, such as "model_card.md"; it need not be there."""
     return IN_WHEEL / name if IN_WHEEL.is_dir() else CHECKOUT / name

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..diffusion.checks import check_choice, check_generator, check_range, check_whole
 from ..diffusion.gaussian import Generators
-from ..diffusion.guidance import Condition, Guidance
+from ..diffusion.guidance import Condition, Guidance, null_label
 from ..diffusion.pipeline import OUTPUT_TYPES, ScratchDDPMPipeline, ScratchDDPMPipelineOutput
 from ..diffusion.scheduler import ScratchDDPMScheduler
 from ..diffusion.stock import altered
@@ -370,7 +370,7 @@ class ScratchDDPMInterpolationPipeline(_EditingPipeline):
 
     def _null_condition(self, batch_size: int) -> Condition | None:
         classes = self.unet.config.get("num_class_embeds")
-        if classes is not None and classes - 1 in (self.config.get("id2label") or {}):
+        if classes is not None and null_label(classes, self.config.get("id2label")) is None:
             raise ValueError("Inversion needs a null label, and each label of this network is a class.")
         return self._check_labels(None, batch_size, Guidance())[0]
 

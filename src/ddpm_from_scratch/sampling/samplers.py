@@ -1,16 +1,34 @@
-"""Samplers by name."""
+"""Samplers by name: each makes, of a model's scheduler, the one that draws."""
 
 from collections.abc import Callable
+from functools import partial
 
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
+from diffusers import DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
 
 from ..diffusion.scheduler import ScratchDDPMScheduler
+from ..diffusion.scheduler_config import OWN_KEYS
+from ..diffusion.stock import altered
 
-SAMPLERS: dict[str, Callable[[ScratchDDPMScheduler], SchedulerMixin]] = {
+KNOWN_TO_SOLVERS = ("linear", "scaled_linear", "squaredcos_cap_v2")  # schedules that they make by name
+
+
+def ddim(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """Draw no noise: the chain with eta = 0 (Song et al. 2021)."""
+    return altered(scheduler, ScratchDDPMScheduler, eta=0.0, timestep_spacing="trailing")  # type: ignore[no-any-return]
+
+
+def solver(kind: type[SchedulerMixin], scheduler: SchedulerMixin) -> SchedulerMixin:
+    """One of diffusers' solvers, on the process of a scheduler."""
+    config = {key: value for key, value in scheduler.config.items() if key not in OWN_KEYS}
+    if config["beta_schedule"] not in KNOWN_TO_SOLVERS:
+        config["trained_betas"] = scheduler.betas.tolist()
+    return kind.from_config(config, timestep_spacing="trailing")
+
+
+# All but the model's own start at t = T - 1, where x_t is noise (trailing spacing).
+SAMPLERS: dict[str, Callable[[SchedulerMixin], SchedulerMixin]] = {
     "ddpm": lambda scheduler: scheduler,
-    # Trailing spacing starts at t = T - 1, where x_t is noise; leading spacing starts too low.
-    "ddim": lambda scheduler: DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing"),
-    "dpmsolver++": lambda scheduler: DPMSolverMultistepScheduler.from_config(
-        scheduler.config, timestep_spacing="trailing"
-    ),
+    "ddim": ddim,
+    "dpmsolver++": partial(solver, DPMSolverMultistepScheduler),
+    "unipc": partial(solver, UniPCMultistepScheduler),
 }

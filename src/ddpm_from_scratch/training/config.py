@@ -12,72 +12,22 @@ from accelerate.tracking import get_available_trackers
 from huggingface_hub import get_token
 from huggingface_hub.utils import validate_repo_id
 
-from ..data.config import DataConfig, knob
+from ..data.config import DataConfig, check_local, check_revision
+from ..data.fields import FRACTION, POSITIVE, at_least, knob, one_of
 from ..diffusion.checks import suggestion
 from ..diffusion.reverse_variance import REVERSE_LOG_VARIANCES
 from ..diffusion.scheduler_config import PREDICTION_TYPES
 from ..diffusion.schedules import BETA_SCHEDULES
 from ..diffusion.timesteps import TIMESTEP_SPACINGS
 from ..diffusion.unet import ScratchUNet2DModel
-from ..runtime.privacy import LATEST, NOT_SAVED, as_yaml, looks_local
+from ..runtime.privacy import LATEST, NOT_SAVED, as_yaml
 from ..runtime.results import versions
+from ..sampling.samplers import SAMPLERS
 from .objectives import LOSS_WEIGHTINGS, LOSSES, check_trains_variance
+from .optimizer import DECAYS
 
 PRESETS = Path(__file__).parent / "presets"
-
-# What each field with a fixed set of values takes; tables in optimization.py and report.py have the same keys.
-CHOICES: dict[str, tuple[str, ...]] = {
-    "lr_scheduler": ("linear", "cosine", "constant", "constant_with_warmup"),
-    "mixed_precision": ("auto", "no", "bf16", "fp16"),
-    "prediction_type": PREDICTION_TYPES,
-    "ddpm_beta_schedule": tuple(BETA_SCHEDULES),
-    "ddpm_variance_type": tuple(REVERSE_LOG_VARIANCES),
-    "ddpm_timestep_spacing": tuple(TIMESTEP_SPACINGS),
-    "loss": LOSSES,
-    "loss_weighting": LOSS_WEIGHTINGS,
-    "timestep_sampling": ("uniform", "loss_aware"),
-    "sample_scheduler": ("ddpm", "ddim", "dpmsolver++"),
-    "logger": ("none", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "aim", "clearml", "dvclive", "swanlab"),
-}
-
-# Smallest value that each numeric field takes; a field that is None (left out) is not checked.
-AT_LEAST: dict[str, int] = {
-    "resolution": 1,
-    "train_batch_size": 1,
-    "eval_batch_size": 1,
-    "dataloader_num_workers": 0,
-    "shuffle_window_mb": 1,
-    "num_epochs": 1,
-    "step_images": 1,
-    "max_train_steps": 1,
-    "gradient_accumulation_steps": 1,
-    "lr_warmup_steps": 0,
-    "adam_weight_decay": 0,
-    "ddpm_num_steps": 2,
-    "ddpm_num_inference_steps": 1,
-    "log_steps": 1,
-    "sample_steps": 1,
-    "eval_steps": 1,
-    "eval_num_images": 20,
-    "max_skipped_steps": 1,
-    "max_bad_images": 0,
-    "checkpointing_steps": 1,
-    "checkpoints_total_limit": 1,
-    "seed": 0,
-}
-POSITIVE = (
-    "learning_rate",
-    "adam_epsilon",
-    "ema_inv_gamma",
-    "ema_power",
-    "max_grad_norm",
-    "ddpm_beta_start",
-    "snr_gamma",
-    "p2_gamma",
-    "p2_k",
-    "vlb_weight",
-)
-UNIT_INTERVAL = ("label_dropout", "adam_beta1", "adam_beta2", "ema_max_decay")  # [0, 1)
+LOGGERS = ("none", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "aim", "clearml", "dvclive", "swanlab")
 
 
 @dataclass(frozen=True)
@@ -96,68 +46,92 @@ class TrainingConfig(DataConfig):
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, more time")
 
     # Diffusion process
-    ddpm_num_steps: int = knob(1000, "T, the number of diffusion steps (paper: 1000)")
-    ddpm_beta_schedule: str = knob("linear", "the schedule of betas (paper: linear)")
-    ddpm_beta_start: float = knob(1e-4, "beta_1 of the linear schedules (paper: 1e-4)")
+    ddpm_num_steps: int = knob(1000, "T, the number of diffusion steps (paper: 1000)", at_least(2))
+    ddpm_beta_schedule: str = knob("linear", "the schedule of betas (paper: linear)", one_of(BETA_SCHEDULES))
+    ddpm_beta_start: float = knob(1e-4, "beta_1 of the linear schedules (paper: 1e-4)", POSITIVE)
     ddpm_beta_end: float = knob(0.02, "beta_T of the linear schedules (paper: 0.02)")
     rescale_betas_zero_snr: bool = knob(False, "rescale betas so that x_T holds no signal at all (paper: false)")
-    prediction_type: str = knob("epsilon", "what the network predicts (paper: epsilon)")
-    ddpm_variance_type: str = knob("fixed_large", "variance of the sampler (paper: fixed_large on CIFAR-10)")
+    prediction_type: str = knob("epsilon", "what the network predicts (paper: epsilon)", one_of(PREDICTION_TYPES))
+    ddpm_variance_type: str = knob(
+        "fixed_large", "variance of the sampler (paper: fixed_large on CIFAR-10)", one_of(REVERSE_LOG_VARIANCES)
+    )
     ddpm_clip_sample: bool = knob(True, "clip the predicted x_0 to [-1, 1] in the sampler (paper: true)")
-    ddpm_timestep_spacing: str = knob("leading", "how samplers with fewer steps choose their timesteps")
+    ddpm_timestep_spacing: str = knob(
+        "leading", "how samplers with fewer steps choose their timesteps", one_of(TIMESTEP_SPACINGS)
+    )
 
     # Objective
-    loss: str = knob("simple", "simple, vlb (the bound), or hybrid: both, for a learned variance (paper: simple)")
+    loss: str = knob(
+        "simple", "simple, vlb (the bound), or hybrid: both, for a learned variance (paper: simple)", one_of(LOSSES)
+    )
     loss_weighting: str = knob(
         "target",
         "of the simple loss: target (the error of what the network predicts), or the same for every prediction type: "
         "epsilon (L_simple), min_snr, p2 (paper: epsilon, which it predicts)",
+        one_of(LOSS_WEIGHTINGS),
     )
-    snr_gamma: float = knob(5.0, "gamma of the min_snr weighting")
-    p2_gamma: float = knob(1.0, "gamma of the p2 weighting")
-    p2_k: float = knob(1.0, "k of the p2 weighting")
-    vlb_weight: float = knob(0.001, "lambda of the hybrid loss (Nichol & Dhariwal: 0.001)")
-    timestep_sampling: str = knob("uniform", "uniform, or loss_aware: by the recent losses of each t, for the loss vlb")
+    snr_gamma: float = knob(5.0, "gamma of the min_snr weighting", POSITIVE)
+    p2_gamma: float = knob(1.0, "gamma of the p2 weighting", POSITIVE)
+    p2_k: float = knob(1.0, "k of the p2 weighting", POSITIVE)
+    vlb_weight: float = knob(0.001, "lambda of the hybrid loss (Nichol & Dhariwal: 0.001)", POSITIVE)
+    timestep_sampling: str = knob(
+        "uniform",
+        "uniform, or loss_aware: by the recent losses of each t, for the loss vlb",
+        one_of(("uniform", "loss_aware")),
+    )
 
     # Optimisation
-    train_batch_size: int = knob(16, "images per process and backward pass (paper: 128)")
-    gradient_accumulation_steps: int = knob(1, "backward passes per optimiser step (paper: 1)")
-    num_epochs: int = knob(100, "passes over the data; max_train_steps beats it")
+    train_batch_size: int = knob(16, "images per process and backward pass (paper: 128)", at_least(1))
+    gradient_accumulation_steps: int = knob(1, "backward passes per optimiser step (paper: 1)", at_least(1))
+    num_epochs: int = knob(100, "passes over the data; max_train_steps beats it", at_least(1))
     step_images: int | None = knob(
         None,
         "what a step is in this configuration: so many images, whatever the batch and the number of processes; left "
         "out: one step of the optimiser",
+        at_least(1),
     )
-    max_train_steps: int | None = knob(None, "optimiser steps (paper: 800000)")
-    learning_rate: float = knob(1e-4, "peak learning rate (paper: 2e-4)")
-    lr_scheduler: str = knob("cosine", "how the rate goes on after the warm-up (paper: constant_with_warmup)")
-    lr_warmup_steps: int = knob(500, "optimiser steps of linear warm-up (paper: 5000)")
-    adam_beta1: float = knob(0.9, "decay of the mean gradient (paper: 0.9)")
-    adam_beta2: float = knob(0.999, "decay of the mean squared gradient (paper: 0.999)")
-    adam_weight_decay: float = knob(0.0, "decoupled weight decay (paper: 0)")
-    adam_epsilon: float = knob(1e-8, "term in Adam's denominator (paper: 1e-8)")
-    max_grad_norm: float = knob(1.0, "norm to which gradients are clipped (paper: 1)")
-    max_skipped_steps: int = knob(20, "steps in a row whose gradients are not finite after which the run gives up")
-    mixed_precision: str = knob("auto", "auto: bf16 where the device computes it fast (paper: no)")
-    seed: int = knob(0, "the run is a function of it: weights, order, flips, timesteps, noise, dropouts")
+    max_train_steps: int | None = knob(None, "optimiser steps (paper: 800000)", at_least(1))
+    learning_rate: float = knob(1e-4, "peak learning rate (paper: 2e-4)", POSITIVE)
+    lr_scheduler: str = knob(
+        "cosine", "how the rate goes on after the warm-up (paper: constant_with_warmup)", one_of(DECAYS)
+    )
+    lr_warmup_steps: int = knob(500, "optimiser steps of linear warm-up (paper: 5000)", at_least(0))
+    adam_beta1: float = knob(0.9, "decay of the mean gradient (paper: 0.9)", FRACTION)
+    adam_beta2: float = knob(0.999, "decay of the mean squared gradient (paper: 0.999)", FRACTION)
+    adam_weight_decay: float = knob(0.0, "decoupled weight decay (paper: 0)", at_least(0))
+    adam_epsilon: float = knob(1e-8, "term in Adam's denominator (paper: 1e-8)", POSITIVE)
+    max_grad_norm: float = knob(1.0, "norm to which gradients are clipped (paper: 1)", POSITIVE)
+    max_skipped_steps: int = knob(
+        20, "steps in a row whose gradients are not finite after which the run gives up", at_least(1)
+    )
+    mixed_precision: str = knob(
+        "auto", "auto: bf16 where the device computes it fast (paper: no)", one_of(("auto", "no", "bf16", "fp16"))
+    )
+    seed: int = knob(0, "the run is a function of it: weights, order, flips, timesteps, noise, dropouts", at_least(0))
 
     # Exponential moving average of the weights
     use_ema: bool = knob(True, "average the weights, sample and save the average (paper: true)")
-    ema_inv_gamma: float = knob(1.0, "decay after n steps: 1 - (1 + n / inv_gamma) ** -power")
-    ema_power: float = knob(0.75, "see ema_inv_gamma")
-    ema_max_decay: float = knob(0.9999, "upper bound of the decay (paper: 0.9999 throughout)")
+    ema_inv_gamma: float = knob(1.0, "decay after n steps: 1 - (1 + n / inv_gamma) ** -power", POSITIVE)
+    ema_power: float = knob(0.75, "see ema_inv_gamma", POSITIVE)
+    ema_max_decay: float = knob(0.9999, "upper bound of the decay (paper: 0.9999 throughout)", FRACTION)
 
     # Samples
-    eval_batch_size: int = knob(64, "images in a sample grid")
-    sample_steps: int | None = knob(None, "optimiser steps between sample grids; left out: only at the end")
-    sample_scheduler: str = knob("ddpm", "the sampler of the grids (paper: ddpm)")
-    ddpm_num_inference_steps: int = knob(1000, "network calls per image of a grid (paper: 1000)")
+    eval_batch_size: int = knob(64, "images in a sample grid", at_least(1))
+    sample_steps: int | None = knob(
+        None, "optimiser steps between sample grids; left out: only at the end", at_least(1)
+    )
+    sample_scheduler: str = knob("ddpm", "the sampler of the grids (paper: ddpm)", one_of(SAMPLERS))
+    ddpm_num_inference_steps: int = knob(1000, "network calls per image of a grid (paper: 1000)", at_least(1))
 
     # Evaluation on the way
     eval_steps: int | None = knob(
-        None, "optimiser steps between small evaluations; the best model is kept in output_dir/best; left out: none"
+        None,
+        "optimiser steps between small evaluations; the best model is kept in output_dir/best; left out: none",
+        at_least(1),
     )
-    eval_num_images: int = knob(256, "generated for each, by ddpm_num_inference_steps, for the kernel distance")
+    eval_num_images: int = knob(
+        256, "generated for each, by ddpm_num_inference_steps, for the kernel distance", at_least(20)
+    )
     test_set: str | None = knob(
         None, "held-out images for the bound, like dataset_name; the embedded data have their own"
     )
@@ -165,10 +139,10 @@ class TrainingConfig(DataConfig):
     # Output
     output_dir: str = knob("outputs/ddpm", "the model folder, which also gets samples, results, checkpoints and logs")
     logging_dir: str = knob("logs", "folder of the logs, inside output_dir")
-    logger: str = knob("tensorboard", "where losses are logged")
-    log_steps: int = knob(10, "optimiser steps between two logged losses")
-    checkpointing_steps: int | None = knob(500, "optimiser steps between checkpoints; null: none")
-    checkpoints_total_limit: int | None = knob(None, "how many checkpoints are kept; left out: all")
+    logger: str = knob("tensorboard", "where losses are logged", one_of(LOGGERS))
+    log_steps: int = knob(10, "optimiser steps between two logged losses", at_least(1))
+    checkpointing_steps: int | None = knob(500, "optimiser steps between checkpoints; null: none", at_least(1))
+    checkpoints_total_limit: int | None = knob(None, "how many checkpoints are kept; left out: all", at_least(1))
     resume_from_checkpoint: str | None = knob(
         LATEST, "latest: the same command goes on where it was stopped; a checkpoint's folder; null: start anew"
     )
@@ -197,48 +171,9 @@ class TrainingConfig(DataConfig):
             ValueError: a value is impossible by itself or together with another.
             FileNotFoundError: a local file or folder is missing.
         """
-        checks = (
-            check_choices,
-            check_ranges,
-            check_labels,
-            check_diffusion,
-            check_objective,
-            check_network,
-            check_paths,
-            check_services,
-        )
-        for check in checks:
+        super().validate()
+        for check in (check_diffusion, check_objective, check_network, check_paths, check_services):
             check(self)
-
-
-def check_choices(config: TrainingConfig) -> None:
-    """Every field with a fixed set of values has one of them."""
-    for name, allowed in CHOICES.items():
-        value = getattr(config, name)
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{suggestion(value, allowed)}")
-
-
-def check_ranges(config: TrainingConfig) -> None:
-    """Every number is in its range; NaN is in none."""
-    for name, smallest in AT_LEAST.items():
-        value = getattr(config, name)
-        if value is not None and not value >= smallest:
-            raise ValueError(f"{name} must be at least {smallest}, got {value}")
-    for name in POSITIVE:
-        if not 0 < getattr(config, name) < float("inf"):
-            raise ValueError(f"{name} must be above 0 and finite, got {getattr(config, name)}")
-    for name in UNIT_INTERVAL:
-        if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}")
-
-
-def check_labels(config: TrainingConfig) -> None:
-    """Labels are only asked for where they are used."""
-    if config.label_column is not None and not config.class_conditional:
-        raise ValueError(f"label_column {config.label_column!r} needs --class_conditional")
-    if config.class_conditional and config.label_dropout == 0:
-        raise ValueError("label_dropout 0 would leave the null label untrained, which guidance needs: take 0.1 or so")
 
 
 def check_diffusion(config: TrainingConfig) -> None:
@@ -321,22 +256,9 @@ def check_halvings(model: Mapping[str, Any], resolution: int | None) -> None:
 
 def check_paths(config: TrainingConfig) -> None:
     """Local inputs exist, and the output does not collide with a file or with another run."""
-    if config.dataset_name is not None and config.train_data_dir is not None:
-        raise ValueError("dataset_name and train_data_dir both name the training data: give one")
-    if config.dataset_config_name is not None and config.dataset_name is None:
-        raise ValueError("dataset_config_name needs dataset_name")
-    for revision, field in {"dataset_revision": "dataset_name", "model_revision": "model_config_name_or_path"}.items():
-        name = getattr(config, field)
-        if getattr(config, revision) is not None and (name is None or looks_local(name) or Path(name).exists()):
-            raise ValueError(f"{revision} is of a {field} on the Hub, got {name}: leave it out")
-    if config.streaming and config.train_data_dir is not None:
-        raise ValueError("streaming is of a dataset_name; the files of a train_data_dir are read one by one as it is")
-    if config.train_data_dir is not None and not Path(config.train_data_dir).is_dir():
-        raise FileNotFoundError(f"train_data_dir: no folder {config.train_data_dir}")
-    for field in ("dataset_name", "test_set", "model_config_name_or_path"):
-        name = getattr(config, field)
-        if name is not None and looks_local(name) and not Path(name).expanduser().exists():
-            raise FileNotFoundError(f"{field}: no file or folder {name}")
+    check_revision("model", config.model_revision, config.model_config_name_or_path)
+    for field in ("test_set", "model_config_name_or_path"):
+        check_local(field, getattr(config, field))
     if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
         raise ValueError(f"output_dir {config.output_dir} is a file")
     resume = config.resume_from_checkpoint

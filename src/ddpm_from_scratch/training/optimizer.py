@@ -4,11 +4,13 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from .config import TrainingConfig
+if TYPE_CHECKING:
+    from .config import TrainingConfig
 
 # Rate after the warm-up, relative to the peak, at a progress from 0 to 1.
 DECAYS: dict[str, Callable[[float], float]] = {
@@ -33,7 +35,7 @@ STEP_FIELDS = (
 FUSED_ADAM_DEVICES = ("cpu", "cuda")
 
 
-def in_optimizer_steps(config: TrainingConfig, global_batch_size: int) -> TrainingConfig:
+def in_optimizer_steps(config: "TrainingConfig", global_batch_size: int) -> "TrainingConfig":
     """The configuration with every number of steps, each of `step_images` images, as optimiser steps of this run.
 
     So the warm-up, the end, the intervals and the horizon of the average come after as many images on one GPU as on
@@ -53,7 +55,7 @@ def in_optimizer_steps(config: TrainingConfig, global_batch_size: int) -> Traini
     )
 
 
-def learning_rate(step: int, config: TrainingConfig, total_steps: int) -> float:
+def learning_rate(step: int, config: "TrainingConfig", total_steps: int) -> float:
     """The rate at which optimiser step number `step` (0, 1, ...) is taken; at `total_steps` a decay has reached 0.
 
     A function of the optimiser steps alone, so accumulation and the number of processes do not stretch it.
@@ -72,7 +74,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def build_optimizer(
-    parameters: Iterable[torch.nn.Parameter], config: TrainingConfig, device: torch.device
+    parameters: Iterable[torch.nn.Parameter], config: "TrainingConfig", device: torch.device
 ) -> torch.optim.AdamW:
     """AdamW, as one fused kernel where the device has it."""
     return torch.optim.AdamW(

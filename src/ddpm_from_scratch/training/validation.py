@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..data.config import EMBEDDED_TEST_SET, DataConfig
+from ..data.config import DataConfig
 from ..data.dataset import TrainingData, load_data
 from ..evaluation.features import Features, extract
 from ..evaluation.likelihood import bits_per_dim
@@ -44,10 +44,10 @@ def build_validation_set(config: TrainingConfig, data: TrainingData) -> Validati
         )
     chosen = [data.images[index] for index in data.evenly(config.eval_num_images)]
     reference = extract(to_array(chosen, data.resolution))
-    test_set = config.test_set or (str(EMBEDDED_TEST_SET) if config.trains_on_embedded_data else None)
-    if test_set is None:
+    if (held_out := config.held_out(config.test_set)) is None:
         return ValidationSet(reference, None)
-    tests = load_data(DataConfig(dataset_name=test_set), data.channels, data.resolution)
+    name, split = held_out
+    tests = load_data(DataConfig(dataset_name=name), data.channels, data.resolution, split)
     some = [tests.images[index] for index in tests.evenly(NUM_BOUND_IMAGES)]
     return ValidationSet(reference, torch.from_numpy(to_array(some, data.resolution)).permute(0, 3, 1, 2).contiguous())
 
