@@ -201,10 +201,13 @@ class StreamBatches:
     world_size: int
     batch_size: int
 
+    def positions(self, micro_step: int) -> range:
+        """Those of one backward pass."""
+        return batch_positions(micro_step, self.rank, self.world_size, self.batch_size)
+
     def __iter__(self) -> Iterator[range]:
         """One batch of positions after another."""
-        for micro_step in self.micro_steps:
-            yield batch_positions(micro_step, self.rank, self.world_size, self.batch_size)
+        return map(self.positions, self.micro_steps)
 
     def __len__(self) -> int:
         """Number of backward passes."""

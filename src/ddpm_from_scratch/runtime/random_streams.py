@@ -116,17 +116,6 @@ def stratified_uniforms(seed: int, step: int, global_batch_size: int) -> Tensor:
     return (part + within) / global_batch_size
 
 
-def stratified_timesteps(seed: int, step: int, global_batch_size: int, num_train_timesteps: int) -> Tensor:
-    """Timesteps of one optimiser step, uniform over the chain.
-
-    Returns:
-        Long tensor [global_batch_size] with values in 0 .. num_train_timesteps - 1.
-    """
-    # The largest double below 1 times T may round up to T, hence the clamp.
-    t = (stratified_uniforms(seed, step, global_batch_size) * num_train_timesteps).long()
-    return t.clamp(max=num_train_timesteps - 1)
-
-
 def dropped_labels(seed: int, positions: Sequence[int], rate: float) -> Tensor:
     """At which positions of the stream the label gives way to the null label: bool [len(positions)], true at `rate`."""
     u = [torch.rand((), generator=generator(seed, "label dropout", position)) for position in positions]

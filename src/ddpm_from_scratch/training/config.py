@@ -23,7 +23,7 @@ from ..diffusion.unet import ScratchUNet2DModel
 from ..runtime.privacy import LATEST, NOT_SAVED, as_yaml
 from ..runtime.results import versions
 from ..sampling.samplers import SAMPLERS
-from .objectives import LOSS_WEIGHTINGS, LOSSES, check_trains_variance
+from .objectives import LOSS_WEIGHTINGS, LOSSES, TIMESTEP_SAMPLERS, check_trains_variance
 from .optimizer import DECAYS
 
 PRESETS = Path(__file__).parent / "presets"
@@ -77,7 +77,7 @@ class TrainingConfig(DataConfig):
     timestep_sampling: str = knob(
         "uniform",
         "uniform, or loss_aware: by the recent losses of each t, for the loss vlb",
-        one_of(("uniform", "loss_aware")),
+        one_of(TIMESTEP_SAMPLERS),
     )
 
     # Optimisation

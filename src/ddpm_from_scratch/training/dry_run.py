@@ -9,7 +9,7 @@ import torch
 
 from ..runtime.devices import device_name
 from ..runtime.results import versions
-from .loop import batches_from, train_step
+from .loop import passes_from, train_step
 from .run import Run
 
 TIMED_STEPS = 4
@@ -57,11 +57,11 @@ def synchronize(device: torch.device) -> None:
 def seconds_per_step(run: Run, count: int) -> float:
     """The median over a few optimiser steps; the first, which sets things up, counts only if it is alone."""
     run.unet.train()
-    batches = batches_from(run, run.progress.step)
+    passes = passes_from(run, run.progress.step)
     seconds = []
     for step in range(run.progress.step, run.progress.step + count):
         start = time.perf_counter()
-        train_step(run, batches, step)
+        train_step(run, passes, step)
         synchronize(run.accelerator.device)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:] or seconds)

@@ -154,6 +154,27 @@ def check_trains_variance(loss: str, variance_type: str) -> None:
         )
 
 
+class UniformSampler:
+    """Timesteps drawn uniformly over the chain.
+
+    Args:
+        num_train_timesteps: T.
+    """
+
+    def __init__(self, num_train_timesteps: int) -> None:
+        self.num_train_timesteps = num_train_timesteps
+
+    def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Timesteps at the quantiles u in [0, 1), float64, and their weights, 1: long [B] and float64 [B]."""
+        # The largest double below 1 times T may round up to T, hence the clamp.
+        t = (u * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
+        return t, torch.ones_like(u)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing: it remembers nothing."""
+        return {}
+
+
 class LossAwareSampler:
     """Timesteps drawn in proportion to √E[L_t²], which lowers the variance of L_vlb: iDDPM eq. 18.
 
@@ -200,3 +221,6 @@ class LossAwareSampler:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Put back what `state_dict` gave."""
         self.history, self.counts = state["history"].clone(), state["counts"].clone()
+
+
+TIMESTEP_SAMPLERS = {"uniform": UniformSampler, "loss_aware": LossAwareSampler}

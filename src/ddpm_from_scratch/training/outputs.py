@@ -1,0 +1,107 @@
+"""Output of a run beside its checkpoints: trackers, sample grids, and the model folder that it ends in."""
+
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+
+from ..evaluation.figures import LOSS_LABELS, plot_losses
+from ..runtime.atomic_files import replace_file, replacing_files
+from ..runtime.errors import Diverged, Stopped, saving
+from ..runtime.results import write_json
+from ..sampling.generate import SampleSpec, generate
+from ..sampling.previews import image_grid
+from ..sampling.samplers import SAMPLERS
+from .config import TrainingConfig, config_with_header
+from .run import Run, results
+
+
+def start_output(run: Run, config: TrainingConfig) -> None:
+    """Create the output folder with the configuration as it was given, and the trackers."""
+    if run.accelerator.is_main_process:
+        folder = Path(config.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / "training_config.yaml", config_with_header(config).encode())
+    # Trackers take plain values; a list, a mapping or None becomes text.
+    plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in config.to_dict().items()}
+    run.accelerator.init_trackers("ddpm", config=plain)
+
+
+def draw_grid(run: Run) -> Image.Image:
+    """Sample with the network as it is now, from the same noise each time; the processes share the work.
+
+    Of a class-conditional network, the classes in turn.
+    """
+    config, unet, accelerator = run.config, run.eval_unet, run.accelerator
+    pipeline = run.pipeline
+    pipeline.scheduler = SAMPLERS[config.sample_scheduler](run.scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    each = math.ceil(config.eval_batch_size / accelerator.num_processes)
+    spec = SampleSpec(
+        config.ddpm_num_inference_steps, config.eval_batch_size, run.id2label is not None, each, config.seed
+    )
+    was_training = unet.training
+    unet.eval()
+    with accelerator.autocast():
+        images = generate(pipeline, spec, accelerator, progress=False)
+    unet.train(was_training)
+    return image_grid([Image.fromarray(image.squeeze()) for image in images])
+
+
+def save_grid(run: Run, grid: Image.Image) -> None:
+    """Keep a grid on the way; one process does.
+
+    Raises:
+        CannotSave: it cannot be written.
+    """
+    if run.accelerator.is_main_process:
+        path = Path(run.config.output_dir, "samples", f"step_{run.progress.step}.png")
+        with saving("a grid of samples"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grid.save(path)
+
+
+def finish(run: Run) -> None:
+    """Write the model folder: the network, samples, the loss curve and results.
+
+    Raises:
+        CannotSave: it cannot be written; files that were there are whole.
+    """
+    grid = draw_grid(run)
+    if not run.accelerator.is_main_process:
+        return
+    folder = Path(run.config.output_dir)
+    with saving("the model"), replacing_files(folder) as unfinished:
+        run.pipeline.save_pretrained(unfinished)
+        grid.save(unfinished / "samples.png")
+        plot_losses(run.progress.losses, LOSS_LABELS[run.config.loss], unfinished / "loss.png")
+        write_json(results(run), unfinished / "results.json")
+    for picture in ("neighbors.png", "bound.png"):  # of an evaluation of the model that was here before
+        (folder / picture).unlink(missing_ok=True)
+
+
+def log_to_stderr() -> None:
+    """Show what the run says, without every request of the HTTP libraries."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for library in ("httpx", "httpx2"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+
+
+@contextmanager
+def leaving_together(run: Run) -> Iterator[None]:
+    """At the end of a run, or where all its processes stop at the same step: none leaves before the others are ready.
+
+    A launcher ends all processes as soon as one fails, though another may be writing a checkpoint. And a process that
+    leaves in the wake of a collective call can hang: torch's gloo frees its tensors with the help of the interpreter,
+    which waits for gloo.
+    """
+    try:
+        yield
+    except (Stopped, Diverged):
+        run.accelerator.wait_for_everyone()
+        raise
+    run.accelerator.wait_for_everyone()
