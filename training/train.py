@@ -12,7 +12,8 @@ from ddpm_from_scratch.runtime.errors import Fault, refusing
 from ddpm_from_scratch.training.arguments import parse
 from ddpm_from_scratch.training.dry_run import dry_run
 from ddpm_from_scratch.training.faults import StopSignals
-from ddpm_from_scratch.training.loop import finish, leaving_together, log_to_stderr, start_output, train
+from ddpm_from_scratch.training.loop import train
+from ddpm_from_scratch.training.outputs import finish, leaving_together, log_to_stderr, start_output
 from ddpm_from_scratch.training.run import build
 from ddpm_from_scratch.training.upload import Upload
 from ddpm_from_scratch.training.validation import build_validation_set

@@ -19,26 +19,7 @@ from ddpm_from_scratch.runtime.errors import BadImages
 from ddpm_from_scratch.runtime.random_streams import Block, WindowedOrder
 from ddpm_from_scratch.training.config import TrainingConfig
 from helpers.runs import SIZE, STEPS, assert_equal, checkpoint_tensors, encode, picture, run_main, write_parquet
-
-NUM = 31
-CLASSES = ("bag", "coat", "shoe")
-FEATURES = datasets.Features({"photo": datasets.Image(), "kind": datasets.ClassLabel(names=list(CLASSES))})
-
-
-def rows_of(numbers):
-    return {
-        "photo": [{"bytes": encode(picture(seed=number)), "path": None} for number in numbers],
-        "kind": [number % len(CLASSES) for number in numbers],
-    }
-
-
-def write_shards(folder, split="train"):
-    """Three files of row groups of 4, one of them with a last group of 3 rows: 8 blocks."""
-    folder.mkdir(parents=True)
-    for shard, (first, stop) in enumerate(((0, 12), (12, 16), (16, NUM))):
-        table = pyarrow.Table.from_pydict(rows_of(range(first, stop)), schema=FEATURES.arrow_schema)
-        pyarrow.parquet.write_table(table, folder / f"{split}-{shard:05d}-of-00003.parquet", row_group_size=4)
-    return folder
+from helpers.shards import FEATURES, NUM, rows_of, write_shards
 
 
 @pytest.fixture(scope="module")

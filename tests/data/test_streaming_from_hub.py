@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from safetensors.torch import load_file
-from test_hub_end_to_end import ROOT, run
-from test_streaming import write_shards
 
+from helpers.hub_runs import run
 from helpers.hub_server import Hub
+from helpers.paths import ROOT
 from helpers.runs import TINY, assert_equal, run_main
+from helpers.shards import write_shards
 
 STEPS, STOP = 8, 4
 NAME = "user/images"

@@ -19,7 +19,18 @@ from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, Scratch
 from ddpm_from_scratch.data import dataset as data
 from ddpm_from_scratch.runtime import random_streams as draws
 from ddpm_from_scratch.training.config import TrainingConfig
-from helpers.runs import BATCH, NUM_IMAGES, SIZE, STEPS, TINY, assert_equal, checkpoint_tensors, picture, run_main
+from helpers.runs import (
+    BATCH,
+    NUM_IMAGES,
+    SIZE,
+    STEPS,
+    TINY,
+    assert_equal,
+    checkpoint_tensors,
+    picture,
+    run_main,
+    stratified_timesteps,
+)
 
 NAMES = ("bag", "shoe", "coat")
 NULL = len(NAMES)
@@ -399,7 +410,7 @@ def test_unconditional_run_is_algorithm_1_without_labels(inputs, tmp_path):
         labels = [LABELS[draws.image_index(0, position, NUM_IMAGES)] for position in positions]
         x_0 = (100 * torch.tensor(labels).float() / 127.5 - 1).reshape(-1, 1, 1, 1).expand(-1, -1, SIZE, SIZE)
         noise = draws.noise_rows(0, positions, (1, SIZE, SIZE))
-        t = draws.stratified_timesteps(0, step, BATCH, 1000)
+        t = stratified_timesteps(0, step, BATCH, 1000)
         output = unet(scheduler.add_noise(x_0, noise, t), t).sample
         scheduler.simple_loss(output, x_0, noise, t).mean().backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)

@@ -30,9 +30,7 @@ def moments_of(data):
 
 
 def make(data, **settings):
-    return ScratchDDPMScheduler(
-        clip_sample=False, timestep_spacing="linspace", x_0_mse=moments_of(data), **settings
-    )
+    return ScratchDDPMScheduler(clip_sample=False, timestep_spacing="linspace", x_0_mse=moments_of(data), **settings)
 
 
 def steps_of(scheduler, data, x):

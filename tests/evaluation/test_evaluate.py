@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import (
     CMStochasticIterativeScheduler,
     ConsistencyModelPipeline,
@@ -29,7 +28,6 @@ from diffusers import (
     RePaintScheduler,
     ScoreSdeVePipeline,
     ScoreSdeVeScheduler,
-    UNet2DModel,
 )
 from PIL import Image
 from torch import nn
@@ -46,124 +44,34 @@ from ddpm_from_scratch.runtime import results as report
 from ddpm_from_scratch.sampling import generate as drawn_samples
 from ddpm_from_scratch.sampling import models
 from ddpm_from_scratch.sampling.generate import SampleSpec, generate
-from helpers.networks import TINY_NETWORK, randomised
+from helpers.evaluations import (
+    BATCH,
+    HELD_OUT,
+    NAMES,
+    NUM_BOUND,
+    NUM_HELD_OUT,
+    NUM_TRAINING,
+    SIDE,
+    STEPS,
+    TRAINING,
+    N,
+    Rank,
+    T,
+    as_table,
+    flags,
+    images_in,
+    names,
+    own_model,
+    run,
+    strict,
+    tiny,
+)
 from helpers.paths import ROOT
+
+pytestmark = pytest.mark.usefixtures("fresh_process", "few_features")
 
 SCRIPT = ROOT / "training" / "evaluate.py"
 PYTHONPATH = os.pathsep.join(str(ROOT / folder) for folder in ("src", "training", "tests"))
-
-SIDE, T, STEPS, BATCH, N = 8, 20, 3, 8, 20  # 2.5 batches
-NUM_TRAINING, NUM_HELD_OUT, NUM_BOUND = 50, 24, 6
-FEW = r"from \d+ images, with less than"  # what `measure` warns of
-
-
-def pictures(count, seed):
-    """Random images in four levels of brightness, so that they are not all alike: uint8 [count, SIDE, SIDE]."""
-    generator = np.random.default_rng(seed)
-    return generator.integers(0, 64, (count, SIDE, SIDE), dtype=np.uint8) + 64 * (np.arange(count) % 4)[
-        :, None, None
-    ].astype(np.uint8)
-
-
-TRAINING, HELD_OUT = pictures(NUM_TRAINING, 0), pictures(NUM_HELD_OUT, 1)
-
-
-def as_table(images):
-    features = datasets.Features({"image": datasets.Image()})
-    return datasets.Dataset.from_dict({"image": [Image.fromarray(image) for image in images]}, features=features)
-
-
-def tiny(**changes):
-    return randomised(UNet2DModel(**{**TINY_NETWORK, **changes})).eval()
-
-
-def own_model(folder, scheduler=None, id2label=None, **changes):
-    scheduler = scheduler or ScratchDDPMScheduler(num_train_timesteps=T)
-    ScratchDDPMPipeline(tiny(**changes), scheduler, id2label).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """Training and held-out images, and a cache for their features."""
-    folder = tmp_path_factory.mktemp("inputs")
-    for name, images in {"training": TRAINING, "tests": HELD_OUT}.items():
-        as_table(images).to_parquet(folder / f"{name}.parquet")
-    return SimpleNamespace(training=f"{folder}/training.parquet", tests=f"{folder}/tests.parquet", cache=folder / "c")
-
-
-@pytest.fixture(autouse=True)
-def fresh_process(monkeypatch):
-    """To accelerate, every test is a process of its own."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
-
-
-def reset_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-class MeansOfFeatures(nn.Module):
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, pixels, size):
-        return self.network(pixels, size).unflatten(1, (16, -1)).mean(2)
-
-
-def use_few_features(setitem=dict.__setitem__):
-    """Of 1280, whose Fréchet distance takes seconds, 16; also by the other processes of a test."""
-    known = features.EXTRACTORS["efficientnet-lite0"]
-    short = features.Extractor(known.size, known.files, lambda files: MeansOfFeatures(known.build(files)))
-    setitem(features.EXTRACTORS, "efficientnet-lite0", short)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_features():
-    with pytest.MonkeyPatch.context() as patch:
-        use_few_features(patch.setitem)
-        features._network.cache_clear()
-        yield
-    features._network.cache_clear()
-
-
-def flags(inputs, **changes):
-    """The command line after the model; None takes a flag away."""
-    values = {
-        "dataset_name": inputs.training,
-        "test_set": inputs.tests,
-        "num_images": N,
-        "num_inference_steps": STEPS,
-        "batch_size": BATCH,
-        "size": 32,
-        "cache_dir": inputs.cache,
-        "num_bound_images": NUM_BOUND,
-        "mixed_precision": "no",
-        **changes,
-    }
-    given = {name: value for name, value in values.items() if value is not None}
-    lists = {name: value if isinstance(value, tuple) else (value,) for name, value in given.items()}
-    return ["--no-compile", *(word for name, value in lists.items() for word in (f"--{name}", *map(str, value)))]
-
-
-def strict(path):
-    """A JSON file that every parser reads."""
-
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
-
-
-def run(model, arguments):
-    """Its results; few images are warned of, and nothing else is."""
-    reset_accelerate()
-    with pytest.warns(UserWarning, match=FEW):
-        path = evaluate.main([str(model), *arguments])
-    return strict(path)
 
 
 def pixels(path):
@@ -181,27 +89,7 @@ def assert_same_bound(found, expected):
         assert found[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4)), name
 
 
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def images_in(path):
-    with np.load(path) as archive:
-        return archive["images"]
-
-
 # --- the figures ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def whole(inputs, tmp_path_factory):
-    """A run in the folder of the model, where an earlier one left results."""
-    folder = own_model(tmp_path_factory.mktemp("whole") / "model")
-    (folder / "results.json").write_text('{"final_loss": 0.5, "evaluation": {"old": 1}}')
-    file = folder.parent / "new" / "images" / "steps-3.npz"
-    results = run(folder, flags(inputs, images_dir=file.parent))
-    assert names(file.parent) == [file.name]
-    return SimpleNamespace(folder=folder, results=results, file=file, images=images_in(file))
 
 
 @pytest.fixture
@@ -444,9 +332,6 @@ def test_stock_classes_draw_nearly_the_same_images(inputs, tmp_path):
     assert abs(saved["ours"] - saved["stock"]).max() <= 1
 
 
-NAMES = {0: "shoe", 2: "coat", 3: "bag"}  # of the five labels of a network, whose last one stands for none
-
-
 @pytest.fixture(scope="module")
 def conditional(tmp_path_factory):
     """A class-conditional model, whose folder names its own pipeline; the code in it must not be run."""
@@ -593,24 +478,6 @@ def test_two_processes_find_the_same_with_a_model_of_the_hub(inputs, whole, tmp_
     assert_same_bound(found["bound"], expected["bound"])
 
 
-class Rank:
-    """One of several processes; what each of them gathers turn by turn is kept, for the next round to give to all."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, rank, num_processes, parts):
-        self.process_index, self.num_processes, self.parts = rank, num_processes, parts
-        self.is_main_process, self.turn = rank == 0, 0
-
-    def gather(self, own):
-        self.turn += 1
-        self.parts[self.turn, self.process_index] = own
-        return torch.cat([self.parts.get((self.turn, rank), own) for rank in range(self.num_processes)])
-
-    def wait_for_everyone(self):
-        pass
-
-
 @pytest.mark.parametrize(("num_processes", "batch"), [(2, 3), (3, 16), (2, 32)])  # 7 batches; 2, for 3; 1, for 2
 def test_every_image_is_drawn_by_one_process(whole, num_processes, batch):
     pipeline = ScratchDDPMPipeline.from_pretrained(whole.folder)
@@ -728,14 +595,6 @@ def test_of_too_large_sets_evenly_spaced_images_are_taken(monkeypatch):
     monkeypatch.setattr(evaluation, "MOST_BYTES", 3 * 3 * 4**2)
     array = evaluation.to_array(images, 4)
     assert array.shape == (3, 4, 4, 3) and array[:, 0, 0, 0].tolist() == [0, 4, 9]
-
-
-@pytest.fixture
-def nothing_drawn(monkeypatch):
-    def draw(*arguments, **options):
-        raise AssertionError("images were drawn")
-
-    monkeypatch.setattr(drawn_samples, "draw_batch", draw)
 
 
 def test_training_images_are_not_held_out(inputs, whole, tmp_path, nothing_drawn):

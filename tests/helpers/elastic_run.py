@@ -12,8 +12,6 @@ import signal
 import sys
 from pathlib import Path
 
-from helpers.paths import ROOT
-
 
 def in_float64():
     """Weights, average, images and noise in float64. The noise is drawn as it always is."""
@@ -31,17 +29,22 @@ def in_float64():
     run.EMA = EMA64
     train.to_unit_range = lambda pixels: to_unit_range(pixels).double()
 
-    def with_float64_noise(run, batches, step):
-        return train_step(run, (batch._replace(noise=batch.noise.double()) for batch in batches), step)
+    def with_float64_noise(run, passes, step):
+        return train_step(run, map(in_doubles, passes), step)
+
+    def in_doubles(one):
+        return one._replace(batch=one.batch._replace(noise=one.batch.noise.double()))
 
     train.train_step = with_float64_noise
 
 
 def keep_ledger(folder):
     """A line of JSON for each row of each step, in a file of this process."""
+    import train as script
+
     from ddpm_from_scratch.training import loop as train
 
-    build, train_step = train.build, train.train_step
+    build, train_step = script.build, train.train_step
     known, given, timesteps = {}, [], []
 
     def build_and_watch(config):
@@ -53,14 +56,14 @@ def keep_ledger(folder):
         assert len(known) == 2 * len(run.data.images), "images that look alike"
         return run
 
-    def noted(batch):
-        given.append(batch)
-        return batch
+    def noted(one):
+        given.append(one.batch)
+        return one
 
-    def descend_and_note(run, batches, step):
+    def descend_and_note(run, passes, step):
         given.clear()
         timesteps.clear()
-        loss = train_step(run, map(noted, batches), step)
+        loss = train_step(run, map(noted, passes), step)
         rank, world_size = run.accelerator.process_index, run.accelerator.num_processes
         with open(folder / f"{rank}_of_{world_size}.jsonl", "a") as file:
             for micro_step, (batch, t) in enumerate(zip(given, timesteps, strict=True)):
@@ -78,7 +81,7 @@ def keep_ledger(folder):
                     file.write(json.dumps(facts) + "\n")
         return loss
 
-    train.build, train.train_step = build_and_watch, descend_and_note
+    script.build, train.train_step = build_and_watch, descend_and_note
 
 
 def stop_after(steps):
@@ -87,10 +90,10 @@ def stop_after(steps):
 
     train_step = train.train_step
 
-    def signalled(run, batches, step):
+    def signalled(run, passes, step):
         if step == steps - 1 and run.accelerator.process_index == run.accelerator.num_processes - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(run, batches, step)
+        return train_step(run, passes, step)
 
     train.train_step = signalled
 
@@ -107,8 +110,9 @@ def train_as(rank, job, port):
             MASTER_PORT=str(port),
             TORCHELASTIC_USE_AGENT_STORE="True",  # the one at this port, of the process that forked
         )
+    import train as script
+
     from ddpm_from_scratch.runtime.errors import Stopped
-    from ddpm_from_scratch.training import loop as train
 
     output = Path(job["output"])
     keep_ledger(output)
@@ -117,7 +121,7 @@ def train_as(rank, job, port):
         stop_after(job["stop_after"])
     stopped = False
     try:
-        train.main([*job["arguments"], "--output_dir", str(output)])
+        script.main([*job["arguments"], "--output_dir", str(output)])
     except Stopped:
         stopped = True
     if stopped != bool(job["stop_after"]):
@@ -139,7 +143,6 @@ def launch(job):
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT / "src"), str(ROOT / "training")]
     os.environ.update(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
 
     for job in json.loads(Path(sys.argv[1]).read_text()):

@@ -16,6 +16,8 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
 
+from ddpm_from_scratch.runtime.random_streams import stratified_uniforms
+from ddpm_from_scratch.training.objectives import UniformSampler
 from helpers.paths import ROOT
 
 NUM_IMAGES, SIZE, BATCH, STEPS = 22, 8, 4, 10  # an epoch is 5.5 steps, so batches straddle its end
@@ -121,3 +123,8 @@ def checkpoint_tensors(folder, step=STEPS):
 def assert_equal(actual, expected):
     assert actual.keys() == expected.keys()
     assert [key for key in expected if not torch.equal(actual[key], expected[key])] == []
+
+
+def stratified_timesteps(seed, step, global_batch_size, num_train_timesteps):
+    """The timesteps of an optimiser step with uniform sampling."""
+    return UniformSampler(num_train_timesteps).draw(stratified_uniforms(seed, step, global_batch_size))[0]

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,8 +14,6 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load, load_file
-from test_hub import WEIGHTS, WHOLE
-from test_loading import in_a_process
 
 from ddpm_from_scratch import ScratchDDPMPipeline
 from ddpm_from_scratch.diffusion.pipeline import one_file
@@ -25,9 +21,12 @@ from ddpm_from_scratch.hub import publish
 from ddpm_from_scratch.hub import repository as hub
 from ddpm_from_scratch.runtime.errors import Refused
 from ddpm_from_scratch.training import upload
+from helpers.evaluations import run
+from helpers.hub_files import WEIGHTS, WHOLE
 from helpers.hub_server import Fault, Hub
 from helpers.networks import TINY_NETWORK, randomised
 from helpers.paths import ROOT
+from helpers.processes import in_a_process
 from helpers.runs import TINY, picture, write_parquet
 
 TRUSTED = {"trust_remote_code": True}
@@ -35,16 +34,6 @@ STEPS = 6
 NAME = "user/clothes"
 OWNERS = {"hf_user": ("user", True), "hf_google": ("google", True)}
 TINY_RUN = {**TINY, "max_train_steps": STEPS, "checkpointing_steps": 2, "log_steps": 1, "train_batch_size": 2}
-
-
-def run(server, home, *command, token=None, **more):
-    """A process that knows of no package but those installed, and no Hub but the stand-in; its standard output."""
-    environment = server.environment(home, token=token, OMP_NUM_THREADS="1", **more)
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, cwd=home, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return SimpleNamespace(out=done.stdout, err=done.stderr)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 
 from ddpm_from_scratch import ScratchDDPMPipeline
 from ddpm_from_scratch.hub import repository as hub
+from helpers.crashes import WEIGHTS
+from helpers.hub_files import WHOLE
 from helpers.hub_server import Fault, Hub
 from helpers.networks import TINY_NETWORK, randomised
 
@@ -21,22 +23,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload ra
 
 NAME = "user/clothes"
 WRITER, READER, OTHER = ({"token": f"hf_{name}"} for name in ("user", "reader", "other"))
-WHOLE = {
-    "README.md",
-    "model_index.json",
-    "pipeline.py",
-    "unet/config.json",
-    "unet/diffusion_pytorch_model.safetensors",
-    "scheduler/scheduler_config.json",
-    "results.json",
-    "training_config.yaml",
-    "samples.png",
-    "usage.png",
-    "neighbors.png",
-    "bound.png",
-    "loss.png",
-}
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 def save_model(folder, seed=0):

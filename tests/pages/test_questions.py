@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
-from test_few_steps_page import DOCS, ROOT, load
 
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
 from ddpm_from_scratch.evaluation.likelihood import bits_per_dim
 from helpers.networks import TINY_NETWORK, randomised
+from helpers.pages import load
+from helpers.paths import DOCS, ROOT
 
 
 @pytest.fixture(scope="module")

@@ -25,19 +25,15 @@ from safetensors.torch import load_file
 from ddpm_from_scratch.runtime import atomic_files as durable
 from ddpm_from_scratch.training import checkpoint
 from helpers import crash_points
+from helpers.crashes import WEIGHTS, assert_same_checkpoint, names_in
 from helpers.runs import NUM_IMAGES, ROOT, TINY, picture, run_main, write_parquet
 
 FULL = os.environ.get("FULL_TESTS") == "1"
-WEIGHTS = Path("unet", "diffusion_pytorch_model.safetensors")
 PREFIXES = (durable.UNFINISHED, durable.REPLACED, durable.REMOVED)
 
 
 def read_folder(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def names_in(folder):
-    return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
 # Every system call of a save, of a save in place of another one, and of the clearing up
@@ -265,21 +261,6 @@ def wait_for_names(process, folder, pattern, count):
         new |= {name for name in names_in(folder) - before if re.search(pattern, name)}
         time.sleep(0.0005)
     return new
-
-
-def tensors_of(path):
-    """The tensor files of a checkpoint."""
-    return {name: load_file(path / f"{name}.safetensors") for name in ("unet", "optimizer", "ema")}
-
-
-def assert_same_checkpoint(path, expected):
-    """All tensors and all logged losses, bit for bit."""
-    actual, wanted = tensors_of(path), tensors_of(expected)
-    for name, tensors in wanted.items():
-        assert actual[name].keys() == tensors.keys()
-        assert not [key for key in tensors if not torch.equal(actual[name][key], tensors[key])], f"{path.name}: {name}"
-    losses, wanted_losses = (checkpoint.read_state(p)["progress"]["losses"] for p in (path, expected))
-    assert losses == wanted_losses, f"{path.name}: the logged losses differ"
 
 
 def assert_same_run(output, undisturbed):

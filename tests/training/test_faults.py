@@ -17,8 +17,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from torch import nn
 
+from ddpm_from_scratch.runtime import errors
 from ddpm_from_scratch.runtime.errors import CannotSave, Diverged, Refused, Stopped
-from ddpm_from_scratch.training import checkpoint, faults, run
+from ddpm_from_scratch.training import checkpoint, run
 from ddpm_from_scratch.training import loop as train
 from ddpm_from_scratch.training.faults import FiniteGuard
 from helpers.paths import TRAINING
@@ -34,8 +35,9 @@ def poisoned(monkeypatch, *steps):
     train_step = train.train_step
 
     def with_nan(run, batches, step):
-        def spoilt(batch):
-            return batch._replace(noise=batch.noise * (float("nan") if step in steps else 1))
+        def spoilt(one):
+            noise = one.batch.noise * (float("nan") if step in steps else 1)
+            return one._replace(batch=one.batch._replace(noise=noise))
 
         return train_step(run, map(spoilt, batches), step)
 
@@ -188,12 +190,12 @@ def test_the_logged_losses_are_those_of_a_run_without_a_stop(inputs, tmp_path, m
 
 def test_a_second_signal_has_its_usual_effect():
     code = (
-        "import os, signal, sys; sys.path.insert(0, sys.argv[1]); from faults import StopSignals\n"
+        "import os, signal; from ddpm_from_scratch.training.faults import StopSignals\n"
         "with StopSignals() as signals:\n"
         "    os.kill(os.getpid(), signal.SIGINT); print(signals.received == signal.SIGINT, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGTERM); print('still here', flush=True)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, TRAINING], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "True\n" and done.returncode == -signal.SIGTERM
 
 
@@ -257,9 +259,9 @@ def watch(event, arguments):
     if watching and event == "pickle.find_class":
         unpickled.append(arguments)
 sys.addaudithook(watch)
-training, preset = sys.argv[1:3]
-sys.path.insert(0, training)
-import pickle, evaluate, train
+preset = sys.argv[1]
+import pickle, train as script
+from ddpm_from_scratch.evaluation import evaluate
 from ddpm_from_scratch import ScratchDDPMPipeline
 flags = [preset, "--output_dir", "model", "--checkpointing_steps", "2"]
 watching = True
@@ -274,8 +276,8 @@ print(found)
 
 
 def test_nothing_is_unpickled_in_saving_resuming_and_loading(inputs, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", AUDITED, str(TRAINING), inputs.preset]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TRAINING)}
+    command = [sys.executable, "-c", AUDITED, inputs.preset]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
@@ -328,7 +330,7 @@ def test_a_real_process_meets_a_full_disk(inputs, tmp_path):
 
 def test_exit_codes_are_those_of_the_table():
     for fault in (Diverged, CannotSave, Stopped):
-        assert f"| {fault.code} |" in faults.__doc__
+        assert f"| {fault.code} |" in errors.__doc__
 
 
 @pytest.mark.parametrize("fault", [Diverged, CannotSave, Stopped])
@@ -336,10 +338,10 @@ def test_the_process_ends_with_the_code_of_the_fault(inputs, tmp_path, fault):
     """As a real process; what befalls it is put in by an import hook."""
     hook = f"""
 import sys, runpy
-sys.path[:0] = [{str(TRAINING)!r}]
-import run, train, faults
+from ddpm_from_scratch.runtime import errors
+from ddpm_from_scratch.training import run
 def build(config):
-    raise faults.{fault.__name__}("it befell the run")
+    raise errors.{fault.__name__}("it befell the run")
 run.build = build
 sys.argv = ["train.py", {inputs.preset!r}, "--output_dir", "model"]
 runpy.run_path({str(TRAINING / "train.py")!r}, run_name="__main__")

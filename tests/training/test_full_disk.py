@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_crashes import WEIGHTS, assert_same_checkpoint, names_in
 
 from ddpm_from_scratch.runtime.errors import CannotSave
 from ddpm_from_scratch.training import checkpoint
-from helpers.runs import ROOT, STEPS, run_main
+from helpers.crashes import WEIGHTS, assert_same_checkpoint, names_in
+from helpers.paths import ROOT
+from helpers.runs import STEPS, run_main
 
 DISK = 16 * 2**20
 FLAGS = ("--checkpointing_steps", "2", "--log_steps", "2")

@@ -25,8 +25,10 @@ from ddpm_from_scratch import ScratchDDPMPipeline, ScratchUNet2DModel
 from ddpm_from_scratch.data import dataset as data
 from ddpm_from_scratch.data import sources
 from ddpm_from_scratch.data.config import EMBEDDED_DATA, EMBEDDED_TEST_SET
+from ddpm_from_scratch.evaluation.figures import smoothed
+from ddpm_from_scratch.runtime import devices
 from ddpm_from_scratch.runtime import random_streams as draws
-from ddpm_from_scratch.runtime import results as report
+from ddpm_from_scratch.sampling.previews import image_grid
 from ddpm_from_scratch.training import arguments as cli
 from ddpm_from_scratch.training import checkpoint
 from ddpm_from_scratch.training import loop as train
@@ -34,6 +36,7 @@ from ddpm_from_scratch.training import model as networks
 from ddpm_from_scratch.training import optimizer as optimization
 from ddpm_from_scratch.training.config import PRESETS, TrainingConfig
 from ddpm_from_scratch.training.optimizer import EMA, ema_decay
+from ddpm_from_scratch.training.run import final_loss
 from helpers.paths import ROOT, TRAINING
 from helpers.runs import (
     BATCH,
@@ -47,6 +50,7 @@ from helpers.runs import (
     picture,
     run_main,
     run_process,
+    stratified_timesteps,
     write_parquet,
 )
 
@@ -308,13 +312,13 @@ def test_without_ema_the_trained_weights_are_saved(inputs, tmp_path):
 
 def test_timesteps_fill_every_stratum():
     for step in range(50):
-        t = draws.stratified_timesteps(0, step, 8, 1000)
+        t = stratified_timesteps(0, step, 8, 1000)
         assert t.dtype == torch.long
         assert sorted((t // 125).tolist()) == list(range(8))
 
 
 def test_timesteps_of_a_row_are_uniform():
-    t = torch.stack([draws.stratified_timesteps(3, step, 4, 10) for step in range(4000)])  # [steps, rows]
+    t = torch.stack([stratified_timesteps(3, step, 4, 10) for step in range(4000)])  # [steps, rows]
     assert t.min() == 0 and t.max() == 9
     for row in t.T:
         counts = torch.bincount(row, minlength=10)  # expected 400, standard deviation 19
@@ -322,7 +326,7 @@ def test_timesteps_of_a_row_are_uniform():
 
 
 def test_timesteps_with_more_rows_than_steps_stay_in_range():
-    t = draws.stratified_timesteps(0, 0, 1000, 10)
+    t = stratified_timesteps(0, 0, 1000, 10)
     assert torch.bincount(t).tolist() == [100] * 10
 
 
@@ -369,7 +373,7 @@ def test_purposes_draw_independently():
 
 def test_diffusion_is_float32_under_bf16(inputs, tmp_path, monkeypatch):
     seen = set()
-    build = train.build
+    build = script.build
 
     def spied_build(config):
         run = build(config)
@@ -383,7 +387,7 @@ def test_diffusion_is_float32_under_bf16(inputs, tmp_path, monkeypatch):
         monkeypatch.setattr(run.scheduler, "add_noise", add_noise)
         return run
 
-    monkeypatch.setattr(train, "build", spied_build)
+    monkeypatch.setattr(script, "build", spied_build)
     folder = run_main(inputs, tmp_path / "model", "--mixed_precision", "bf16", "--max_train_steps", "2")
     assert seen == {torch.float32}
     assert json.loads((folder / "results.json").read_text())["mixed_precision"] == "bf16"
@@ -397,8 +401,8 @@ def test_diffusion_is_float32_under_bf16(inputs, tmp_path, monkeypatch):
 )
 def test_auto_precision_asks_the_cpu(monkeypatch, capabilities, precision):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert optimization.resolve_precision("auto", torch.device("cpu")) == precision
-    assert optimization.resolve_precision("no", torch.device("cpu")) == "no"
+    assert devices.resolve_precision("auto", torch.device("cpu")) == precision
+    assert devices.resolve_precision("no", torch.device("cpu")) == "no"
 
 
 @pytest.mark.parametrize(
@@ -413,12 +417,12 @@ def test_auto_precision_asks_the_cpu(monkeypatch, capabilities, precision):
     ],
 )
 def test_a_launched_cpu_run_takes_all_cores(environment, threads):
-    assert optimization.threads_per_process(environment, cores=4) == threads
+    assert devices.threads_per_process(environment, cores=4) == threads
 
 
 PAGE_FAULTS = """
 import resource, sys, torch
-from optimization import keep_freed_memory
+from ddpm_from_scratch.runtime.devices import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 torch.ones(2**24)  # 64 MiB
@@ -432,7 +436,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are not told")
 def test_freed_memory_is_kept_for_the_next_step():
     """The system has to provide the same memory five times, or not at all."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "training")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     faults = {
         kind: int(
             subprocess.run(
@@ -447,7 +451,7 @@ def test_freed_memory_is_kept_for_the_next_step():
 
 def test_fp16_needs_a_gpu():
     with pytest.raises(ValueError, match="fp16 needs a CUDA device"):
-        optimization.resolve_precision("fp16", torch.device("cpu"))
+        devices.resolve_precision("fp16", torch.device("cpu"))
 
 
 # Data
@@ -867,10 +871,10 @@ def test_a_config_file_describes_a_new_network(inputs, whole_run, tmp_path):
 
 
 def test_grids_enlarge_tiny_images_only():
-    assert report.image_grid([picture(size=(8, 8))] * 5).size == (3 * 16, 2 * 16)
-    assert report.image_grid([picture(size=(64, 64))] * 4).size == (128, 128)
+    assert image_grid([picture(size=(8, 8))] * 5).size == (3 * 16, 2 * 16)
+    assert image_grid([picture(size=(64, 64))] * 4).size == (128, 128)
 
 
 def test_smoothing_starts_at_the_first_value():
-    assert report.smoothed([3.0, 3.0, 3.0], 10) == pytest.approx([3.0] * 3)
-    assert report.final_loss([(step, float(step > 90)) for step in range(1, 101)]) == 1.0
+    assert smoothed([3.0, 3.0, 3.0], 10) == pytest.approx([3.0] * 3)
+    assert final_loss([(step, float(step > 90)) for step in range(1, 101)]) == 1.0

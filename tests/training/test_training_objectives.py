@@ -21,14 +21,13 @@ from ddpm_from_scratch.data import dataset as data
 from ddpm_from_scratch.evaluation.likelihood import bits_per_dim
 from ddpm_from_scratch.runtime import random_streams as draws
 from ddpm_from_scratch.training import arguments as cli
-from ddpm_from_scratch.training import checkpoint
-from ddpm_from_scratch.training import loop as train
+from ddpm_from_scratch.training import checkpoint, outputs
 from ddpm_from_scratch.training import model as networks
 from ddpm_from_scratch.training.objectives import HISTORY, LOSS_WEIGHTINGS, UNIFORM_SHARE, LossAwareSampler, Objective
 from helpers import oracles
 from helpers.oracles import grid_data, randn
 from helpers.paths import TRAINING
-from helpers.runs import assert_equal, checkpoint_tensors, run_main, run_process
+from helpers.runs import assert_equal, checkpoint_tensors, run_main, run_process, stratified_timesteps
 
 T = 1000
 ALL = torch.arange(T)
@@ -354,7 +353,7 @@ def test_timesteps_are_uniform_until_each_has_ten_losses():
     assert sampler.probabilities().tolist() == [0.2] * 5
     u = draws.stratified_uniforms(0, 0, 64)
     t, weights = sampler.draw(u)
-    assert torch.equal(t, draws.stratified_timesteps(0, 0, 64, 5))
+    assert torch.equal(t, stratified_timesteps(0, 0, 64, 5))
     torch.testing.assert_close(weights, torch.ones(64, dtype=torch.float64), rtol=1e-15, atol=0)
     sampler.update(torch.tensor([3]), torch.tensor([1.0]))
     assert len(set(sampler.probabilities().tolist())) > 1
@@ -467,7 +466,7 @@ def first_losses(config):
     stream = data.ImageStream(loaded, config.seed, config.center_crop, config.random_flip)
     batch = stream.__getitems__(range(config.train_batch_size))
     x_0, noise = batch.images.double().numpy() / 127.5 - 1, batch.noise.double().numpy()
-    t = draws.stratified_timesteps(config.seed, 0, config.train_batch_size, 4).numpy()
+    t = stratified_timesteps(config.seed, 0, config.train_batch_size, 4).numpy()
     alpha_bar = RUN_CHAIN.alpha_bar[t][:, None, None, None]
     target = noise if config.prediction_type == "epsilon" else np.sqrt(alpha_bar) * noise - np.sqrt(1 - alpha_bar) * x_0
     snr = RUN_CHAIN.alpha_bar[t] / (1 - RUN_CHAIN.alpha_bar[t])
@@ -692,7 +691,7 @@ def test_wrong_calls_write_nothing(inputs, tmp_path, monkeypatch, capfd, flags, 
 @pytest.mark.parametrize("loss", ["simple", "vlb", "hybrid"])
 def test_the_curve_bears_the_name_of_its_loss(inputs, tmp_path, monkeypatch, loss):
     labels = []
-    monkeypatch.setattr(train, "plot_losses", lambda losses, label, path: labels.append(label))
+    monkeypatch.setattr(outputs, "plot_losses", lambda losses, label, path: labels.append(label))
     variance = () if loss == "simple" else LEARNED
     run_main(inputs, tmp_path / "model", *SHORT_RUN, "--loss", loss, *variance, "--max_train_steps", "1")
     assert len(labels) == 1 and loss in labels[0]

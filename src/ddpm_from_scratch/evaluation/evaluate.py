@@ -20,14 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 
 from ..data.config import EMBEDDED_TEST_SET, DataConfig
 from ..data.dataset import TrainingData, load_data
 from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..diffusion.scheduler import ScratchDDPMScheduler
-from ..runtime.devices import COMPILE_MODE, prepare_cpu, resolve_precision
+from ..runtime.devices import COMPILE_MODE, computes_on_cpu, prepare_cpu, resolve_precision
 from ..runtime.errors import told
 from ..runtime.privacy import looks_local, public_name
 from ..runtime.results import merge_results, read_results
@@ -293,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     """
     args = parse(arguments)
     check(args)
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    on_cpu = computes_on_cpu()
     if on_cpu:
         prepare_cpu()
     accelerator = Accelerator(cpu=on_cpu)

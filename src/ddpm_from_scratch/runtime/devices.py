@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import psutil
 import torch
+from accelerate.utils import parse_flag_from_env
 
 
 def device_name(device: torch.device) -> str:
@@ -55,6 +56,14 @@ def threads_per_process(environment: Mapping[str, str], cores: int) -> int | Non
     if not launched or environment.get("OMP_NUM_THREADS") != "1":
         return None
     return max(1, cores // int(environment.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def computes_on_cpu() -> bool:
+    """Whether no accelerator is there, or accelerate is told to use CPUs.
+
+    Unless it is told, it does not find its sibling processes there and runs unrelated copies.
+    """
+    return bool(parse_flag_from_env("ACCELERATE_USE_CPU")) or not torch.accelerator.is_available()
 
 
 def prepare_cpu() -> None:

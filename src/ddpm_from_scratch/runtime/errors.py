@@ -1,4 +1,17 @@
-"""Failure modes of a training run and their exit codes."""
+"""Failure modes of a training run and their exit codes.
+
+| code | what happened |
+|---|---|
+| 0 | the run is done |
+| 1 | an error that is none of these |
+| 2 | a wrong flag, preset, data set, checkpoint or token; nothing was done |
+| 65 | an image could not be read while training, or too many were passed over |
+| 70 | the loss was not finite for too many steps in a row; the last checkpoint is of before |
+| 74 | a checkpoint, the model or its pictures could not be written; the checkpoints that were there are whole |
+| 75 | SIGTERM or SIGINT; a checkpoint was written, and the same command goes on from there |
+
+`accelerate launch` and `torchrun` turn every code but 0 into 1.
+"""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence

@@ -1,11 +1,12 @@
-"""What a run shows: sample grids, the loss curve, results and the environment."""
+"""Results files, and the versions of what they depend on."""
 
 import json
-import os
 import platform
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from .atomic_files import replace_file
 
 PACKAGES = ("ddpm-from-scratch", "torch", "diffusers", "accelerate", "datasets", "numpy", "pillow")
 
@@ -23,9 +24,14 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
 
 
+def as_json(values: dict[str, Any]) -> str:
+    """Values as readable text, with a final newline."""
+    return json.dumps(values, indent=2) + "\n"
+
+
 def write_json(values: dict[str, Any], path: Path) -> None:
-    """Readable, with a final newline."""
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    """Write values as readable text."""
+    path.write_text(as_json(values), encoding="utf-8")
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -47,9 +53,4 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def merge_results(path: Path, name: str, content: dict[str, Any]) -> None:
     """Put something into a results file, which is whole at any time, beside what else is in it."""
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    try:
-        write_json({**read_results(path), name: content}, unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    replace_file(path, as_json({**read_results(path), name: content}).encode())

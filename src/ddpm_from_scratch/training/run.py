@@ -17,7 +17,14 @@ from ..data.dataset import TrainingData, load_data
 from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..diffusion.scheduler import ScratchDDPMScheduler
 from ..diffusion.unet import ScratchUNet2DModel
-from ..runtime.devices import COMPILE_MODE, MEMORY_FORMAT, device_name, prepare_cpu, resolve_precision
+from ..runtime.devices import (
+    COMPILE_MODE,
+    MEMORY_FORMAT,
+    computes_on_cpu,
+    device_name,
+    prepare_cpu,
+    resolve_precision,
+)
 from ..runtime.errors import saving
 from ..runtime.random_streams import derived_seed
 from ..runtime.results import versions
@@ -43,7 +50,7 @@ from .model import (
     load_trained,
     network_config,
 )
-from .objectives import LossAwareSampler, Objective
+from .objectives import TIMESTEP_SAMPLERS, LossAwareSampler, Objective, UniformSampler
 from .optimizer import EMA, build_optimizer, in_optimizer_steps, learning_rate
 
 # What `accelerate launch` sets for each.
@@ -67,7 +74,7 @@ class Run:
     ema: EMA | None
     progress: Progress
     objective: Objective
-    sampler: LossAwareSampler | None  # of timesteps; None for uniform ones
+    sampler: UniformSampler | LossAwareSampler  # of timesteps
     guard: FiniteGuard
 
     @cached_property
@@ -149,11 +156,46 @@ def build(config: TrainingConfig) -> Run:
         FileNotFoundError: there is no such data set, model or checkpoint.
     """
     check_engine()
-    # Unless told to compute on CPUs, accelerate does not find its sibling processes there and runs unrelated copies.
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    accelerator = build_accelerator(config)
+    config = in_optimizer_steps(
+        config, config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    )
+    torch.manual_seed(derived_seed(config.seed, "weights"))
+    scheduler = build_scheduler(config)
+    unet, data = build_inputs(config, scheduler, accelerator)
+    device = accelerator.device
+    unet.to(device, memory_format=MEMORY_FORMAT.get(device.type, torch.preserve_format))
+    ema = EMA(unet, config.ema_inv_gamma, config.ema_power, config.ema_max_decay) if config.use_ema else None
+    optimizer = build_optimizer(unet.parameters(), config, device)
+    if config.compile:
+        unet.compile(mode=COMPILE_MODE.get(device.type, "default"))
+    prepared_unet, optimizer = accelerator.prepare(unet, optimizer)
+    run = Run(
+        config,
+        accelerator,
+        data,
+        scheduler,
+        prepared_unet,
+        optimizer,
+        ema,
+        Progress(bad_images=list(data.unreadable)),
+        build_objective(config, scheduler),
+        TIMESTEP_SAMPLERS[config.timestep_sampling](config.ddpm_num_steps),
+        FiniteGuard(optimizer.optimizer if accelerator.scaler is None else None, device),
+    )
+    with accelerator.main_process_first():  # it clears up what a killed run left, once
+        checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir, "checkpoints"))
+    if checkpoint is not None:
+        load(run, checkpoint)
+    return run
+
+
+def build_accelerator(config: TrainingConfig) -> Accelerator:
+    """The engine, on the device and in the precision of the run."""
+    on_cpu = computes_on_cpu()
     if on_cpu:
         prepare_cpu()
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=on_cpu,
         # Said explicitly: `accelerate launch` without a config of its own would set "no".
         mixed_precision=resolve_precision(config.mixed_precision, PartialState(cpu=on_cpu).device),
@@ -161,10 +203,12 @@ def build(config: TrainingConfig) -> Run:
         log_with=None if config.logger == "none" else config.logger,
         project_dir=str(Path(config.output_dir, config.logging_dir)),
     )
-    passes = config.gradient_accumulation_steps * accelerator.num_processes
-    config = in_optimizer_steps(config, config.train_batch_size * passes)
-    torch.manual_seed(derived_seed(config.seed, "weights"))
-    scheduler = build_scheduler(config)
+
+
+def build_inputs(
+    config: TrainingConfig, scheduler: ScratchDDPMScheduler, accelerator: Accelerator
+) -> tuple[ScratchUNet2DModel, TrainingData]:
+    """The network, new or trained before, and the images, which fit each other."""
     with accelerator.main_process_first():  # downloads happen once
         trained = load_trained(config, scheduler)
         keys = dict(trained.unet.config) if trained else network_config(config)
@@ -177,22 +221,7 @@ def build(config: TrainingConfig) -> Run:
     unet.register_to_config(sample_size=data.resolution)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    unet.to(accelerator.device, memory_format=MEMORY_FORMAT.get(accelerator.device.type, torch.preserve_format))
-    ema = EMA(unet, config.ema_inv_gamma, config.ema_power, config.ema_max_decay) if config.use_ema else None
-    optimizer = build_optimizer(unet.parameters(), config, accelerator.device)
-    if config.compile:
-        unet.compile(mode=COMPILE_MODE.get(accelerator.device.type, "default"))
-    prepared_unet, optimizer = accelerator.prepare(unet, optimizer)
-    objective = build_objective(config, scheduler)
-    sampler = LossAwareSampler(config.ddpm_num_steps) if config.timestep_sampling == "loss_aware" else None
-    progress = Progress(bad_images=list(data.unreadable))
-    guard = FiniteGuard(optimizer.optimizer if accelerator.scaler is None else None, accelerator.device)
-    run = Run(config, accelerator, data, scheduler, prepared_unet, optimizer, ema, progress, objective, sampler, guard)
-    with accelerator.main_process_first():  # it clears up what a killed run left, once
-        checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir, "checkpoints"))
-    if checkpoint is not None:
-        load(run, checkpoint)
-    return run
+    return unet, data
 
 
 def save(run: Run) -> None:
@@ -210,7 +239,7 @@ def save(run: Run) -> None:
         "unet": run.trained_unet.state_dict(),
         "optimizer": optimizer_tensors(run.optimizer, run.parameter_names),
         **({"ema": run.ema.network.state_dict()} if run.ema else {}),
-        **({"sampler": run.sampler.state_dict()} if run.sampler else {}),
+        **({"sampler": state} if (state := run.sampler.state_dict()) else {}),
     }
     state = {"progress": vars(progress), "identity": run.identity()}
     about = {"step": progress.step, "config": run.config.to_dict(), "versions": versions()}
@@ -236,7 +265,7 @@ def load(run: Run, checkpoint: Path) -> None:
     load_optimizer_tensors(run.optimizer, run.parameter_names, read_tensors(checkpoint, "optimizer"))
     if run.ema:
         run.ema.network.load_state_dict(read_tensors(checkpoint, "ema"))
-    if run.sampler:
+    if isinstance(run.sampler, LossAwareSampler):
         run.sampler.load_state_dict(read_tensors(checkpoint, "sampler"))
     if run.accelerator.scaler is not None and run.progress.gradient_scaler:
         run.accelerator.scaler.load_state_dict(run.progress.gradient_scaler)

@@ -75,7 +75,7 @@ class Upload:
         try:
             return publish(Path(folder), self.repository, token=self.config.hub_token)
         except Exception as error:
-            command = shlex.join(["python", "training/publish.py", folder, "--hub_model_id", self.repository])
+            command = shlex.join(["ddpm", "publish", folder, "--hub_model_id", self.repository])
             error.add_note(f"The trained model is whole in {folder}. Push it with: {command}")
             raise
 

@@ -12,8 +12,8 @@ import sys
 from types import SimpleNamespace
 
 import yaml
-from test_evaluate import as_table, flags, pictures
 
+from helpers.evaluations import as_table, flags, pictures
 from helpers.runs import ROOT, TINY
 
 AUDITED = """
@@ -33,7 +33,7 @@ import torch
 from diffusers import DDPMPipeline
 
 import evaluate
-import test_evaluate
+from helpers import evaluations
 import train
 from ddpm_from_scratch import ScratchDDPMPipeline
 
@@ -53,7 +53,7 @@ def refused(action, *arguments):
     raise AssertionError(f"{arguments} was read")
 
 told = json.loads(sys.argv[1])
-test_evaluate.use_few_features()
+evaluations.use_few_features()
 with open("module.pickle", "wb") as file:
     pickle.dump(torch.nn.Linear(2, 2), file)
 torch.save(torch.nn.Linear(2, 2), "module.pt")

@@ -12,7 +12,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler
-from test_evaluate import (  # noqa: F401
+
+from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
+from ddpm_from_scratch.evaluation import evaluate
+from ddpm_from_scratch.sampling import generate as samples
+from ddpm_from_scratch.sampling import kept_images
+from helpers.evaluations import (
     BATCH,
     FEW,
     NAMES,
@@ -21,23 +26,16 @@ from test_evaluate import (  # noqa: F401
     N,
     Rank,
     T,
-    few_features,
     flags,
-    fresh_process,
     images_in,
-    inputs,
     names,
-    nothing_drawn,
     own_model,
     pictures,
     run,
     tiny,
-    whole,
 )
 
-from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
-from ddpm_from_scratch.evaluation import evaluate
-from ddpm_from_scratch.sampling import generate as samples
+pytestmark = pytest.mark.usefixtures("fresh_process", "few_features")
 
 DRAWING = samples.SampleSpec(STEPS, N, batch_size=BATCH)
 BATCHES = [(STEPS, 0), (STEPS, 8), (STEPS, 16)]  # the number of steps, and of the first image
@@ -82,20 +80,20 @@ def stopped_at(batch):
         return draw_batch(pipeline, spec, numbers)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(samples, "SAVE_SECONDS", 0)
+        patch.setattr(kept_images, "SAVE_SECONDS", 0)
         patch.setattr(samples, "draw_batch", stop)
         yield
 
 
 def draw(pipeline, path, accelerator=None, **changes):
     accelerator = accelerator or Accelerator(cpu=True)
-    return samples.generate_once(pipeline, replace(DRAWING, **changes), accelerator, path and path.parent)
+    return kept_images.generate_once(pipeline, replace(DRAWING, **changes), accelerator, path and path.parent)
 
 
 # --- again, and more of them ---------------------------------------------------------------------------------------
 
 
-def test_a_stopped_evaluation_goes_on(inputs, whole, tmp_path, drawn):  # noqa: F811
+def test_a_stopped_evaluation_goes_on(inputs, whole, tmp_path, drawn):
     def arguments(name, **changes):
         return flags(inputs, num_inference_steps=(2, STEPS), output_dir=tmp_path / name, **changes)
 
@@ -142,16 +140,16 @@ def test_more_processes_go_on_with_what_one_has_drawn(path, drawn):
     assert np.array_equal(found, expected) and np.array_equal(images_in(path), expected)
 
 
-@pytest.mark.parametrize(("seconds", "times"), [(samples.SAVE_SECONDS, [20]), (0, [8, 16, 20])])
+@pytest.mark.parametrize(("seconds", "times"), [(kept_images.SAVE_SECONDS, [20]), (0, [8, 16, 20])])
 def test_images_are_kept_now_and_then(path, monkeypatch, seconds, times):
-    kept, keep = [], samples.keep
+    kept, keep = [], kept_images.keep
 
     def note(path, drawn, origin):
         kept.append(len(drawn.images))
         keep(path, drawn, origin)
 
-    monkeypatch.setattr(samples, "SAVE_SECONDS", seconds)
-    monkeypatch.setattr(samples, "keep", note)
+    monkeypatch.setattr(kept_images, "SAVE_SECONDS", seconds)
+    monkeypatch.setattr(kept_images, "keep", note)
     draw(build(), path)
     assert kept == times
 
@@ -232,7 +230,7 @@ def test_images_of_other_classes_are_refused(path):
         draw(build(id2label={0: "shoe", 1: "coat"}, num_class_embeds=5), path, balanced_labels=True)
 
 
-def test_an_evaluation_refuses_images_of_something_else(inputs, whole, tmp_path, nothing_drawn):  # noqa: F811
+def test_an_evaluation_refuses_images_of_something_else(inputs, whole, tmp_path, nothing_drawn):
     """Also those of later steps, before it draws anything."""
     steps = {"num_inference_steps": (STEPS + 1, STEPS)}
     arguments = flags(inputs, seed=1, **steps, images_dir=whole.file.parent, output_dir=tmp_path / "new")
@@ -250,7 +248,7 @@ def test_a_model_is_the_same_in_every_place_and_process(tmp_path):
     assert len(defaults) > 1
     there.scheduler.register_to_config(_use_default_values=defaults[::-1])
     assert there.scheduler.config != here.scheduler.config and there.unet.config != here.unet.config
-    assert samples.digest(there) == samples.digest(here)
+    assert kept_images.digest(there) == kept_images.digest(here)
 
 
 def flipped(content):
