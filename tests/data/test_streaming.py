@@ -19,7 +19,7 @@ from ddpm_from_scratch.runtime.errors import BadImages
 from ddpm_from_scratch.runtime.random_streams import Block, WindowedOrder
 from ddpm_from_scratch.training.config import TrainingConfig
 from helpers.runs import SIZE, STEPS, assert_equal, checkpoint_tensors, encode, picture, run_main, write_parquet
-from helpers.shards import FEATURES, NUM, rows_of, write_shards
+from helpers.shards import CLASSES, FEATURES, NUM, rows_of, write_shards
 
 
 @pytest.fixture(scope="module")

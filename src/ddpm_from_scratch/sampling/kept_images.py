@@ -1,11 +1,8 @@
 """Generated images that are kept in files, so that a stopped evaluation goes on."""
 
 import hashlib
-import io
 import json
 import time
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
-from ..runtime.atomic_files import replace_file
+from ..runtime.array_files import read_arrays, write_arrays
 from .generate import Samples, SampleSpec, describe, draw_from, generate
 from .models import classes
 
@@ -82,10 +79,7 @@ def keep(path: Path, drawn: Samples, origin: dict[str, Any]) -> None:
         OSError: it cannot be written.
     """
     facts, of = (np.array(json.dumps(values)) for values in (drawn.facts, origin))
-    archive = io.BytesIO()
-    np.savez_compressed(archive, images=drawn.images, facts=facts, origin=of)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, archive.getvalue())
+    write_arrays(path, images=drawn.images, facts=facts, origin=of)
 
 
 def read_kept(path: Path, origin: dict[str, Any]) -> np.ndarray:
@@ -96,7 +90,7 @@ def read_kept(path: Path, origin: dict[str, Any]) -> np.ndarray:
     """
     if not path.is_file():
         return np.zeros((0, 1, 1, 1), np.uint8)
-    arrays = read_arrays(path)
+    arrays = read_arrays(path, "images")
     found = read_facts(path, arrays, "origin")
     differing = [name for name in origin if found.get(name) != origin[name]]
     if differing:
@@ -118,7 +112,7 @@ def read_images(path: Path, form: tuple[int, ...], least: int) -> Samples:
     Raises:
         ValueError: they are not such images.
     """
-    arrays = read_arrays(path)
+    arrays = read_arrays(path, "images")
     images = arrays["images"]
     images = images[..., None] if images.ndim == 3 else images
     if images.dtype != np.uint8 or images.shape[1:] != form or len(images) < least:
@@ -139,19 +133,3 @@ def read_facts(path: Path, arrays: dict[str, np.ndarray], name: str) -> dict[str
         return dict(json.loads(str(arrays.get(name, "{}"))))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {name}: {error}") from error
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an .npz, `images` among them.
-
-    Raises:
-        ValueError: it is no such file.
-    """
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = dict(archive)
-        if "images" not in arrays:
-            raise KeyError("images is not a file in the archive")
-    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    return arrays
