@@ -37,7 +37,6 @@ COMMANDS = {
     "calibrate": Command("estimate what few-step sampling needs to know of a model", f"{PACKAGE}.evaluation.calibrate"),
     "export": Command("make a model folder of a run's checkpoint", f"{PACKAGE}.training.export"),
     "publish": Command("write a model's page, and push both to the Hub", f"{PACKAGE}.hub.publish"),
-    "reproduce": Command("train, measure and document a model from nothing", f"{PACKAGE}.training.reproduce"),
 }
 
 # Flags of the launcher that it gets from `ddpm train` and `ddpm evaluate`; all others are the command's own.
@@ -109,3 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags.num_processes not in (None, "1") and computes_on_cpu(flags):
         environment["ACCELERATE_USE_CPU"] = "true"
     return subprocess.run(launch_command(flags, [*command.launched, *own]), env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

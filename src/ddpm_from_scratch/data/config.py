@@ -67,9 +67,8 @@ class DataConfig:
     def validate(self) -> None:
         """Check what concerns the data; nothing is downloaded.
 
-        Raises:
-            ValueError: a value is impossible by itself or together with another.
-            FileNotFoundError: a local file or folder is missing.
+        ValueError if a value is impossible by itself or together with another; FileNotFoundError if a local file or
+        folder is missing.
         """
         check_fields(self)
         check_data(self)

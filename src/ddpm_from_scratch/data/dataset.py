@@ -149,8 +149,7 @@ class ImageStream(torch.utils.data.Dataset[Tensor]):
 
         An image that cannot be read gives way to the next one in the data set.
 
-        Raises:
-            BadImages: it cannot be read, and is not to be passed over; or none can.
+        BadImages if it cannot be read, and is not to be passed over; or none can.
         """
         total = len(self.data.images)
         unreadable: list[str] = []

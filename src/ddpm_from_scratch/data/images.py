@@ -50,8 +50,7 @@ class Survey:
     def own_resolution(self) -> int:
         """The images' size, if they are square and of one size.
 
-        Raises:
-            ValueError: they are not, so the resolution has to be chosen.
+        ValueError if they are not, so the resolution has to be chosen.
         """
         smallest, largest = min(self.sizes), max(self.sizes)
         if smallest != largest or smallest[0] != smallest[1]:
@@ -63,11 +62,7 @@ class Survey:
 
 
 def encoded_image(row: Mapping[str, Any], index: int) -> bytes:
-    """The bytes of an image file, from the row itself or from the file it names.
-
-    Raises:
-        ValueError: the row has no image.
-    """
+    """The bytes of an image file, from the row itself or from the file it names; ValueError if the row has no image."""
     image = row["image"]
     if image is None:
         raise ValueError(f"row {index} of the data set has no image")
@@ -88,9 +83,8 @@ def reason(error: Exception) -> str:
 def survey(source: Source, skip_bad_images: bool = False) -> Survey:
     """Read the headers of some images.
 
-    Raises:
-        BadImages: an image cannot be read, and such ones are not to be passed over; or none can.
-        ValueError: an image has more than 8 bits per channel.
+    BadImages if an image cannot be read, and such ones are not to be passed over; or none can; ValueError if an image
+    has more than 8 bits per channel.
     """
     modes, sizes = set(), set()
     digest = hashlib.blake2b(source.extent.encode(), digest_size=16)
@@ -119,8 +113,7 @@ def survey(source: Source, skip_bad_images: bool = False) -> Survey:
 def decode(row: Mapping[str, Any], index: int, channels: int, resolution: int) -> Tensor:
     """An image, resized so that its shorter side is the resolution: uint8 [channels, H, W].
 
-    Raises:
-        BadImages: the image cannot be read, or it has colours where the network takes none.
+    BadImages if the image cannot be read, or it has colours where the network takes none.
     """
     try:
         with Image.open(io.BytesIO(encoded_image(row, index))) as opened:

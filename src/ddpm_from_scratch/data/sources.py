@@ -53,8 +53,7 @@ class Source:
 def open_source(config: DataConfig, split: str = "train") -> Source:
     """A split of the data set; a single parquet file is the split "train".
 
-    Raises:
-        ValueError: it is empty, there is no such split, or it has no images.
+    ValueError if it is empty, there is no such split, or it has no images.
     """
     return open_stream(config, split) if config.streaming else open_rows(config, split)
 
@@ -63,11 +62,7 @@ def open_source(config: DataConfig, split: str = "train") -> Source:
 
 
 def open_rows(config: DataConfig, split: str) -> Source:
-    """Rows in memory, or on the disk in a form that any row can be read from at once.
-
-    Raises:
-        ValueError: see `open_source`.
-    """
+    """Rows in memory, or on the disk in a form that any row can be read from at once; ValueError see `open_source`."""
     rows = load_rows(config, split)
     if len(rows) == 0:
         raise ValueError(f"{config.source} holds no images")
@@ -80,11 +75,7 @@ def open_rows(config: DataConfig, split: str) -> Source:
 
 
 def load_rows(config: DataConfig, split: str) -> datasets.Dataset:
-    """A split with all its columns.
-
-    Raises:
-        ValueError: there is none of this name.
-    """
+    """A split with all its columns; ValueError if there is none of this name."""
     if config.train_data_dir is not None:
         return datasets.load_dataset(
             "imagefolder", data_dir=config.train_data_dir, split=split, cache_dir=config.cache_dir
@@ -110,11 +101,7 @@ def load_rows(config: DataConfig, split: str) -> datasets.Dataset:
 
 
 def pick_split(splits: Mapping[str, Any], split: str, name: object) -> Any:  # noqa: ANN401
-    """What belongs to the split of this name.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """What belongs to the split of this name; ValueError if there is none."""
     if split not in splits:
         raise ValueError(f"{name} has no split {split!r}; it has {', '.join(map(str, splits))}")
     return splits[split]
@@ -145,8 +132,7 @@ class StreamedRows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One row: {"image": {"bytes": ..., "path": ...}}.
 
-        Raises:
-            ValueError: the block is not as long as it was when the run started.
+        ValueError if the block is not as long as it was when the run started.
         """
         number = bisect_right(self.starts, index) - 1
         if number not in self.kept:
@@ -157,11 +143,7 @@ class StreamedRows:
         return {"image": self.kept[number]["image"][index - self.starts[number]].as_py()}
 
     def read(self, number: int) -> pyarrow.Table:
-        """A block.
-
-        Raises:
-            ValueError: it is not as long as it was when the run started.
-        """
+        """A block; ValueError if it is not as long as it was when the run started."""
         table = pyarrow.concat_tables(tables(self.stream.shard(self.stream.num_shards, number)))
         block = self.blocks[number]
         if len(table) != block.stop - block.start:
@@ -198,8 +180,7 @@ def open_stream(config: DataConfig, split: str) -> Source:
 
     A block is a row group of Parquet, whose footers tell what there is; files of other forms are read through once.
 
-    Raises:
-        ValueError: see `open_source`; or it is a folder that is read row by row anyway.
+    ValueError see `open_source`; or it is a folder that is read row by row anyway.
     """
     name, path = config.source, Path(config.source).expanduser()
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -270,8 +251,7 @@ def into_blocks(sizes: Sequence[tuple[int, int]]) -> tuple[Block, ...]:
 def image_column(rows: Any) -> Any:  # noqa: ANN401
     """The undecoded images alone, of a `Dataset` or an `IterableDataset`, in one column named `image`.
 
-    Raises:
-        ValueError: the data set has no image column.
+    ValueError if the data set has no image column.
     """
     column = find_image_column(rows.features)
     rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
@@ -281,8 +261,7 @@ def image_column(rows: Any) -> Any:  # noqa: ANN401
 def find_image_column(features: Mapping[str, Any]) -> str:
     """The first column of images: of `datasets`' Image type, or encoded bytes with or without a path.
 
-    Raises:
-        ValueError: there is none.
+    ValueError if there is none.
     """
     for name, feature in features.items():
         if isinstance(feature, datasets.Image):

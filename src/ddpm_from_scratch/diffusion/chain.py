@@ -4,6 +4,7 @@ All of it lives on the host, timesteps as whole numbers and coefficients in floa
 """
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -49,6 +50,11 @@ def posterior_coefficients(
     fresh = eta**2 * (1 - a_t / a_s) / (1 - a_t)
     on_x_t = np.sqrt((1 - fresh) * (1 - a_s) / (1 - a_t))
     return np.sqrt(a_s) - on_x_t * np.sqrt(a_t), on_x_t, fresh * (1 - a_s)
+
+
+def log_square(x: float) -> float:
+    """Log x², -∞ at 0."""
+    return 2 * math.log(x) if x > 0 else -math.inf
 
 
 def posterior_log_variance(alpha_bar: np.ndarray, step: Transition) -> Coefficient:

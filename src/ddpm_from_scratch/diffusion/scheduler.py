@@ -34,6 +34,7 @@ from .chain import (
     Timestep,
     Transition,
     listed_timesteps,
+    log_square,
     posterior_coefficients,
     posterior_log_variance,
     spaced_timesteps,
@@ -69,11 +70,6 @@ class Prediction(NamedTuple):
     x_0: Tensor
     epsilon: Tensor
     variance_values: Tensor | None
-
-
-def log_square(x: float) -> float:
-    """Log x², -∞ at 0."""
-    return 2 * math.log(x) if x > 0 else -math.inf
 
 
 class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):

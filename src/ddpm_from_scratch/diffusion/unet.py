@@ -19,24 +19,11 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from .stock import altered, safe_weights, write_config
+from .unet_config import DOWN_BLOCKS, UP_BLOCKS, check_network
 
 # On a CPU the fused attention's backward pass in bfloat16 takes ten times as long as plain matrix products do over few
 # tokens; all else it does faster.
 FEW_TOKENS = 256
-
-# What each configuration key may be, for the keys of which not every value is implemented.
-SUPPORTED: dict[str, tuple[object, ...]] = {
-    "time_embedding_type": ("positional",),
-    "mid_block_type": ("UNetMidBlock2D", None),
-    "downsample_type": ("conv",),
-    "upsample_type": ("conv",),
-    "downsample_padding": (0, 1),
-    "act_fn": ("silu", "swish"),
-    "resnet_time_scale_shift": ("default", "scale_shift"),
-    "class_embed_type": (None,),
-}
-DOWN_BLOCKS = {"DownBlock2D": False, "AttnDownBlock2D": True}  # name: with attention?
-UP_BLOCKS = {"UpBlock2D": False, "AttnUpBlock2D": True}
 
 
 def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
@@ -294,37 +281,37 @@ class ScratchUNet2DModel(UNet2DModel):
     ) -> None:
         # Past UNet2DModel's own constructor: its layers are never built.
         super(UNet2DModel, self).__init__()
-        config = dict(self.config)
-        _check_config(config)
+        check_network(self.config)
         self.sample_size = sample_size
         self.gradient_checkpointing = False
-
-        width, embed_dim = block_out_channels[0], _embed_dim(config)
+        width, embed_dim = block_out_channels[0], _embed_dim(self.config)
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
         self.time_embedding = TimeEmbedding(width, embed_dim)
         self.class_embedding = nn.Embedding(num_class_embeds, embed_dim) if num_class_embeds is not None else None
-
-        self.down_blocks = nn.ModuleList()
-        skips = [width]  # channels of every result of the way down
-        for level, (kind, channels) in enumerate(zip(down_block_types, block_out_channels, strict=True)):
-            halve = level < len(block_out_channels) - 1
-            outputs = [channels] * layers_per_block
-            self.down_blocks.append(DownBlock([skips[-1], *outputs], DOWN_BLOCKS[kind], halve, config))
-            skips += outputs + [channels] * halve
-
-        self.mid_block = MidBlock(skips[-1], config) if mid_block_type is not None else None
-
-        self.up_blocks = nn.ModuleList()
-        below = skips[-1]
-        for level, (kind, channels) in enumerate(zip(up_block_types, reversed(block_out_channels), strict=True)):
-            double = level < len(block_out_channels) - 1
-            taken = [skips.pop() for _ in range(layers_per_block + 1)]
-            self.up_blocks.append(UpBlock(below, channels, taken, UP_BLOCKS[kind], double, config))
-            below = channels
-
+        self._build_levels(dict(self.config))
         self.conv_norm_out = GroupNorm(norm_num_groups, width, norm_eps)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         self._initialise()
+
+    def _build_levels(self, config: dict[str, Any]) -> None:
+        """The blocks of the way down, the middle, and the way up."""
+        all_channels, layers = config["block_out_channels"], config["layers_per_block"]
+        last = len(all_channels) - 1
+        self.down_blocks = nn.ModuleList()
+        skips = [all_channels[0]]  # channels of every result of the way down
+        for level, (kind, channels) in enumerate(zip(config["down_block_types"], all_channels, strict=True)):
+            halve, outputs = level < last, [channels] * layers
+            self.down_blocks.append(DownBlock([skips[-1], *outputs], DOWN_BLOCKS[kind], halve, config))
+            skips += outputs + [channels] * halve
+
+        self.mid_block = MidBlock(skips[-1], config) if config["mid_block_type"] is not None else None
+
+        self.up_blocks = nn.ModuleList()
+        below = skips[-1]
+        for level, (kind, channels) in enumerate(zip(config["up_block_types"], reversed(all_channels), strict=True)):
+            taken = [skips.pop() for _ in range(layers + 1)]
+            self.up_blocks.append(UpBlock(below, channels, taken, UP_BLOCKS[kind], level < last, config))
+            below = channels
 
     def _initialise(self) -> None:
         """Weights as in the code of Ho et al.: Xavier-uniform, biases 0, and last layers 0."""
@@ -456,49 +443,3 @@ def _embed_dim(config: dict[str, Any]) -> int:
 
 def _shortened(keys: Sequence[object]) -> str:
     return ", ".join(map(str, keys[:5])) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-
-
-def _check_config(config: dict[str, Any]) -> None:
-    """Raise ValueError for a configuration that is not implemented, or cannot be built, before anything is."""
-    for key, allowed in SUPPORTED.items():
-        if config[key] not in allowed:
-            raise ValueError(f"{key}={config[key]!r} is not supported. Allowed: {', '.join(map(repr, allowed))}.")
-    for key, blocks in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
-        if not all(kind in blocks for kind in config[key]):
-            raise ValueError(f"{key}={list(config[key])!r} is not supported. Allowed: {', '.join(blocks)}.")
-        if len(config[key]) != len(config["block_out_channels"]):
-            raise ValueError(
-                f"{key} has {len(config[key])} entries, block_out_channels {len(config['block_out_channels'])}: "
-                "one for each level is needed in both."
-            )
-    for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
-        if not isinstance(config[key], int) or config[key] < 1:
-            raise ValueError(f"{key}={config[key]!r} must be a whole number, at least 1.")
-    _check_groups_and_heads(config)
-    _check_sample_size(config)
-
-
-def _check_groups_and_heads(config: dict[str, Any]) -> None:
-    groups, head_dim = config["norm_num_groups"], config["attention_head_dim"]
-    for channels in config["block_out_channels"]:
-        if channels % groups:
-            raise ValueError(f"block_out_channels={channels} is not divisible by norm_num_groups={groups}.")
-    kinds = zip(
-        config["block_out_channels"], config["down_block_types"], reversed(config["up_block_types"]), strict=True
-    )
-    attending = [c for c, down, up in kinds if DOWN_BLOCKS[down] or UP_BLOCKS[up]]
-    if config["mid_block_type"] is not None and config["add_attention"]:
-        attending.append(config["block_out_channels"][-1])
-    if head_dim is not None and any(head_dim > channels or head_dim < 1 for channels in attending):
-        raise ValueError(f"attention_head_dim={head_dim} must lie between 1 and the channels that attend, {attending}.")
-
-
-def _check_sample_size(config: dict[str, Any]) -> None:
-    size = config["sample_size"]
-    factor = 2 ** (len(config["block_out_channels"]) - 1)
-    sides = () if size is None else (size, size) if isinstance(size, int) else tuple(size)
-    if size is not None and (len(sides) != 2 or any(not isinstance(n, int) or n < 1 or n % factor for n in sides)):
-        raise ValueError(
-            f"sample_size={size!r} must be a side, or (height, width), divisible by {factor}: the network halves the "
-            f"resolution {len(config['block_out_channels']) - 1} times."
-        )

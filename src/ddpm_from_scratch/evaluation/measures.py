@@ -27,7 +27,6 @@ from .features import CACHE_DIR, Features, cached_features, extract
 from .likelihood import bits_per_dim
 from .metrics import Neighbors, measure, memorization, nearest_neighbors
 
-LEAST_IMAGES = 20  # that the standard error of the kernel distance needs
 MOST_IMAGES, MOST_BYTES = 100_000, 2**31  # of a real set that are looked at; of more, so many evenly spaced ones
 MOST_HELD_OUT = 2000  # images to which the distances of generated ones to the training set are compared
 ENTRIES = 2**25  # of images in float64, 256 MiB, that are compared at once
@@ -79,8 +78,7 @@ def all_specs(options: Options) -> list[SampleSpec]:
 def check_options(pipeline: DiffusionPipeline, options: Options) -> None:
     """Refuse what the model cannot do, before any work.
 
-    Raises:
-        ValueError: it has no such labels, or not so many steps or terms.
+    ValueError if it has no such labels, or not so many steps or terms.
     """
     sample_specs = all_specs(options)
     conditional, balanced = bool(classes(pipeline)), any(spec.balanced_labels for spec in sample_specs)
@@ -139,11 +137,7 @@ def gives_floor(real: RealImages, count: int) -> bool:
 
 
 def check_enough(real: RealImages, count: int) -> None:
-    """Refuse more generated images than there are real ones for.
-
-    Raises:
-        ValueError: there are too few training images.
-    """
+    """Refuse more generated images than there are real ones for; ValueError if there are too few training images."""
     there, shares = len(real.training), 1 if gives_floor(real, count) else 2
     if shares * count > there:
         floor = "" if shares == 1 else ", and as many others, or held-out ones, for the floor"
@@ -160,8 +154,7 @@ def prepare_reference(
 
     These are held-out images, or other training images where there are too few of them.
 
-    Raises:
-        ValueError: there are too few images.
+    ValueError if there are too few images.
     """
     check_enough(real, count)
     order = np.random.default_rng(derived_seed(options.seed, "reference")).permutation(len(real.training))
@@ -195,8 +188,7 @@ def compare(
 def usual_distances(real: RealImages) -> np.ndarray | None:
     """Of held-out images to the training images; None without any.
 
-    Raises:
-        ValueError: half of the held-out images are in the training set.
+    ValueError if half of the held-out images are in the training set.
     """
     if real.held_out is None:
         return None
@@ -328,6 +320,57 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = time.perf_counter() - start
 
 
+class Known(NamedTuple):
+    """What is computed of real images before any are drawn."""
+
+    usual: np.ndarray | None  # see `usual_distances`
+    references: dict[tuple[int, int | None], Reference]  # by the number of images and the size of features
+
+
+def prepare_known(real: RealImages, options: Options, device: torch.device) -> Known:
+    """Distances and features of real images, for all numbers of images and sizes; ValueError if there are too few."""
+    counts = sorted({spec.num_images for spec in options.sample_specs})
+    return Known(
+        usual_distances(real),
+        {
+            (count, size): prepare_reference(real, count, size, options, device)
+            for count in counts
+            for size in options.sizes
+        },
+    )
+
+
+def compare_all(
+    real: RealImages,
+    known: Known | None,
+    options: Options,
+    accelerator: Accelerator,
+    draw: Callable[[SampleSpec], Samples],
+    seconds: dict[str, float],
+) -> tuple[list[dict[str, Any]], tuple[np.ndarray, Neighbors] | None]:
+    """Draw images, and compare them where real ones are known.
+
+    Returns:
+        Their figures, and the first images with their nearest training images; nothing on other processes.
+    """
+    rows: list[dict[str, Any]] = []
+    first: tuple[np.ndarray, Neighbors] | None = None
+    for spec in options.sample_specs:
+        steps = f"{spec.num_inference_steps} steps"
+        with timed(seconds, f"{spec.num_images} images, {steps}"):
+            images, facts = draw(spec)
+        with timed(seconds, f"measures, {steps}"):
+            if known:
+                near = nearest(images, real.training)
+                first = first or (images, near)
+                copies = describe_copies(near, known.usual, len(real.training))
+                for size in options.sizes:
+                    reference = known.references[spec.num_images, size]
+                    rows.append({**facts, **compare(images, reference, size, options, accelerator.device), **copies})
+            accelerator.wait_for_everyone()
+    return rows, first
+
+
 def evaluate(
     pipeline: DiffusionPipeline,
     real: RealImages,
@@ -351,38 +394,18 @@ def evaluate(
         ValueError: there are too few real images, or half of the held-out ones are training images.
     """
     seconds: dict[str, float] = {}
-    samples: list[dict[str, Any]] = []
-    first: tuple[np.ndarray, Neighbors] | None = None
-    device, main = accelerator.device, accelerator.is_main_process
-    if main:  # before images are drawn: what is missing for it is told now
+    known = None
+    if accelerator.is_main_process:  # before images are drawn: what is missing for it is told now
         with timed(seconds, "reference"):
-            usual = usual_distances(real)
-            counts = sorted({spec.num_images for spec in options.sample_specs})
-            references = {
-                (count, size): prepare_reference(real, count, size, options, device)
-                for count in counts
-                for size in options.sizes
-            }
+            known = prepare_known(real, options, accelerator.device)
     accelerator.wait_for_everyone()
-    for spec in options.sample_specs:
-        steps = f"{spec.num_inference_steps} steps"
-        with timed(seconds, f"{spec.num_images} images, {steps}"):
-            images, facts = draw(spec)
-        with timed(seconds, f"measures, {steps}"):
-            if main:
-                near = nearest(images, real.training)
-                first = first or (images, near)
-                copies = describe_copies(near, usual, len(real.training))
-                for size in options.sizes:
-                    found = compare(images, references[spec.num_images, size], size, options, device)
-                    samples.append({**facts, **found, **copies})
-            accelerator.wait_for_everyone()
+    samples, first = compare_all(real, known, options, accelerator, draw, seconds)
     more: dict[str, Any] = {}
     if options.class_samples:
         with timed(seconds, f"{options.class_samples.num_images} images of the classes"):
             drawn = draw(options.class_samples)
         with timed(seconds, "classifier"):
-            if main:
+            if known:
                 more["classes"] = judge_classes(drawn, pipeline, real)
             accelerator.wait_for_everyone()
     if options.num_bound_images:
@@ -393,7 +416,7 @@ def evaluate(
     environment = {
         "pipeline": type(pipeline).__name__,
         "precision": str(pipeline.unet.dtype).removeprefix("torch."),
-        "device": device_name(device),
+        "device": device_name(accelerator.device),
         "num_processes": accelerator.num_processes,
         "batch_size": options.batch_size,
         "images": real.facts,

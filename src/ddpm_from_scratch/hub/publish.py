@@ -64,9 +64,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Raise for flags that cannot work, before anything is done.
 
-    Raises:
-        ValueError: a name is not allowed, or flags contradict each other.
-        FileNotFoundError: there is no such model.
+    ValueError if a name is not allowed, or flags contradict each other; FileNotFoundError if there is no such model.
     """
     if not (args.folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{args.folder} has no model_index.json: pass the folder of a saved pipeline.")
@@ -116,9 +114,8 @@ def hub_datasets(config: Mapping[str, Any]) -> list[str]:
 def write_page(stage: Path, repository: str, license: str | None) -> None:
     """Write pipeline.py, the page, and what its first code draws, into a copy of a model's folder.
 
-    Raises:
-        ValueError: the model is not whole, or not of a kind that our pipeline runs.
-        RuntimeError: the code of the page failed.
+    ValueError if the model is not whole, or not of a kind that our pipeline runs; RuntimeError if the code of the page
+    failed.
     """
     pipeline = ScratchDDPMPipeline.from_pretrained(stage)
     pipeline.save_config(stage)  # so that the code that is pushed, and run here, is this package's
@@ -139,8 +136,7 @@ def write_page(stage: Path, repository: str, license: str | None) -> None:
 def run_usage(page: str, repository: str, stage: Path) -> str:
     """Run the first code of a page, on the model in `stage` in place of the repository; what it prints.
 
-    Raises:
-        RuntimeError: it failed.
+    RuntimeError if it failed.
     """
     code = FIRST_CODE.findall(page)[0].replace(f'"{repository}"', repr(str(stage)))
     with tempfile.TemporaryDirectory() as folder:

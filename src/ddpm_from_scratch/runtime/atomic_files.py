@@ -26,8 +26,7 @@ def write_file(path: Path, content: bytes) -> None:
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file; one that was there stays until the new one is whole.
 
-    Raises:
-        OSError: it cannot be written; the error names it.
+    OSError if it cannot be written; the error names it.
     """
     unfinished = path.with_name(UNFINISHED + path.name)
     try:

@@ -17,6 +17,7 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by accelerate's names
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by `accelerate launch`, by `torchrun`
 
 FAST_BF16_CPU = ("avx512_bf16", "amx_bf16", "amx_tile")
@@ -36,8 +37,7 @@ def cpu_has_fast_bf16() -> bool:
 def resolve_precision(mixed_precision: str, device: torch.device) -> str:
     """`auto` becomes bf16 where the device computes it fast, else no.
 
-    Raises:
-        ValueError: fp16 on a device whose kernels or gradient scaling do not support it.
+    ValueError if fp16 on a device whose kernels or gradient scaling do not support it.
     """
     if mixed_precision == "fp16" and device.type != "cuda":
         raise ValueError(f"mixed_precision fp16 needs a CUDA device, this is {device.type}; choose auto, bf16 or no")

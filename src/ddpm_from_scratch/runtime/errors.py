@@ -67,11 +67,7 @@ def refusing() -> Iterator[None]:
 
 @contextmanager
 def saving(what: str) -> Iterator[None]:
-    """Errors in here are of a disk that is full or fails.
-
-    Raises:
-        CannotSave: there was one.
-    """
+    """Errors in here are of a disk that is full or fails; CannotSave if there was one."""
     try:
         yield
     except (OSError, SafetensorError) as error:

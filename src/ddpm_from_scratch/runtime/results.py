@@ -35,11 +35,7 @@ def write_json(values: dict[str, Any], path: Path) -> None:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """What is in a results file; nothing if there is none.
-
-    Raises:
-        ValueError: it is not such a file.
-    """
+    """What is in a results file; nothing if there is none; ValueError if it is not such a file."""
     if not path.is_file():
         return {}
     try:

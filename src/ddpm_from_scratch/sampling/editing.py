@@ -7,7 +7,7 @@ on inversion and interpolation; Salimans, Ho 2022 (https://arxiv.org/abs/2202.00
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -19,8 +19,20 @@ from ..diffusion.checks import check_choice, check_generator, check_range, check
 from ..diffusion.gaussian import Generators
 from ..diffusion.guidance import Condition, Guidance, null_label
 from ..diffusion.pipeline import OUTPUT_TYPES, ScratchDDPMPipeline, ScratchDDPMPipelineOutput
-from ..diffusion.scheduler import ScratchDDPMScheduler
+from ..diffusion.scheduler import Prediction, ScratchDDPMScheduler
+from ..diffusion.scheduler_config import make_betas
 from ..diffusion.stock import altered
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Options of `ScratchDDPMPipeline` that editing takes too; labels are one for each image."""
+
+    class_labels: Sequence[int | str] | Tensor | None
+    guidance_scale: float
+    guidance_rescale: float
+    guidance_interval: tuple[float, float]
+    eta: float | None
+
 
 ImageInput = Image.Image | Sequence[Image.Image] | np.ndarray | Tensor
 
@@ -90,6 +102,18 @@ class _EditingPipeline(ScratchDDPMPipeline):
             )
         return self.scheduler
 
+    def _prepare(
+        self, count: int, steps: int, generator: Generators, options: SamplingOptions
+    ) -> tuple[Condition | None, dict[str, Any]]:
+        """Set the chain; the labels of `count` images with their guidance, and the options of each step."""
+        if unknown := set(options) - set(SamplingOptions.__annotations__):
+            raise TypeError(f"{type(self).__name__} takes no {', '.join(sorted(unknown))}.")
+        names = {"scale": "guidance_scale", "rescale": "guidance_rescale", "interval": "guidance_interval"}
+        guidance = Guidance(**{key: options[name] for key, name in names.items() if name in options})  # type: ignore
+        condition, _ = self._check_labels(options.get("class_labels"), count, guidance)
+        check_generator(generator, count)
+        return condition, self._set_chain(steps, options.get("eta"), generator)
+
 
 class ScratchDDPMImg2ImgPipeline(_EditingPipeline):
     """Variations of an image (SDEdit): noise is added up to some timestep, and the chain takes it out again."""
@@ -103,12 +127,7 @@ class ScratchDDPMImg2ImgPipeline(_EditingPipeline):
         num_inference_steps: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        *,
-        class_labels: Sequence[int | str] | Tensor | None = None,
-        guidance_scale: float = 1.0,
-        guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        eta: float | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> ScratchDDPMPipelineOutput | tuple[Any, ...]:
         """Vary images.
 
@@ -116,14 +135,10 @@ class ScratchDDPMImg2ImgPipeline(_EditingPipeline):
             image: see `image_tensor`.
             strength: how much of the chain is run, up to 1: near 0 the image stays, at 1 next to nothing of it does.
             num_inference_steps: K of the whole chain, of which int(K * strength) steps are taken.
-            generator: as in `ScratchDDPMPipeline`; so are all others.
-            output_type: see there.
-            return_dict: see there.
-            class_labels: see there; one for each image.
-            guidance_scale: see there.
-            guidance_rescale: see there.
-            guidance_interval: see there.
-            eta: see there.
+            generator: as in `ScratchDDPMPipeline`, as the other arguments are.
+            output_type: as there.
+            return_dict: as there.
+            options: as there.
 
         Raises:
             ValueError: for an argument that does not fit, before any work.
@@ -134,10 +149,7 @@ class ScratchDDPMImg2ImgPipeline(_EditingPipeline):
         if int(steps * strength) < 1:
             raise ValueError(f"strength={strength!r} of {steps} steps is less than one step: raise one of the two.")
         x_0 = 2 * self._images("image", image) - 1
-        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
-        condition, _ = self._check_labels(class_labels, len(x_0), guidance)
-        check_generator(generator, len(x_0))
-        step_options = self._set_chain(steps, eta, generator)
+        condition, step_options = self._prepare(len(x_0), steps, generator, options)
         start = (steps - int(steps * strength)) * self.scheduler.order
         timesteps = self.scheduler.timesteps[start:]
         if hasattr(self.scheduler, "set_begin_index"):  # schedulers that count their steps
@@ -183,12 +195,7 @@ class ScratchDDPMInpaintPipeline(_EditingPipeline):
         jump_n_sample: int = 10,
         output_type: str = "pil",
         return_dict: bool = True,
-        *,
-        class_labels: Sequence[int | str] | Tensor | None = None,
-        guidance_scale: float = 1.0,
-        guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        eta: float | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> ScratchDDPMPipelineOutput | tuple[Any, ...]:
         """Inpaint images. What is not to be painted is returned exactly as it was given.
 
@@ -198,14 +205,10 @@ class ScratchDDPMInpaintPipeline(_EditingPipeline):
             num_inference_steps: K; if left out, 250 as in the paper, or T if that is less.
             jump_length: how many steps are undone at a time.
             jump_n_sample: how often each stretch is run through; 1 is no resampling.
-            generator: as in `ScratchDDPMPipeline`; so are all others.
-            output_type: see there.
-            return_dict: see there.
-            class_labels: see there; one for each image.
-            guidance_scale: see there.
-            guidance_rescale: see there.
-            guidance_interval: see there.
-            eta: see there.
+            generator: as in `ScratchDDPMPipeline`, as the other arguments are.
+            output_type: as there.
+            return_dict: as there.
+            options: as there.
 
         Raises:
             ValueError: for an argument that does not fit, before any work.
@@ -222,16 +225,8 @@ class ScratchDDPMInpaintPipeline(_EditingPipeline):
                 "jump_n_sample=1."
             )
         given = self._images("image", image)
-        masks = [mask_image] if isinstance(mask_image, Image.Image) else mask_image
-        if isinstance(masks, Sequence) and all(isinstance(mask, Image.Image) for mask in masks):
-            masks = [mask.convert("L") for mask in masks]
-        paint = self._images("mask_image", masks, channels=1) >= 0.5
-        if len(paint) not in (1, len(given)):
-            raise ValueError(f"mask_image has {len(paint)} masks for {len(given)} images: pass one, or one each.")
-        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
-        condition, _ = self._check_labels(class_labels, len(given), guidance)
-        check_generator(generator, len(given))
-        step_options = self._set_chain(steps, eta, generator)
+        paint = self._painted(mask_image, len(given))
+        condition, step_options = self._prepare(len(given), steps, generator, options)
 
         x_0, timesteps = 2 * given - 1, scheduler.timesteps.tolist()
         on_device = scheduler.timesteps.to(x_0.device)
@@ -250,6 +245,16 @@ class ScratchDDPMInpaintPipeline(_EditingPipeline):
         self.maybe_free_model_hooks()
         x = torch.where(paint, x, x_0)
         return self._output(x, [], output_type, return_dict)
+
+    def _painted(self, mask_image: ImageInput, count: int) -> Tensor:
+        """Where to paint: bool [1 or count, 1, H, W]."""
+        masks = [mask_image] if isinstance(mask_image, Image.Image) else mask_image
+        if isinstance(masks, Sequence) and all(isinstance(mask, Image.Image) for mask in masks):
+            masks = [mask.convert("L") for mask in masks]
+        paint = self._images("mask_image", masks, channels=1) >= 0.5
+        if len(paint) not in (1, count):
+            raise ValueError(f"mask_image has {len(paint)} masks for {count} images: pass one, or one each.")
+        return paint
 
 
 class ScratchDDPMInterpolationPipeline(_EditingPipeline):
@@ -353,12 +358,12 @@ class ScratchDDPMInterpolationPipeline(_EditingPipeline):
     def _invert(self, x_0: Tensor, scheduler: ScratchDDPMScheduler, num_iterations: int) -> Tensor:
         condition = self._null_condition(len(x_0))
         times, on_device = scheduler.timesteps.tolist(), scheduler.timesteps.to(x_0.device)
-        x_s = x_0
+        alpha_bar, x_s = np.cumprod(1 - make_betas(scheduler.config)), x_0
         for i in self.progress_bar(range(len(times) - 1, -1, -1)):
             x_t, s = x_s, scheduler.previous_timestep(times[i])
             for _ in range(num_iterations):
                 output = self._predict(x_t, scheduler.timesteps[i], on_device[i], times[i], condition)
-                x_t = scheduler.undo_ddim(scheduler.predict(output, x_t, times[i]), x_s, times[i], s)
+                x_t = undo_ddim(alpha_bar, scheduler.predict(output, x_t, times[i]), x_s, times[i], s)
             x_s = x_t
         if not bool(x_s.isfinite().all()):
             raise ValueError("The inversion diverged: take more steps, or num_iterations=1.")
@@ -373,6 +378,31 @@ class ScratchDDPMInterpolationPipeline(_EditingPipeline):
         if classes is not None and null_label(classes, self.config.get("id2label")) is None:
             raise ValueError("Inversion needs a null label, and each label of this network is a class.")
         return self._check_labels(None, batch_size, Guidance())[0]
+
+
+def undo_ddim(alpha_bar: np.ndarray, prediction: Prediction, x_s: Tensor, t: int, s: int) -> Tensor:
+    """The x_t from which DDIM's step at eta = 0 leads to x_s, if `prediction` is what the network says of that x_t.
+
+    With angles φ, tan φ = √((1-ᾱ)/ᾱ), the step is a rotation by δ = φ_t - φ_s, x_s = cos δ x_t - sin δ v (Salimans & Ho
+    2022, appendix D). For networks that predict v it is well conditioned from the data to pure noise.
+
+    Args:
+        alpha_bar: [T], of the process.
+        prediction: x_0 and epsilon, shaped like x_s.
+        x_s: in float32 or float64.
+        t: the timestep to find x_t at.
+        s: that of x_s, -1 for data.
+
+    Raises:
+        ValueError: for a step from pure noise to data, of which nothing can be undone.
+    """
+    a_t, a_s = alpha_bar[t], alpha_bar[s] if s >= 0 else 1.0
+    signal_t, sigma_t, signal_s, sigma_s = (float(np.sqrt(a)) for a in (a_t, 1 - a_t, a_s, 1 - a_s))
+    v = signal_t * prediction.epsilon - sigma_t * prediction.x_0
+    sine, cosine = sigma_t * signal_s - signal_t * sigma_s, signal_t * signal_s + sigma_t * sigma_s
+    if abs(cosine) < 1e-6:
+        raise ValueError(f"The step from t={t} to s={s} goes from noise to data at once: take more steps.")
+    return (x_s + sine * v) / cosine
 
 
 def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:

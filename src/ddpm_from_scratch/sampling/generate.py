@@ -45,11 +45,7 @@ def describe(pipeline: DiffusionPipeline, spec: SampleSpec) -> dict[str, Any]:
 def generate(
     pipeline: DiffusionPipeline, spec: SampleSpec, accelerator: Accelerator, progress: bool = True
 ) -> np.ndarray:
-    """Images that a pipeline draws: uint8 [N, H, W, C], on every process.
-
-    Raises:
-        ValueError: an image is not finite.
-    """
+    """Images that a pipeline draws: uint8 [N, H, W, C], on every process; ValueError if an image is not finite."""
     return np.concatenate(list(draw_from(pipeline, spec, accelerator, 0, progress)))
 
 
@@ -61,8 +57,7 @@ def draw_from(
     Batches are always whole and dealt out to the processes as they are, so that neither their number nor N changes an
     image.
 
-    Raises:
-        ValueError: an image is not finite.
+    ValueError if an image is not finite.
     """
     rank, world_size, size = accelerator.process_index, accelerator.num_processes, spec.batch_size
     channels, side = image_form(pipeline)
@@ -79,11 +74,7 @@ def draw_from(
 
 
 def draw_batch(pipeline: DiffusionPipeline, spec: SampleSpec, numbers: range) -> torch.Tensor:
-    """The images of these numbers: uint8 [B, H, W, C].
-
-    Raises:
-        ValueError: one is not finite.
-    """
+    """The images of these numbers: uint8 [B, H, W, C]; ValueError if one is not finite."""
     of = classes(pipeline) if spec.balanced_labels else []
     images = np.asarray(
         pipeline(

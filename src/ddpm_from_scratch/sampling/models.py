@@ -44,11 +44,7 @@ def load_pipeline(
 
 
 def read_index(name: str, revision: str | None) -> dict[str, Any]:
-    """What the model says of its pipeline.
-
-    Raises:
-        FileNotFoundError: there is no such model, or it is no pipeline.
-    """
+    """What the model says of its pipeline; FileNotFoundError if there is no such model, or it is no pipeline."""
     index = Path(name, DiffusionPipeline.config_name)
     if not Path(name).is_dir():
         try:
@@ -84,11 +80,7 @@ def check_call(name: str, pipeline: DiffusionPipeline) -> None:
 
 
 def image_form(pipeline: DiffusionPipeline) -> tuple[int, int]:
-    """Channels and side of a pipeline's images.
-
-    Raises:
-        ValueError: they are not square, or of unknown size.
-    """
+    """Channels and side of a pipeline's images; ValueError if they are not square, or of unknown size."""
     channels, size = pipeline.unet.config.in_channels, pipeline.unet.config.sample_size
     if not isinstance(size, int):
         raise ValueError(f"sample_size={size!r} of the network must be one number: images are square here.")

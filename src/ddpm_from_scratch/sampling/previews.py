@@ -5,12 +5,29 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
+from diffusers.utils import make_image_grid
 from PIL import Image
 
 from ..diffusion.checks import check_choice, check_whole
 from ..diffusion.pipeline import Frame
 
 FRAME_PARTS = ("sample", "pred_original_sample")
+TINY = 64  # pixels; smaller images are enlarged so that a grid can be looked at
+
+
+def image_grid(images: Sequence[Image.Image], columns: int | None = None, scale: int | None = None) -> Image.Image:
+    """Images of one size in rows, enlarged without smoothing.
+
+    Args:
+        images: at least one.
+        columns: of the grid; left out, as many as make it nearly square.
+        scale: whole factor by which pixels are enlarged; left out, 2 for tiny images.
+    """
+    first, columns = images[0], columns or math.ceil(math.sqrt(len(images)))
+    rows, scale = math.ceil(len(images) / columns), scale or (2 if first.width < TINY else 1)
+    blank = [Image.new(first.mode, first.size)] * (rows * columns - len(images))
+    grid = make_image_grid([*images, *blank], rows, columns).convert(first.mode)
+    return grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
 
 
 def _pictures(frame: Frame, part: str) -> list[Image.Image]:
@@ -33,16 +50,6 @@ def _checked(trajectory: Sequence[Frame] | None, part: str, scale: int) -> Seque
     return trajectory
 
 
-def _sheet(rows: Sequence[Sequence[Image.Image]], scale: int) -> Image.Image:
-    """Images of one size in rows, enlarged without smoothing."""
-    width, height = rows[0][0].size
-    sheet = Image.new(rows[0][0].mode, (width * len(rows[0]), height * len(rows)))
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            sheet.paste(image, (x * width, y * height))
-    return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
-
-
 def strip(trajectory: Sequence[Frame], part: str = "sample", scale: int = 1) -> Image.Image:
     """One row for each image of the batch, one column for each frame.
 
@@ -55,7 +62,7 @@ def strip(trajectory: Sequence[Frame], part: str = "sample", scale: int = 1) -> 
         ValueError: no frames, or an argument that is not allowed.
     """
     frames = [_pictures(frame, part) for frame in _checked(trajectory, part, scale)]
-    return _sheet(list(zip(*frames, strict=True)), scale)
+    return image_grid([image for row in zip(*frames, strict=True) for image in row], len(frames), scale)
 
 
 def write_gif(
@@ -80,19 +87,8 @@ def write_gif(
     check_whole("milliseconds", milliseconds)
     if not str(path).lower().endswith(".gif"):
         raise ValueError(f"path={str(path)!r} must end in .gif.")
-    first, *rest = [_sheet([_pictures(frame, part)], scale) for frame in _checked(trajectory, part, scale)]
+    first, *rest = [
+        image_grid(images := _pictures(frame, part), len(images), scale) for frame in _checked(trajectory, part, scale)
+    ]
     durations = [milliseconds] * len(rest) + [10 * milliseconds]
     first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
-
-
-TINY = 64  # pixels; smaller images are enlarged so that a grid can be looked at
-
-
-def image_grid(images: Sequence[Image.Image]) -> Image.Image:
-    """The images in rows, as near to a square as their number allows."""
-    width, height = images[0].size
-    columns = math.ceil(math.sqrt(len(images)))
-    grid = Image.new(images[0].mode, (columns * width, math.ceil(len(images) / columns) * height))
-    for index, image in enumerate(images):
-        grid.paste(image, (index % columns * width, index // columns * height))
-    return grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.NEAREST) if width < TINY else grid

@@ -127,9 +127,7 @@ def damage(checkpoint: Path) -> str | None:
 def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
     """The checkpoint to resume from: the last whole one for `latest` (None if there is none yet), else the path itself.
 
-    Raises:
-        FileNotFoundError: the path is no checkpoint.
-        ValueError: it is damaged; for `latest`, all are.
+    FileNotFoundError if the path is no checkpoint; ValueError if it is damaged; for `latest`, all are.
     """
     if resume is None:
         return None

@@ -202,8 +202,7 @@ def asked_to_stop(run: Run, signals: StopSignals, logging_now: bool) -> bool:
 def log(run: Run, bar: "tqdm[Any]", unread: list[Tensor], seconds: float) -> None:
     """Read the losses of the steps since the last call, which took `seconds`, and pass them on.
 
-    Raises:
-        Diverged: the gradients have not been finite for too many steps in a row.
+    Diverged if the gradients have not been finite for too many steps in a row.
     """
     config, progress, accelerator = run.config, run.progress, run.accelerator
     losses = torch.stack(unread)
@@ -228,11 +227,7 @@ def log(run: Run, bar: "tqdm[Any]", unread: list[Tensor], seconds: float) -> Non
 
 
 def count_skipped(run: Run) -> None:
-    """Note how many steps were skipped.
-
-    Raises:
-        Diverged: too many did, one after the other.
-    """
+    """Note how many steps were skipped; Diverged if too many did, one after the other."""
     config, progress = run.config, run.progress
     before = progress.skipped_steps
     progress.skipped_steps, progress.skipped_in_a_row = run.guard.counts()

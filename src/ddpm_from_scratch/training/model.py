@@ -53,9 +53,8 @@ def build_objective(config: TrainingConfig, scheduler: ScratchDDPMScheduler) -> 
 def network_config(config: TrainingConfig) -> dict[str, Any]:
     """The keys of a new network, from the preset or a JSON file.
 
-    Raises:
-        ValueError: a key is unknown, the network is class-conditional and the run is not, or the network changes the
-            number of channels.
+    ValueError if a key is unknown, the network is class-conditional and the run is not, or the network changes the
+    number of channels.
     """
     if config.model_config_name_or_path is None:
         keys = dict(config.model or {})
@@ -76,11 +75,7 @@ def outputs_per_channel(config: TrainingConfig) -> int:
 
 
 def check_outputs(name: str, in_channels: int, out_channels: int, config: TrainingConfig) -> None:
-    """Refuse a network whose outputs are not those that the variance needs.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """Refuse a network whose outputs are not those that the variance needs; ValueError if they are not."""
     if out_channels != outputs_per_channel(config) * in_channels:
         raise ValueError(
             f"{name} has in_channels {in_channels} and out_channels {out_channels}; ddpm_variance_type "
@@ -99,8 +94,7 @@ class Trained(NamedTuple):
 def load_trained(config: TrainingConfig, scheduler: ScratchDDPMScheduler) -> Trained | None:
     """The network of the trained model to fine-tune; None if the configuration describes a new one.
 
-    Raises:
-        ValueError: the model was trained on another process or objective, or it cannot be trained here.
+    ValueError if the model was trained on another process or objective, or it cannot be trained here.
     """
     name = config.model_config_name_or_path
     if name is None or name.endswith(".json"):
@@ -126,8 +120,7 @@ def load_trained(config: TrainingConfig, scheduler: ScratchDDPMScheduler) -> Tra
 def check_same_process(trained: ScratchDDPMScheduler, scheduler: ScratchDDPMScheduler) -> None:
     """Refuse to fine-tune a network on a process or target other than its own: it would start from garbage.
 
-    Raises:
-        ValueError: they differ; the message names the flags that make them equal.
+    ValueError if they differ; the message names the flags that make them equal.
     """
     same_betas = trained.alphas_cumprod.shape == scheduler.alphas_cumprod.shape and torch.allclose(
         trained.alphas_cumprod, scheduler.alphas_cumprod, atol=1e-6
@@ -172,8 +165,7 @@ def check_classes(num_class_embeds: int | None, id2label: dict[int, str] | None,
 def build_unet(keys: dict[str, Any], config: TrainingConfig, channels: int, resolution: int) -> ScratchUNet2DModel:
     """A new network for images of this form, with the outputs that the variance needs.
 
-    Raises:
-        ValueError: its keys contradict each other.
+    ValueError if its keys contradict each other.
     """
     outputs = outputs_per_channel(config) * channels
     form = {"in_channels": channels, "out_channels": outputs, "sample_size": resolution}

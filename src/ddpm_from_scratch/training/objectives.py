@@ -138,8 +138,7 @@ class Objective:
 def check_trains_variance(loss: str, variance_type: str) -> None:
     """Refuse a loss that gives the variance no gradient, or that has nothing but the variance to train in a part.
 
-    Raises:
-        ValueError: they do not fit.
+    ValueError if they do not fit.
     """
     learned = variance_type in LEARNED_VARIANCES
     if learned and loss == "simple":

@@ -53,11 +53,7 @@ def draw_grid(run: Run) -> Image.Image:
 
 
 def save_grid(run: Run, grid: Image.Image) -> None:
-    """Keep a grid on the way; one process does.
-
-    Raises:
-        CannotSave: it cannot be written.
-    """
+    """Keep a grid on the way; one process does; CannotSave if it cannot be written."""
     if run.accelerator.is_main_process:
         path = Path(run.config.output_dir, "samples", f"step_{run.progress.step}.png")
         with saving("a grid of samples"):
@@ -68,8 +64,7 @@ def save_grid(run: Run, grid: Image.Image) -> None:
 def finish(run: Run) -> None:
     """Write the model folder: the network, samples, the loss curve and results.
 
-    Raises:
-        CannotSave: it cannot be written; files that were there are whole.
+    CannotSave if it cannot be written; files that were there are whole.
     """
     grid = draw_grid(run)
     if not run.accelerator.is_main_process:

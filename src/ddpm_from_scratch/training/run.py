@@ -135,11 +135,7 @@ class Run:
 
 
 def check_engine() -> None:
-    """Refuse engines that cut a network into parts.
-
-    Raises:
-        ValueError: the launcher was told to use one.
-    """
+    """Refuse engines that cut a network into parts; ValueError if the launcher was told to use one."""
     for engine, switch in SPLITTING_ENGINES.items():
         if parse_flag_from_env(switch):
             raise ValueError(
@@ -151,9 +147,8 @@ def check_engine() -> None:
 def build(config: TrainingConfig) -> Run:
     """Put a run together, at its start or where its checkpoint stands; nothing is written.
 
-    Raises:
-        ValueError: data, network, device or checkpoint do not fit the configuration.
-        FileNotFoundError: there is no such data set, model or checkpoint.
+    ValueError if data, network, device or checkpoint do not fit the configuration; FileNotFoundError if there is no
+    such data set, model or checkpoint.
     """
     check_engine()
     accelerator = build_accelerator(config)
@@ -227,8 +222,7 @@ def build_inputs(
 def save(run: Run) -> None:
     """Write a checkpoint; one process does, since all hold the same.
 
-    Raises:
-        CannotSave: it cannot be written; those that are there are whole.
+    CannotSave if it cannot be written; those that are there are whole.
     """
     if not run.accelerator.is_main_process:
         return
@@ -251,8 +245,7 @@ def save(run: Run) -> None:
 def load(run: Run, checkpoint: Path) -> None:
     """Continue where a checkpoint stands: weights, average, optimiser and progress; all else follows from the seed.
 
-    Raises:
-        ValueError: the checkpoint is of another run, or further than this run is to go.
+    ValueError if the checkpoint is of another run, or further than this run is to go.
     """
     state = read_state(checkpoint)
     older = {name: getattr(TrainingConfig(), name) for name in (*OBJECTIVE_FLAGS, "timestep_sampling")}

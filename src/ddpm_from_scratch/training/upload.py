@@ -21,8 +21,7 @@ logger = logging.getLogger(__name__)
 class Upload:
     """The repository of a run.
 
-    Raises:
-        PermissionError, ValueError, ConnectionError: as `hub.open_repository`, which creates it.
+    PermissionError, ValueError, ConnectionError as `hub.open_repository`, which creates it.
     """
 
     def __init__(self, config: TrainingConfig) -> None:
@@ -66,8 +65,7 @@ class Upload:
     def finish(self) -> str:
         """Push the finished model, after what is under way; the address of the commit.
 
-        Raises:
-            ValueError, RuntimeError, PermissionError, ConnectionError: as `publish`; a note says how to push it later.
+        ValueError, RuntimeError, PermissionError, ConnectionError as `publish`; a note says how to push it later.
         """
         self._background.wait()
         shutil.rmtree(self._stages, ignore_errors=True)

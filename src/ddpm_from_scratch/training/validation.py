@@ -34,8 +34,7 @@ class ValidationSet:
 def build_validation_set(config: TrainingConfig, data: TrainingData) -> ValidationSet:
     """Read the real images, and the features of those to compare samples with.
 
-    Raises:
-        ValueError: there are fewer training images than are to be generated, or the held-out ones cannot be read.
+    ValueError if there are fewer training images than are to be generated, or the held-out ones cannot be read.
     """
     if config.eval_num_images > len(data.images):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Reproduce a model from nothing: `python training/reproduce.py [preset.yaml]`, or `make reproduce`.
+"""Reproduce the model of this repository from nothing: `python benchmarks/reproduce.py [preset]`, or `make reproduce`.
 
 Says what it will take here; then trains, halves the weights' precision, calibrates, measures, writes the page, and says
 how far the figures are from those of the model that is shipped. The same command goes on after a stop: training from
@@ -23,25 +23,28 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..diffusion.pipeline import ScratchDDPMPipeline
-from ..evaluation import evaluate
-from ..evaluation.measures import all_specs
-from ..hub.publish import CONFIG
-from ..runtime.devices import device_name
-from ..training import arguments as cli
-from .config import PRESETS, TrainingConfig
-from .dry_run import TIMED_STEPS, seconds_per_call, seconds_per_step
-from .run import build
+from ddpm_from_scratch import ScratchDDPMPipeline
+from ddpm_from_scratch.evaluation.config import RESULTS, EvaluationConfig
+from ddpm_from_scratch.evaluation.config import parse as parse_evaluation
+from ddpm_from_scratch.evaluation.evaluate import make_options
+from ddpm_from_scratch.evaluation.measures import all_specs
+from ddpm_from_scratch.hub.publish import CONFIG
+from ddpm_from_scratch.runtime.devices import device_name
+from ddpm_from_scratch.runtime.errors import told
+from ddpm_from_scratch.training import arguments
+from ddpm_from_scratch.training.config import PRESETS, TrainingConfig
+from ddpm_from_scratch.training.dry_run import TIMED_STEPS, seconds_per_call, seconds_per_step
+from ddpm_from_scratch.training.run import build
 
 HERE = Path(__file__).parent
-LAUNCH = ("-m", "accelerate.commands.accelerate_cli", "launch", "--mixed_precision=no", "--dynamo_backend=no")
+DDPM = ("-m", "ddpm_from_scratch.cli")
 SHIPPED = HERE.parent / "models" / "ddpm-fashion-mnist"
 # How the shipped model was measured. Of the long chain fewer images, since each takes twenty times as long.
 EVALUATION = (
     "--num_inference_steps 50 10 20 1000 --num_images 5000 5000 5000 192 --size 112 224 --num_class_images 1000 "
     "--num_bound_images 10000 --num_terms 11"
 )
-KEPT = (evaluate.RESULTS, CONFIG, "loss.png")  # of the folder of the training, beside the model
+KEPT = (RESULTS, CONFIG, "loss.png")  # of the folder of the training, beside the model
 
 
 class Part(NamedTuple):
@@ -63,12 +66,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("preset", type=Path, nargs="?", default=PRESETS / "fashion_mnist.yaml")
     parser.add_argument("--model", type=Path, help="measure the model in this folder, instead of training one")
-    parser.add_argument("--dataset_name", help="the training images, as for train.py; default: the preset's")
-    parser.add_argument("--test_set", help="held-out images, as for evaluate.py; default: the split `test`")
+    parser.add_argument("--dataset_name", help="the training images, as for `ddpm train`; default: the preset's")
+    parser.add_argument("--test_set", help="held-out images, as for `ddpm evaluate`; default: the split `test`")
     parser.add_argument(
         "--output_dir", type=Path, default=Path("outputs", "reproduced"), help="for all that is written"
     )
-    parser.add_argument("--evaluation", default=EVALUATION, help=f"flags of evaluate.py; default: {EVALUATION}")
+    parser.add_argument("--evaluation", default=EVALUATION, help=f"flags of `ddpm evaluate`; default: {EVALUATION}")
     parser.add_argument("--license", help="of the weights, for the page")
     parser.add_argument(
         "--reference", type=Path, default=SHIPPED, help="folder of the model to compare the figures with"
@@ -82,15 +85,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def plan(args: argparse.Namespace) -> list[Part]:
     """What is to be done, with the time that the long parts will take here."""
-    config, _ = cli.parse([str(args.preset), *flags(dataset_name=args.dataset_name)])
+    config, _ = arguments.parse([str(args.preset), *flags(dataset_name=args.dataset_name)])
     training, model = args.output_dir / "training", model_folder(args)
     overrides = flags(dataset_name=args.dataset_name, output_dir=training)
     data = flags(dataset_name=config.dataset_name)
     held_out = flags(test_set=args.test_set) or (flags(test_split="test") if config.dataset_name else [])
     places = flags(images_dir=args.output_dir / "images", output_dir=args.output_dir / "again" if args.model else None)
     evaluation = shlex.split(args.evaluation)
-    calls = network_calls(evaluate.parse([str(model), *evaluation]), config.ddpm_num_steps)
-    measuring = partial(command, *LAUNCH, HERE / "evaluate.py", model, *evaluation, *data, *held_out, *places)
+    calls = network_calls(parse_evaluation([str(model), *evaluation]), config.ddpm_num_steps)
+    measuring = partial(command, *DDPM, "evaluate", model, *evaluation, *data, *held_out, *places)
     what = f"{calls:,} images through the network: {args.evaluation}"
     if args.model:
         return [Part("measure", what, measuring)]
@@ -99,23 +102,23 @@ def plan(args: argparse.Namespace) -> list[Part]:
         Part(
             "train",
             f"{steps:,} steps",
-            partial(command, *LAUNCH, HERE / "train.py", args.preset, *overrides),
+            partial(command, *DDPM, "train", args.preset, *overrides),
             training_seconds,
         ),
         Part("halve", "the weights in half precision", partial(halve, training, model)),
-        Part("calibrate", "the variances of few-step sampling", partial(command, HERE / "calibrate.py", model, *data)),
+        Part("calibrate", "the variances of few-step sampling", partial(command, *DDPM, "calibrate", model, *data)),
         Part("measure", what, measuring, calls * seconds_per_image),
         Part(
             "page",
             str(model / "README.md"),
-            partial(command, HERE / "publish.py", model, "--page_only", *flags(license=args.license)),
+            partial(command, *DDPM, "publish", model, "--page_only", *flags(license=args.license)),
         ),
     ]
 
 
 def model_folder(args: argparse.Namespace) -> Path:
     """Where the model comes to lie, or lies."""
-    config, _ = cli.parse([str(args.preset)])
+    config, _ = arguments.parse([str(args.preset)])
     return args.model or args.output_dir / Path(config.output_dir).name
 
 
@@ -143,9 +146,9 @@ def timings(config: TrainingConfig) -> tuple[int, float, float]:
     return left, seconds, seconds_per_call(run) / config.eval_batch_size
 
 
-def network_calls(evaluation: argparse.Namespace, num_terms: int) -> int:
+def network_calls(evaluation: EvaluationConfig, num_terms: int) -> int:
     """How many images the network is given for an evaluation, if the bound has so many terms."""
-    drawn = all_specs(evaluate.make_options(evaluation, None))
+    drawn = all_specs(make_options(evaluation, None))
     terms = evaluation.num_terms or num_terms
     return sum(one.num_images * one.num_inference_steps for one in drawn) + evaluation.num_bound_images * terms
 
@@ -212,6 +215,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 file=sys.stderr,
             )
             sys.exit(error.returncode)
-    results = (args.output_dir / "again" if args.model else model_folder(args)) / evaluate.RESULTS
-    for line in compare(*(json.loads(path.read_text()) for path in (results, args.reference / evaluate.RESULTS))):
+    results = (args.output_dir / "again" if args.model else model_folder(args)) / RESULTS
+    for line in compare(*(json.loads(path.read_text()) for path in (results, args.reference / RESULTS))):
         print(line)
+
+
+if __name__ == "__main__":
+    sys.exit(told(main, "reproduce", sys.argv[1:]))

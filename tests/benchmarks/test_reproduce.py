@@ -1,4 +1,4 @@
-"""`training/reproduce.py`: its commands are ones that the scripts take, in the order in which they need each other."""
+"""`benchmarks/reproduce.py`: its commands are ones that `ddpm` takes, in the order in which they need each other."""
 
 import json
 import re
@@ -6,15 +6,16 @@ import subprocess
 import sys
 
 import pytest
+import reproduce
 import torch
 from diffusers import UNet2DModel
 
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
 from ddpm_from_scratch.data.config import EMBEDDED_DATA, EMBEDDED_TEST_SET
-from ddpm_from_scratch.evaluation import calibrate, evaluate
+from ddpm_from_scratch.evaluation import calibrate
+from ddpm_from_scratch.evaluation import config as evaluate
 from ddpm_from_scratch.hub import publish
 from ddpm_from_scratch.training import arguments as cli
-from ddpm_from_scratch.training import reproduce
 from helpers.networks import TINY_NETWORK, randomised
 
 EVALUATION = "--num_inference_steps 5 10 --num_images 30 20 --num_class_images 40 --num_bound_images 7 --num_terms 3"
@@ -51,17 +52,16 @@ def commands(monkeypatch, tmp_path):
     def run(arguments, check):
         assert check and arguments[0] == sys.executable
         done.append(arguments[1:])
-        script = next(text for text in arguments if text.endswith(".py"))
-        after = arguments[arguments.index(script) + 1 :]
-        if script.endswith("train.py"):
+        command, after = command_of(arguments)
+        if command == "train":
             folder = after[after.index("--output_dir") + 1]
             unet = randomised(UNet2DModel(**TINY_NETWORK))
             ScratchDDPMPipeline(unet, ScratchDDPMScheduler()).save_pretrained(folder)
             (tmp_path / "out" / "training" / "results.json").write_text('{"steps": 3}')
-        if script.endswith("evaluate.py"):
-            args = evaluate.parse(after)
-            evaluate.check(args)
-            folder = evaluate.output_dir(args)
+        if command == "evaluate":
+            config = evaluate.parse(after)
+            config.validate()
+            folder = config.folder
             folder.mkdir(parents=True, exist_ok=True)
             before = evaluate.read_results(folder / "results.json")
             (folder / "results.json").write_text(json.dumps({**before, **RESULTS}))
@@ -81,10 +81,10 @@ def reference(tmp_path):
     return folder
 
 
-def script_of(arguments):
-    """Its name, and what it is given."""
-    number = next(number for number, text in enumerate(arguments) if text.endswith(".py"))
-    return arguments[number].rpartition("/")[2], arguments[number + 1 :]
+def command_of(arguments):
+    """The name of a command of `ddpm`, and its arguments."""
+    number = arguments.index("ddpm_from_scratch.cli") + 1
+    return arguments[number], arguments[number + 1 :]
 
 
 def test_each_command_is_one_that_its_script_takes(tmp_path, preset, commands, reference, capsys):
@@ -92,8 +92,8 @@ def test_each_command_is_one_that_its_script_takes(tmp_path, preset, commands, r
     reproduce.main(
         [str(preset), "--output_dir", str(folder), "--evaluation", EVALUATION, "--reference", str(reference)]
     )
-    names, given = zip(*map(script_of, commands), strict=True)
-    assert names == ("train.py", "calibrate.py", "evaluate.py", "publish.py")
+    names, given = zip(*map(command_of, commands), strict=True)
+    assert names == ("train", "calibrate", "evaluate", "publish")
     config, _ = cli.parse(given[0])
     assert (config.output_dir, config.max_train_steps) == (str(folder / "training"), 3)
     model = folder / "tiny-model"
@@ -129,10 +129,10 @@ def test_data_sets_are_passed_on(tmp_path, preset, commands, reference):
     where = ["--dataset_name", str(EMBEDDED_DATA), "--test_set", str(EMBEDDED_TEST_SET)]
     folder = ["--output_dir", str(tmp_path / "out"), "--reference", str(reference), "--evaluation", EVALUATION]
     reproduce.main([str(preset), *where, *folder])
-    given = dict(map(script_of, commands))
-    assert cli.parse(given["train.py"])[0].dataset_name == str(EMBEDDED_DATA)
-    assert calibrate.parse(given["calibrate.py"]).dataset_name == str(EMBEDDED_DATA)
-    measured = evaluate.parse(given["evaluate.py"])
+    given = dict(map(command_of, commands))
+    assert cli.parse(given["train"])[0].dataset_name == str(EMBEDDED_DATA)
+    assert calibrate.parse(given["calibrate"]).dataset_name == str(EMBEDDED_DATA)
+    measured = evaluate.parse(given["evaluate"])
     assert (measured.dataset_name, measured.test_set) == (str(EMBEDDED_DATA), str(EMBEDDED_TEST_SET))
 
 
@@ -143,9 +143,9 @@ def test_a_model_is_measured_again_and_stays_as_it_is(tmp_path, commands, refere
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "model").rglob("*")}
     places = ["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out"), "--reference", str(reference)]
     reproduce.main([*places, "--evaluation", EVALUATION])
-    ((name, given),) = map(script_of, commands)
+    ((name, given),) = map(command_of, commands)
     measured = evaluate.parse(given)
-    assert name == "evaluate.py" and measured.output_dir == tmp_path / "out" / "again"
+    assert name == "evaluate" and measured.output_dir == tmp_path / "out" / "again"
     assert (measured.dataset_name, measured.test_split) == ("zalando-datasets/fashion_mnist", "test")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "model").rglob("*")} == before
     assert "1.0 standard errors" in capsys.readouterr().out
@@ -155,12 +155,12 @@ def test_nothing_comes_after_a_part_that_fails(tmp_path, preset, monkeypatch, ca
     done = []
 
     def run(arguments, check):
-        done.append(script_of(arguments)[0])
+        done.append(command_of(arguments)[0])
         raise subprocess.CalledProcessError(70, arguments)
 
     monkeypatch.setattr(reproduce.subprocess, "run", run)
     with pytest.raises(SystemExit) as stop:
         reproduce.main([str(preset), "--output_dir", str(tmp_path / "out")])
-    assert stop.value.code == 70 and done == ["train.py"]
+    assert stop.value.code == 70 and done == ["train"]
     assert "train ended with code 70" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
