@@ -288,10 +288,10 @@ WRONG = {
         p, noise_image(p), half_mask(), 0, 1, 1
     ),
     "The number of frames must be a whole number from 2 to 24; it is 1.": lambda p: drawing.chain(p, 0, STEPS, 1),
-    "sampler='PLMS' is not known. Allowed: DDPM, DDIM, DPM-Solver++, UniPC.": (
+    "sampler='PLMS' is not known; allowed: DDPM, DDIM, DPM-Solver++, UniPC": (
         lambda p: drawing.generate(p, 0, 1, STEPS, "PLMS")
     ),
-    "class='Bag' is not known. Allowed: any.": lambda p: drawing.generate(p, 0, 1, STEPS, label="Bag"),
+    "class='Bag' is not known; allowed: any": lambda p: drawing.generate(p, 0, 1, STEPS, label="Bag"),
     "guidance scale=9 must be a number and lie in [0, 8].": lambda p: drawing.generate(p, 0, 1, STEPS, guidance=9),
     "t must be a whole number from 0 to 19; it is 20.": lambda p: drawing.noised(p, noise_image(p), 20, 0),
     "There is no image: upload one, or take the generated example.": lambda p: drawing.noised(p, None, 1, 0),

@@ -191,5 +191,5 @@ def test_compatible_schedulers_are_those_of_stock():
 def test_a_configuration_with_a_bad_value_is_refused_on_loading(tmp_path):
     # Stock takes an unknown variance_type for fixed_small without a word.
     DDPMScheduler(variance_type="fixed_smal").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"variance_type='fixed_smal' is not known.*Did you mean 'fixed_small'"):
+    with pytest.raises(ValueError, match=r"variance_type='fixed_smal' is not known.*did you mean 'fixed_small'"):
         ScratchDDPMScheduler.from_pretrained(tmp_path)

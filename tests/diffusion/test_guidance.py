@@ -194,7 +194,7 @@ def test_strips_and_gifs(pipeline, tmp_path, output_type):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"class_labels": ["boots", 1]}, r"class_labels='boots' is not known. .*Did you mean 'boot'\?"),
+        ({"class_labels": ["boots", 1]}, r"class_labels='boots' is not known. .*did you mean 'boot'\?"),
         ({"class_labels": "boot"}, "must be a list"),
         ({"class_labels": [5, 1]}, "from 0 to 4"),
         ({"class_labels": [True, 1]}, "whole numbers"),
@@ -249,7 +249,7 @@ def test_names_without_classes_and_wrong_names(stock_unet, conditional_stock_une
     ("change", "message"),
     [
         ({"trajectory": None}, "There are no frames: ask the pipeline"),
-        ({"part": "x_0"}, "part='x_0' is not known. Allowed: sample, pred_original_sample"),
+        ({"part": "x_0"}, "part='x_0' is not known; allowed: sample, pred_original_sample"),
         ({"scale": 0}, "scale=0"),
         ({"milliseconds": 0}, "milliseconds=0"),
         ({"path": "chain.png"}, "must end in .gif"),

@@ -306,7 +306,7 @@ def test_networks_and_schedulers_that_cannot_be_calibrated(stock_unet):
         ({"optimal_variance": "yes"}, "optimal_variance='yes' must be True, False or None"),
         ({"optimal_variance": True}, "optimal_variance=True needs x_0_mse: estimate them"),
         ({"timestep_choice": "likelihood"}, "timestep_choice='likelihood' needs x_0_mse"),
-        ({"timestep_choice": "quadratc"}, r"'quadratc' is not known. .*Did you mean 'quadratic'\?"),
+        ({"timestep_choice": "quadratc"}, r"'quadratc' is not known. .*did you mean 'quadratic'\?"),
         ({"x_0_mse": []}, r"x_0_mse=\[\] must be pairs"),
         ({"x_0_mse": 0.5}, "must be pairs"),
         ({"x_0_mse": {"0": 1}}, "must be pairs"),

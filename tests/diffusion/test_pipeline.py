@@ -323,7 +323,7 @@ def test_the_saved_module_is_self_contained(pipeline, tmp_path):
         ({"generator": 0}, "generator=0 must be a torch.Generator"),
         ({"generator": [torch.Generator()], "batch_size": 2}, "1 entries for 2 images"),
         ({"generator": [1, 2], "batch_size": 2}, "must be a torch.Generator"),
-        ({"output_type": "latent"}, "output_type='latent' is not known. Allowed: pil, np, pt"),
+        ({"output_type": "latent"}, "output_type='latent' is not known; allowed: pil, np, pt"),
         ({"class_labels": [1]}, "not class-conditional"),
         ({"callback_on_step_end_tensor_inputs": ["latents"]}, "from sample, pred_original_sample"),
         ({"callback_on_step_end_tensor_inputs": "sample"}, "must be a list"),

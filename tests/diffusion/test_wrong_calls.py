@@ -12,14 +12,14 @@ NAN_BETAS = [0.1, float("nan"), 0.2]
 
 CONFIGURATIONS = [
     # Misspelt options: all that is allowed, and the nearest.
-    ({"beta_schedule": "liner"}, ["beta_schedule='liner'", "squaredcos_cap_v2", "Did you mean 'linear'?"]),
+    ({"beta_schedule": "liner"}, ["beta_schedule='liner'", "squaredcos_cap_v2", "did you mean 'linear'?"]),
     ({"beta_schedule": "cosine"}, ["beta_schedule='cosine'", "squaredcos_cap_v2"]),
-    ({"prediction_type": "eps"}, ["prediction_type='eps'", "epsilon, sample, v_prediction", "Did you mean 'epsilon'?"]),
-    ({"prediction_type": "v-prediction"}, ["'v-prediction'", "Did you mean 'v_prediction'?"]),
+    ({"prediction_type": "eps"}, ["prediction_type='eps'", "epsilon, sample, v_prediction", "did you mean 'epsilon'?"]),
+    ({"prediction_type": "v-prediction"}, ["'v-prediction'", "did you mean 'v_prediction'?"]),
     ({"prediction_type": None}, ["prediction_type=None", "epsilon, sample, v_prediction"]),
-    ({"variance_type": "fixed_smal"}, ["variance_type='fixed_smal'", "learned_range", "Did you mean 'fixed_small'?"]),
-    ({"variance_type": "learned-range"}, ["'learned-range'", "Did you mean 'learned_range'?"]),
-    ({"timestep_spacing": "trailling"}, ["'trailling'", "leading, linspace, trailing", "Did you mean 'trailing'?"]),
+    ({"variance_type": "fixed_smal"}, ["variance_type='fixed_smal'", "learned_range", "did you mean 'fixed_small'?"]),
+    ({"variance_type": "learned-range"}, ["'learned-range'", "did you mean 'learned_range'?"]),
+    ({"timestep_spacing": "trailling"}, ["'trailling'", "leading, linspace, trailing", "did you mean 'trailing'?"]),
     # Numbers.
     ({"num_train_timesteps": 0}, ["num_train_timesteps=0", "at least 1"]),
     ({"num_train_timesteps": -5}, ["num_train_timesteps=-5", "at least 1"]),

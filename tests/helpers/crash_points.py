@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers.paths import ROOT
+from helpers.paths import python_path
 
 CALLS = (  # that change something on the disk, or open what is read
     *("open", "openat", "write", "pwrite64", "fsync", "fdatasync", "rename", "renameat", "renameat2"),
@@ -141,8 +141,7 @@ class Server:
     """Attempts, traced; use as a context."""
 
     def __enter__(self):
-        path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "training")])
-        command, environment = [sys.executable, __file__], {**os.environ, "PYTHONPATH": path}
+        command, environment = [sys.executable, __file__], {**os.environ, "PYTHONPATH": python_path("src", "tests")}
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
         assert self._receive() == "ready"

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from ddpm_from_scratch.training import checkpoint
 from ddpm_from_scratch.training.objectives import HISTORY
-from helpers.runs import ROOT, TINY, picture, write_parquet
+from helpers.runs import TINY, picture, write_parquet
 
 FULL = os.environ.get("FULL_TESTS") == "1"
 NUM_IMAGES, BATCH, STEPS, CHANGED = 30, 8, 100, 37  # the change comes after 9 epochs and 26 images
@@ -73,9 +73,11 @@ def train_all(folder, changes, made):
     jobs += [job(f"{processes}", processes, stop_after=CHANGED) for processes in sorted({first for first, _ in made})]
     jobs += [job(f"{first} then {then}", then, start_from=f"{first}") for first, then in made]
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, str(ROOT / "tests" / "elastic_run.py"), str(folder / "jobs.json")]
+    command = [sys.executable, elastic_run.__file__, str(folder / "jobs.json")]
+    environment = {**os.environ, "PYTHONPATH": python_path("src", "training", "tests")}
     with open(folder / "said.txt", "w") as said:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)
+        options = {"stdout": subprocess.DEVNULL, "stderr": said, "start_new_session": True, "env": environment}
+        process = subprocess.Popen(command, **options)
     try:
         code = process.wait(timeout=600)
     finally:

@@ -651,9 +651,9 @@ WRONG_CALLS = [
     (("--train_data_dir", "."), "both name the training data"),
     (("--dataset_name", "null", "--train_data_dir", "no_such_folder"), "no folder no_such_folder"),
     (("--dataset_name", "null", "--dataset_config_name", "small"), "needs dataset_name"),
-    (("--dataset_revision", "main"), "dataset_revision is of a dataset_name on the Hub"),
-    (("--dataset_name", "null", "--dataset_revision", "main"), "dataset_revision is of a dataset_name on the Hub"),
-    (("--model_revision", "main"), "model_revision is of a model_config_name_or_path on the Hub"),
+    (("--dataset_revision", "main"), "dataset_revision is of a dataset on the Hub"),
+    (("--dataset_name", "null", "--dataset_revision", "main"), "dataset_revision is of a dataset on the Hub"),
+    (("--model_revision", "main"), "model_revision is of a model on the Hub"),
     (("--model_config_name_or_path", "no/such/model/folder"), "no file or folder"),
     (("--model_config_name_or_path", "some/model", "--model.dropout", "0.2"), "give one"),
     (("--resume_from_checkpoint", "no_such_checkpoint"), "no folder no_such_checkpoint"),
@@ -699,7 +699,7 @@ def test_wrong_presets(tmp_path, capsys, text, message):
 def test_missing_preset_names_the_nearest(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.parse(["presets/cifar.yaml"])
-    assert "did you mean 'presets/cifar10.yaml'" in capsys.readouterr().err
+    assert "did you mean 'cifar10'" in capsys.readouterr().err
 
 
 def test_push_without_a_token_fails_before_the_run(monkeypatch, tmp_path):

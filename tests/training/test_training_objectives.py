@@ -149,8 +149,8 @@ def test_16_bit_inputs_are_weighted_in_float32():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "hybird"}, "Did you mean 'hybrid'"),
-        ({"weighting": "min-snr"}, "Did you mean 'min_snr'"),
+        ({"loss": "hybird"}, "did you mean 'hybrid'"),
+        ({"weighting": "min-snr"}, "did you mean 'min_snr'"),
         ({"weighting": "min_snr", "snr_gamma": 0}, "snr_gamma=0 must be a number, above 0"),
         ({"snr_gamma": math.nan}, "snr_gamma=nan"),
         ({"p2_k": math.inf}, "p2_k=inf"),
