@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from diffusers import DDPMPipeline
 
-import evaluate
+from ddpm_from_scratch.evaluation import evaluate
 from helpers import evaluations
 import train
 from ddpm_from_scratch import ScratchDDPMPipeline

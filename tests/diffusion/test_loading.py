@@ -84,7 +84,7 @@ def test_with_the_package_no_code_of_the_folder_runs(folders, expected, tmp_path
     }
     report, images = in_a_process(tmp_path, jobs, package=True, pythonpath=str(ROOT / "src"))
     for name in jobs:
-        assert report[name]["module"] == "ddpm_from_scratch.pipeline"
+        assert report[name]["module"] == "ddpm_from_scratch.diffusion.pipeline"
     assert report["loaded"] == []
     np.testing.assert_allclose(images["own"], expected["own"], atol=1e-5)
     np.testing.assert_allclose(images["stock"], expected["own"], atol=1e-5)

@@ -110,7 +110,7 @@ def test_small_and_large_variance_miss_the_data_in_opposite_directions_and_conve
 
 @pytest.mark.parametrize("data_variance", [1e-12, 1.0])
 def test_small_is_exact_for_a_point_and_large_for_unit_data(data_variance, monkeypatch):
-    monkeypatch.setattr("test_whole_chain.DATA", oracles.GaussianData(0.3 if data_variance < 1 else 0.0, data_variance))
+    monkeypatch.setitem(globals(), "DATA", oracles.GaussianData(0.3 if data_variance < 1 else 0.0, data_variance))
     kind = "fixed_small" if data_variance < 1 else "fixed_large"
     for spacing in SPACINGS:
         scheduler = make(kind, spacing, 10)

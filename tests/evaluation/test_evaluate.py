@@ -1,9 +1,9 @@
 """`training/evaluate.py`: its figures are those of the library; which models it takes; what it refuses, and writes."""
 
+import errno
 import io
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -33,14 +33,17 @@ from PIL import Image
 from torch import nn
 
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
+from ddpm_from_scratch.data.config import EMBEDDED_TEST_SET
 from ddpm_from_scratch.evaluation import classifier, evaluate
 from ddpm_from_scratch.evaluation import features as features
 from ddpm_from_scratch.evaluation import measures as evaluation
 from ddpm_from_scratch.evaluation import metrics as metrics
 from ddpm_from_scratch.evaluation.figures import plot_bound
 from ddpm_from_scratch.evaluation.likelihood import bits_per_dim
+from ddpm_from_scratch.runtime import atomic_files
 from ddpm_from_scratch.runtime import random_streams as draws
 from ddpm_from_scratch.runtime import results as report
+from ddpm_from_scratch.runtime.errors import told
 from ddpm_from_scratch.sampling import generate as drawn_samples
 from ddpm_from_scratch.sampling import models
 from ddpm_from_scratch.sampling.generate import SampleSpec, generate
@@ -70,7 +73,7 @@ from helpers.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("fresh_process", "few_features")
 
-SCRIPT = ROOT / "training" / "evaluate.py"
+SCRIPT = ROOT / "training" / "train.py"
 PYTHONPATH = os.pathsep.join(str(ROOT / folder) for folder in ("src", "training", "tests"))
 
 
@@ -462,7 +465,13 @@ def test_two_processes_find_the_same_with_a_model_of_the_hub(inputs, whole, tmp_
     """What they drew serves a single process with the same model of a folder."""
     as_hub_model(whole.folder, tmp_path / "hub")
     script = tmp_path / "evaluate_with_few_features.py"
-    script.write_text("import test_evaluate as of; of.use_few_features(); of.evaluate.main()")
+    script.write_text(
+        "import sys\n"
+        "from ddpm_from_scratch.evaluation import evaluate\n"
+        "from helpers.evaluations import use_few_features\n"
+        "use_few_features()\n"
+        "evaluate.main(sys.argv[1:])\n"
+    )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", script, "user/model"]
     arguments = flags(inputs, images_dir=tmp_path / "images", output_dir=tmp_path / "two")
     environment = {"ACCELERATE_USE_CPU": "true", "HF_HUB_CACHE": str(tmp_path / "hub")}
@@ -580,7 +589,7 @@ def test_the_embedded_data_have_held_out_images(monkeypatch):
 
     monkeypatch.setattr(evaluate, "load_data", load)
     real = evaluate.real_images(evaluate.parse(["model"]), 1, SIDE, [])
-    assert asked == [(None, "train"), (str(evaluate.EMBEDDED_TEST_SET), "train")]
+    assert asked == [(None, "train"), (str(EMBEDDED_TEST_SET), "train")]
     assert Path(asked[1][0]).is_file()
     assert np.array_equal(real.held_out[..., 0], HELD_OUT)
     assert real.facts == {"training": {"name": "own"}, "held_out": {"name": "fashion_mnist_test.parquet"}}
@@ -695,29 +704,28 @@ def test_the_seed_changes_everything_random(inputs, whole, tmp_path):
 
 
 WRONG = [
-    ({"dataset_name": None, "streaming": ()}, "--streaming is of a --dataset_name"),
-    ({"num_images": 19}, "--num_images 19: it must be at least 20"),
-    ({"num_inference_steps": (3, 0)}, "--num_inference_steps 0: it must be at least 1"),
+    ({"num_images": 19}, "num_images must be at least 20, got [19]"),
+    ({"num_inference_steps": (3, 0)}, "num_inference_steps must be at least 1"),
     ({"num_inference_steps": (3, T + 1)}, "21 steps were asked for, and the chain of this model has 20"),
-    ({"num_bound_images": -1}, "--num_bound_images -1"),
-    ({"num_terms": 1}, "--num_terms 1: it must be at least 2"),
+    ({"num_bound_images": -1}, "num_bound_images must be at least 0, got -1"),
+    ({"num_terms": 1}, "num_terms must be at least 2, got 1"),
     ({"num_terms": T + 1}, "21 terms of the bound were asked for, and there are 20"),
-    ({"batch_size": 0}, "--batch_size 0"),
-    ({"seed": -1}, "--seed -1"),
-    ({"size": (32, 0)}, "--size 0"),
-    ({"num_class_images": -1}, "--num_class_images -1: it must be at least 0"),
+    ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    ({"seed": -1}, "seed must be at least 0, got -1"),
+    ({"size": (32, 0)}, "size must be at least 1"),
+    ({"num_class_images": -1}, "num_class_images must be at least 0, got -1"),
     ({"num_images": 26, "test_set": None}, "take at most 25 images"),
     ({"num_inference_steps": (3, 5), "num_images": (20, 26), "test_set": None}, "take at most 25 images"),
     ({"num_inference_steps": (3, 5), "images": SCRIPT}, "give one number"),
-    ({"images_dir": SCRIPT}, "evaluate.py is a file"),
+    ({"images_dir": SCRIPT}, "train.py is a file"),
     ({"images_dir": "images", "images": SCRIPT}, "--images holds some: give one"),
     ({"images": "no.npz"}, "no file no.npz"),
     ({"num_class_images": 20}, "images of the classes were asked for, but this model has no classes"),
-    ({"label_column": "label"}, "it needs --num_class_images"),
+    ({"label_column": "label"}, "give --num_class_images"),
     ({"test_split": "test"}, "--test_set and --test_split"),
-    ({"train_data_dir": "."}, "both name the training images"),
+    ({"train_data_dir": "."}, "both name the training data"),
     ({"dataset_name": None, "train_data_dir": "no_folder"}, "no folder no_folder"),
-    ({"dataset_name": None, "dataset_config_name": "small"}, "--dataset_config_name needs --dataset_name"),
+    ({"dataset_name": None, "dataset_config_name": "small"}, "dataset_config_name needs dataset_name"),
     ({"dataset_name": None, "test_set": None, "test_split": "test"}, "give one of them"),
     ({"dataset_name": "no/such/set.parquet"}, "dataset_name: no file or folder no/such/set.parquet"),
     ({"test_set": "./no_set"}, "test_set: no file or folder ./no_set"),
@@ -755,7 +763,7 @@ def test_numbers_of_images_fit_those_of_steps_before_anything_is_loaded(inputs, 
 def test_balanced_labels_are_of_drawn_images_of_classes(inputs, whole, tmp_path, nothing_drawn):
     for arguments, message in {
         ("--balanced_labels",): "this model has no classes",
-        ("--balanced_labels", "--images", str(whole.file)): "about images that are to be drawn",
+        ("--balanced_labels", "--images", str(whole.file)): "for images that are to be drawn",
     }.items():
         with pytest.raises(ValueError, match=message):
             evaluate.main([str(whole.folder), *flags(inputs, output_dir=tmp_path / "new"), *arguments])
@@ -764,12 +772,9 @@ def test_balanced_labels_are_of_drawn_images_of_classes(inputs, whole, tmp_path,
 
 def test_a_failed_script_ends_with_2_and_one_line(inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "user/missing", *flags(inputs)])
-    with pytest.raises(SystemExit) as raised:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert raised.value.code == 2
+    assert told(evaluate.main, "evaluate", ["user/missing", *flags(inputs)]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith("evaluate.py: error: user/missing is no folder, nor a pipeline that the Hub gives")
+    assert message.startswith("ddpm evaluate: error: user/missing is no folder, nor a pipeline that the Hub gives")
     assert names(tmp_path) == []
 
 
@@ -921,24 +926,21 @@ def test_classes_that_cannot_be_judged_are_refused(inputs, classed, of_kinds, tm
 
 def test_where_results_go(tmp_path):
     def folder(*arguments):
-        return evaluate.output_dir(evaluate.parse(arguments))
+        return evaluate.parse(arguments).folder
 
     assert folder("user/model") == Path("outputs", "evaluation", "user", "model")
     assert folder(str(tmp_path)) == tmp_path
     assert folder("user/model", "--output_dir", "other") == Path("other")
 
 
-@pytest.mark.parametrize("broken", ["write_json", "os.replace"])
-def test_a_failed_write_leaves_the_old_results(tmp_path, monkeypatch, broken):
+def test_a_failed_write_leaves_the_old_results(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     report.merge_results(path, "evaluation", {"bits": 1})
 
     def fail(*arguments):
-        if broken == "write_json":
-            arguments[1].write_text("{")
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr(*{"write_json": (report, "write_json"), "os.replace": (report.os, "replace")}[broken], fail)
+    monkeypatch.setattr(atomic_files, "write_file", fail)
     with pytest.raises(OSError, match="no space"):
         report.merge_results(path, "evaluation", {"bits": 2})
     assert strict(path) == {"evaluation": {"bits": 1}}
@@ -991,7 +993,7 @@ def test_no_local_path_is_in_the_results(inputs, whole, tmp_path, monkeypatch):
     run(whole.folder, arguments)
     for path in (tmp_path / "cache").iterdir():
         path.write_bytes(b"damaged")
-    with pytest.warns(UserWarning, match=r"cache.* cannot be used"):
+    with pytest.warns(UserWarning, match=r"cache.* cannot be read"):
         found = run(whole.folder, arguments)["evaluation"]
     assert found["images"]["training"]["name"] == "mine.parquet" and found["model"] == "model"
     assert len(found["samples"][0]["warnings"]) == 3

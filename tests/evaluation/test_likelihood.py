@@ -458,7 +458,7 @@ import sys, torch
 from accelerate import Accelerator
 from helpers.networks import TINY_NETWORK, randomised
 from ddpm_from_scratch import ScratchDDPMScheduler, ScratchUNet2DModel
-from ddpm_from_scratch.likelihood import bits_per_dim
+from ddpm_from_scratch.evaluation.likelihood import bits_per_dim
 from helpers import oracles
 
 accelerator = Accelerator()
@@ -717,7 +717,7 @@ def test_stock_schedulers_are_refused(function):
 WRONG_BOUNDS = {
     "both chains": ({"num_inference_steps": 5, "timesteps": [3, 1]}, "Pass either num_inference_steps or timesteps"),
     "no steps": ({"num_inference_steps": 0}, "num_inference_steps=0 must be a whole number from 1 to 12"),
-    "ascending": ({"timesteps": [1, 3]}, "must train_step strictly within 11..0"),
+    "ascending": ({"timesteps": [1, 3]}, "must descend strictly within 11..0"),
     "empty chain": ({"timesteps": []}, "non-empty list"),
     "no terms": ({"num_terms": 0}, "num_terms=0 must be a whole number from 2 to 12"),
     "one term": ({"num_terms": 1}, "num_terms=1 must be a whole number from 2 to 12"),

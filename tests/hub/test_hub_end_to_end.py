@@ -21,8 +21,8 @@ from ddpm_from_scratch.hub import publish
 from ddpm_from_scratch.hub import repository as hub
 from ddpm_from_scratch.runtime.errors import Refused
 from ddpm_from_scratch.training import upload
-from helpers.evaluations import run
 from helpers.hub_files import WEIGHTS, WHOLE
+from helpers.hub_runs import run
 from helpers.hub_server import Fault, Hub
 from helpers.networks import TINY_NETWORK, randomised
 from helpers.paths import ROOT
@@ -120,7 +120,7 @@ def test_everybody_loads_it_and_draws_the_same(published, tmp_path):
     own = {"own": {"folder": NAME, "own": True}, "own_on_stock": {"folder": "google/same", "own": True}}
     environment = published.server.environment(tmp_path / "other_home", PYTHONPATH=str(ROOT / "src"))
     report, more = in_a_process(tmp_path, own, package=True, environment=environment)
-    assert report["own"]["module"] == "ddpm_from_scratch.pipeline" and report["loaded"] == []
+    assert report["own"]["module"] == "ddpm_from_scratch.diffusion.pipeline" and report["loaded"] == []
     images |= more
     assert len(images) == 5 and images["own"].std() > 0.01
     for name, drawn in images.items():
@@ -143,14 +143,14 @@ def test_the_code_of_the_page_runs_as_it_stands(published, tmp_path):
 
 
 def test_publishing_again_without_a_change_makes_no_commit(published, tmp_path):
-    command = (ROOT / "training" / "publish.py", published.model, "--hub_model_id", NAME)
+    command = ("-m", "ddpm_from_scratch.cli", "publish", published.model, "--hub_model_id", NAME)
     before = len(history(published))
     done = run(published.server, tmp_path, *command, token="hf_user")
     assert len(history(published)) == before and done.out.strip().endswith(history(published)[-1].oid)
 
 
 def test_a_space_runs_by_itself(published, tmp_path):
-    command = (ROOT / "training" / "publish.py", published.model, "--hub_model_id", NAME, "--space")
+    command = ("-m", "ddpm_from_scratch.cli", "publish", published.model, "--hub_model_id", NAME, "--space")
     run(published.server, tmp_path, *command, token="hf_user")
     name = f"{NAME}-demo"
     assert published.server.repositories["spaces", name].sdk == "gradio"
@@ -158,14 +158,15 @@ def test_a_space_runs_by_itself(published, tmp_path):
     assert files["model_id.txt"].decode().split() == [NAME]
     assert ModelCard(files["README.md"].decode()).data.models == [NAME]
     assert "diffusers" in files["requirements.txt"].decode() and "gradio" not in files["requirements.txt"].decode()
-    sources = {path.name: path.read_bytes() for path in (ROOT / "src" / "ddpm_from_scratch").glob("*.py")}
-    assert sources.items() <= {key.partition("/")[2]: value for key, value in files.items()}.items()
+    source = ROOT / "src"
+    sources = {path.relative_to(source).as_posix(): path.read_bytes() for path in source.rglob("*.py")}
+    assert sources.items() <= files.items()
     for path, content in files.items():
         (tmp_path / "space" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "space" / path).write_bytes(content)
     code = "import app, sys; sys.argv = ['app.py']; print(app.ScratchDDPMPipeline.__module__, app.__file__)"
     out = run(published.server, tmp_path / "space", "-c", code, PYTHONPATH=str(tmp_path / "space")).out
-    assert out.split() == ["ddpm_from_scratch.pipeline", str(tmp_path / "space" / "app.py")]
+    assert out.split() == ["ddpm_from_scratch.diffusion.pipeline", str(tmp_path / "space" / "app.py")]
 
 
 # Two repositories, two versions of the code, one process
@@ -288,7 +289,7 @@ def test_a_hub_that_fails_to_the_end_costs_nothing_but_the_push(training):
     with pytest.raises(ConnectionError, match="cannot push to user/clothes, after 3 tries") as caught:
         training.main("--hub_model_id", "clothes")
     (note,) = caught.value.__notes__
-    assert f"publish.py {training.model} --hub_model_id user/clothes" in note
+    assert f"ddpm publish {training.model} --hub_model_id user/clothes" in note
     assert training.server.files(NAME) == {}  # what it was before: created, and empty
     pipeline = ScratchDDPMPipeline.from_pretrained(training.model)
     assert pipeline(num_inference_steps=2).images and (training.model / "samples.png").is_file()

@@ -521,7 +521,7 @@ def test_what_a_space_needs_is_what_the_package_needs(tmp_path):
     )
     assert re.fullmatch(r"\d+\.\d+\.\d+", str(card.data.to_dict()["sdk_version"]))
     pushed = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert "ddpm_from_scratch/hub.py" in pushed and not [path for path in pushed if "__pycache__" in path]
+    assert "ddpm_from_scratch/hub/repository.py" in pushed and not [path for path in pushed if "__pycache__" in path]
 
 
 def test_the_shipped_code_is_this_package():

@@ -13,8 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 
 from ddpm_from_scratch import ScratchDDPMPipeline
 from ddpm_from_scratch.hub import repository as hub
-from helpers.crashes import WEIGHTS
-from helpers.hub_files import WHOLE
+from helpers.hub_files import WEIGHTS, WHOLE
 from helpers.hub_server import Fault, Hub
 from helpers.networks import TINY_NETWORK, randomised
 

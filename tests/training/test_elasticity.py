@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 
 from ddpm_from_scratch.training import checkpoint
 from ddpm_from_scratch.training.objectives import HISTORY
+from helpers import elastic_run
+from helpers.paths import python_path
 from helpers.runs import TINY, picture, write_parquet
 
 FULL = os.environ.get("FULL_TESTS") == "1"

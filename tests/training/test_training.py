@@ -31,6 +31,7 @@ from ddpm_from_scratch.runtime import random_streams as draws
 from ddpm_from_scratch.sampling.previews import image_grid
 from ddpm_from_scratch.training import arguments as cli
 from ddpm_from_scratch.training import checkpoint
+from ddpm_from_scratch.training import config as training_config
 from ddpm_from_scratch.training import loop as train
 from ddpm_from_scratch.training import model as networks
 from ddpm_from_scratch.training import optimizer as optimization
@@ -703,7 +704,7 @@ def test_missing_preset_names_the_nearest(capsys):
 
 
 def test_push_without_a_token_fails_before_the_run(monkeypatch, tmp_path):
-    monkeypatch.setattr("config.get_token", lambda: None)
+    monkeypatch.setattr(training_config, "get_token", lambda: None)
     with pytest.raises(ValueError, match="needs a token"):
         TrainingConfig(model={}, push_to_hub=True, output_dir=str(tmp_path / "model")).validate()
 

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -347,9 +348,11 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         with safe_weights(pretrained_model_name_or_path, kwargs):
             if not os.path.isdir(pretrained_model_name_or_path) and "custom_pipeline" not in kwargs:
                 hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-                index = super().load_config(pretrained_model_name_or_path, **hub)
-                if not isinstance(index["_class_name"], str):
-                    return cls._from_parts(pretrained_model_name_or_path, index, hub, kwargs)
+                with warnings.catch_warnings():  # diffusers passes huggingface_hub an argument that it has no more
+                    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+                    index = super().load_config(pretrained_model_name_or_path, **hub)
+                    if not isinstance(index["_class_name"], str):
+                        return cls._from_parts(pretrained_model_name_or_path, index, hub, kwargs)
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod

@@ -14,7 +14,7 @@ from typing import Any
 from diffusers import ConfigMixin
 
 # How diffusers says that a model has no such weights.
-NO_SAFETENSORS = re.compile(r"no file named \S+\.safetensors|necessary `safetensors` weights")
+NO_SAFETENSORS = re.compile(r"(no|have a) file named \S+\.safetensors|necessary `safetensors` weights")
 
 
 def altered(part: ConfigMixin, kind: type[ConfigMixin] | None = None, /, **changes: object) -> Any:  # noqa: ANN401
