@@ -11,7 +11,6 @@ docs/few_steps.md of them.
 import argparse
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -24,26 +23,24 @@ from diffusers import DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultiste
 from tqdm import tqdm
 
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel
-from ddpm_from_scratch.diffusion.scheduler_config import OWN_KEYS
+from ddpm_from_scratch.data.config import EMBEDDED_TEST_SET
+from ddpm_from_scratch.data.dataset import load_data
 from ddpm_from_scratch.evaluation import likelihood as likelihood
 from ddpm_from_scratch.evaluation.calibration import calibrate
 from ddpm_from_scratch.evaluation.features import efficientnet_lite0_features
 from ddpm_from_scratch.evaluation.metrics import frechet_distance, kernel_distance_with_error
-
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "training"))
-
-from ddpm_from_scratch.data.config import EMBEDDED_TEST_SET
-from ddpm_from_scratch.data.dataset import load_data
 from ddpm_from_scratch.runtime.devices import device_name
 from ddpm_from_scratch.runtime.results import versions
+from ddpm_from_scratch.sampling import samplers
 from ddpm_from_scratch.sampling.generate import to_unit_range
 from ddpm_from_scratch.training.config import TrainingConfig
+
+ROOT = Path(__file__).parents[1]
 
 
 def solver(kind: type[SchedulerMixin], config: Mapping[str, Any]) -> SchedulerMixin:
     """One of diffusers' solvers, on the process of a configuration."""
-    return kind.from_config({key: config[key] for key in config if key not in OWN_KEYS}, timestep_spacing="trailing")
+    return samplers.solver(kind, ScratchDDPMScheduler.from_config(config))
 
 
 # From the configuration of the model's scheduler to that of a method. Each of them calls the network once a step.

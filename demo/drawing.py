@@ -2,20 +2,20 @@
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
+from diffusers import SchedulerMixin
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
 from ddpm_from_scratch.diffusion.checks import check_choice, check_range
 from ddpm_from_scratch.diffusion.pipeline import Frame, ScratchDDPMPipelineOutput
-from ddpm_from_scratch.diffusion.scheduler_config import OWN_KEYS
 from ddpm_from_scratch.diffusion.stock import altered
+from ddpm_from_scratch.sampling import samplers
 from ddpm_from_scratch.sampling.editing import ScratchDDPMInpaintPipeline
 from ddpm_from_scratch.sampling.previews import strip
 
@@ -31,24 +31,13 @@ LARGE, SMALL = 336, 96  # pixels, the least side of a picture by itself and of o
 # --- samplers and classes -------------------------------------------------------------------------------------------
 
 
-def _ours(scheduler: SchedulerMixin, eta: float) -> ScratchDDPMScheduler:
-    return altered(scheduler, ScratchDDPMScheduler, eta=eta, timestep_spacing="trailing")
+def _ours(scheduler: SchedulerMixin, **changes: object) -> ScratchDDPMScheduler:
+    """The scheduler as ours, from t = T - 1, where x_t is noise."""
+    return altered(scheduler, ScratchDDPMScheduler, timestep_spacing="trailing", **changes)  # type: ignore[no-any-return]
 
 
-def _solver(kind: type[SchedulerMixin], scheduler: SchedulerMixin) -> SchedulerMixin:
-    """One of diffusers' solvers; it gets the betas themselves, since it does not know every schedule by name."""
-    ours = _ours(scheduler, eta=1.0)
-    config = {key: value for key, value in ours.config.items() if key not in OWN_KEYS}
-    return kind.from_config(config, timestep_spacing="trailing", trained_betas=ours.betas.tolist())
-
-
-# From the model's scheduler to that of the sampler. All start at T - 1, where x_t is noise.
-SAMPLERS: dict[str, Callable[[SchedulerMixin], SchedulerMixin]] = {
-    "DDPM": functools.partial(_ours, eta=1.0),
-    "DDIM": functools.partial(_ours, eta=0.0),
-    "DPM-Solver++": functools.partial(_solver, DPMSolverMultistepScheduler),
-    "UniPC": functools.partial(_solver, UniPCMultistepScheduler),
-}
+# How the page calls the samplers of the package.
+SAMPLERS = {"DDPM": "ddpm", "DDIM": "ddim", "DPM-Solver++": "dpmsolver++", "UniPC": "unipc"}
 
 
 def with_sampler(pipeline: ScratchDDPMPipeline, sampler: str) -> ScratchDDPMPipeline:
@@ -58,7 +47,8 @@ def with_sampler(pipeline: ScratchDDPMPipeline, sampler: str) -> ScratchDDPMPipe
         ValueError: an unknown sampler.
     """
     check_choice("sampler", sampler, SAMPLERS)
-    scheduler = SAMPLERS[sampler](pipeline.scheduler)
+    start = _ours(pipeline.scheduler, eta=1.0)
+    scheduler = samplers.SAMPLERS[SAMPLERS[sampler]](start)
     return ScratchDDPMPipeline(pipeline.unet, scheduler, pipeline.config.get("id2label"))
 
 

@@ -4,16 +4,14 @@ Pages are Markdown that reads well in the repository too; what the site does wit
 """
 
 import importlib.metadata
-import sys
 from pathlib import Path
 from typing import Any
 
+# Sphinx is run from the root, so that `docs.extensions` is found.
+from docs.extensions.files import linkcode_resolve as linkcode_resolve
 from sphinx.application import Sphinx
 
 DOCS = Path(__file__).parent
-sys.path.insert(0, str(DOCS / "extensions"))
-
-from files import linkcode_resolve as linkcode_resolve  # noqa: E402
 
 project = "ddpm_from_scratch"
 version = release = importlib.metadata.version("ddpm-from-scratch")
@@ -24,10 +22,10 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.linkcode",
-    "docstrings",
-    "files",
-    "mathml",
-    "notebooks",
+    "docs.extensions.docstrings",
+    "docs.extensions.files",
+    "docs.extensions.mathml",
+    "docs.extensions.notebooks",
 ]
 exclude_patterns = ["extensions", "figures", "results", "**/.ipynb_checkpoints"]
 
@@ -55,7 +53,7 @@ nitpick_ignore_regex = [
     ("py:class", r"(accelerate|collections|diffusers|huggingface_hub|numpy|os|pathlib|PIL|torch)\..+"),
     ("py:exc", r"HfHubHTTPError"),
     # No entries: a type variable, and the base of the editing pipelines.
-    ("py:class", r"ddpm_from_scratch\.(hub\.T|editing\._EditingPipeline)"),
+    ("py:class", r"ddpm_from_scratch\.(hub\.repository\.T|sampling\.editing\._EditingPipeline)"),
 ]
 
 # --- appearance -----------------------------------------------------------------------------------------------------

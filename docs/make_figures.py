@@ -9,36 +9,32 @@ versions draws the same bytes again. All of it takes some minutes on a CPU.
 import argparse
 import functools
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import drawings
 import matplotlib
 import numpy as np
-import sample_specs
 import torch
-from sample_specs import STYLE, Samples, Schedulers
+from drawings import STYLE, Drawn, Schedulers
 from torch import Tensor
 
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
+from ddpm_from_scratch.data.config import EMBEDDED_TEST_SET, DataConfig
+from ddpm_from_scratch.data.dataset import load_data
 from ddpm_from_scratch.diffusion.schedules import BETA_SCHEDULES
 from ddpm_from_scratch.diffusion.tensors import mean_of_sample
 from ddpm_from_scratch.evaluation.likelihood import bits_per_dim
+from ddpm_from_scratch.runtime.devices import device_name
+from ddpm_from_scratch.runtime.results import version, versions
+from pages import load_script
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-sys.path += [str(ROOT / "training"), str(ROOT / "examples")]
 
-import points  # noqa: E402
-
-from ddpm_from_scratch.data.config import EMBEDDED_TEST_SET
-from ddpm_from_scratch.data.dataset import load_data
-from ddpm_from_scratch.runtime.devices import device_name
-from ddpm_from_scratch.runtime.results import version, versions
-from ddpm_from_scratch.training.config import TrainingConfig
-
+points = load_script(ROOT / "examples" / "points.py")
 MODEL = ROOT / "models" / "ddpm-fashion-mnist"
 POINT_STEPS, NUM_POINTS = 5000, 2000
 
@@ -58,7 +54,7 @@ def shipped() -> ScratchDDPMPipeline:
 @functools.cache
 def held_out(count: int) -> Tensor:
     """The first embedded test images, in [-1, 1]: [N, 1, H, W]."""
-    images = load_data(TrainingConfig(dataset_name=str(EMBEDDED_TEST_SET)), 1, 28).images
+    images = load_data(DataConfig(dataset_name=str(EMBEDDED_TEST_SET)), 1, 28).images
     return torch.stack([images[index] for index in range(count)]).float() / 127.5 - 1
 
 
@@ -67,23 +63,23 @@ def linear_and_cosine() -> Schedulers:
     return {"linear": ScratchDDPMScheduler(), "cosine": ScratchDDPMScheduler(beta_schedule="squaredcos_cap_v2")}
 
 
-def forward() -> Samples:
+def forward() -> Drawn:
     """A shoe turns into noise."""
     x_0 = held_out(1)[0]
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
-    return sample_specs.forward(x_0, noise, linear_and_cosine(), (0, 50, 100, 200, 400, 600, 800, 999))
+    return drawings.forward(x_0, noise, linear_and_cosine(), (0, 50, 100, 200, 400, 600, 800, 999))
 
 
-def schedules() -> Samples:
+def schedules() -> Drawn:
     """All of them, and the linear one with nothing of the data left at the end, where epsilon would not do."""
     schedulers = {name: ScratchDDPMScheduler(beta_schedule=name) for name in BETA_SCHEDULES}
     rescaled = ScratchDDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
-    return sample_specs.schedules({**schedulers, "linear, zero terminal SNR": rescaled})
+    return drawings.schedules({**schedulers, "linear, zero terminal SNR": rescaled})
 
 
-def posterior() -> Samples:
+def posterior() -> Drawn:
     """Of the same two schedules."""
-    return sample_specs.posterior(linear_and_cosine())
+    return drawings.posterior(linear_and_cosine())
 
 
 @torch.no_grad()
@@ -111,27 +107,27 @@ def prediction_errors(
     return {name: torch.stack(kept) for name, kept in errors.items()}
 
 
-def loss() -> Samples:
+def loss() -> Drawn:
     """40 timesteps, closer together towards both ends of the chain, where the errors change fast."""
     pipeline = shipped()
     last = len(pipeline.scheduler) - 1
     times = np.unique((last * (1 - np.cos(np.pi * np.linspace(0, 1, 40))) / 2).round().astype(int)).tolist()
-    return sample_specs.loss(prediction_errors(pipeline.unet, pipeline.scheduler, held_out(64), times), times)
+    return drawings.loss(prediction_errors(pipeline.unet, pipeline.scheduler, held_out(64), times), times)
 
 
-def bound() -> Samples:
+def bound() -> Drawn:
     """All terms for a few images."""
     pipeline = shipped()
-    return sample_specs.bound(bits_per_dim(pipeline.unet, pipeline.scheduler, held_out(8), progress=False))
+    return drawings.bound(bits_per_dim(pipeline.unet, pipeline.scheduler, held_out(8), progress=False))
 
 
-def chain() -> Samples:
+def chain() -> Drawn:
     """Two images in 1000 steps, of no class in particular."""
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
-    return sample_specs.chain(shipped()(2, generators, output_type="np", return_trajectory=9).trajectory)
+    return drawings.chain(shipped()(2, generators, output_type="np", return_trajectory=9).trajectory)
 
 
-def points_there_and_back() -> Samples:
+def points_there_and_back() -> Drawn:
     """The S-curve of examples/points.py, and how far the clouds of the chain are from those of q."""
     torch.manual_seed(0)
     scheduler, network = ScratchDDPMScheduler(clip_sample=False), points.NoiseNetwork()
@@ -139,7 +135,7 @@ def points_there_and_back() -> Samples:
     reverse = points.sample(network, scheduler, NUM_POINTS)
     times = (50, 150, 350, 999)
     clouds = [forward_clouds(points.s_curve(NUM_POINTS), scheduler, times) for _ in range(2)]
-    drawn = sample_specs.points(clouds[0], {t: reverse[t] for t in clouds[0]})
+    drawn = drawings.points(clouds[0], {t: reverse[t] for t in clouds[0]})
     numbers = {
         "training_steps": POINT_STEPS,
         "last_loss": float(np.mean(losses[-100:])),
@@ -156,7 +152,7 @@ def forward_clouds(x_0: Tensor, scheduler: ScratchDDPMScheduler, times: Sequence
     return {-1: x_0} | {t: scheduler.add_noise(x_0, noise, t) for t in times}
 
 
-FIGURES: dict[str, Callable[[], Samples]] = {
+FIGURES: dict[str, Callable[[], Drawn]] = {
     "theory_forward": forward,
     "theory_schedules": schedules,
     "theory_posterior": posterior,
@@ -175,7 +171,7 @@ def make(name: str, folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
     with matplotlib.rc_context(STYLE):
         figure, numbers = FIGURES[name]()
-        sample_specs.save(figure, folder / f"{name}.png")
+        drawings.save(figure, folder / f"{name}.png")
     return {"seconds": round(time.perf_counter() - start, 1), **numbers}
 
 

@@ -7,26 +7,18 @@
 
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
 import matplotlib.ticker
 
-from pages import bullets, replace_parts, table, versions
+from pages import bullets, load_script, replace_parts, table, versions
 
 DOCS = Path(__file__).parent
-sys.path.append(str(DOCS.parent / "benchmarks"))
-
-from figures import (  # noqa: E402
-    faster_format,
-    images_per_second,
-    median,
-    peak_share,
-    ratio,
-    round_ratios,
-)
+figures = load_script(DOCS.parent / "benchmarks" / "figures.py")
+faster_format, images_per_second, median = figures.faster_format, figures.images_per_second, figures.median
+peak_share, ratio, round_ratios = figures.peak_share, figures.ratio, figures.round_ratios
 
 SPEED = DOCS / "results" / "speed_cpu.json"
 QUALITY = DOCS / "results" / "time_to_quality.json"

@@ -1,7 +1,9 @@
-"""What the scripts that fill pages with results share: parts between markers, tables, lists."""
+"""What the scripts that fill pages with results share: parts between markers, tables, lists, scripts to run."""
 
+import importlib.util
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -34,3 +36,12 @@ def bullets(facts: Mapping[str, str]) -> str:
 def versions(results: Mapping[str, Any]) -> str:
     """Of the libraries that measured."""
     return ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+
+
+def load_script(path: Path) -> Any:  # noqa: ANN401
+    """A script of another folder, as a module; what stands under `if __name__ == "__main__"` does not run."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

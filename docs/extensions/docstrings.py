@@ -70,7 +70,7 @@ def link_or_code(app: Sphinx, env: BuildEnvironment, node: pending_xref, content
         return None
     name, domain = node["reftarget"].removesuffix("()"), env.domains.python_domain
     entries = [entry for entry in domain.objects if f".{entry}".endswith(f".{name}")]
-    method = f"ddpm_from_scratch.scheduler.ScratchDDPMScheduler.{name}"
+    method = f"ddpm_from_scratch.diffusion.scheduler.ScratchDDPMScheduler.{name}"
     if name.islower() and name.isalpha():
         entries = [method] if method in entries else []
     if len(entries) != 1:

@@ -18,6 +18,7 @@ from ddpm_from_scratch import ScratchDDPMScheduler, ScratchUNet2DModel
 from ddpm_from_scratch.evaluation.likelihood import bits_per_dim, ode_bits_per_dim
 from helpers import oracles
 from helpers.networks import TINY_NETWORK, randomised
+from helpers.paths import python_path
 
 LINEAR = oracles.Chain(oracles.linear_betas())
 SHORT = {"num_train_timesteps": 12, "beta_start": 0.01, "beta_end": 0.5}
@@ -479,11 +480,10 @@ def test_two_processes_equal_one(tmp_path):
     """Also with an odd number of images, and with fewer images than processes."""
     script = tmp_path / "script.py"
     script.write_text(PROCESSES)
-    folders = [os.path.dirname(__file__), *sys.path]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     done = subprocess.run(
         [*command, str(script), str(tmp_path)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(filter(None, folders))},
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": python_path("src", "tests")},
         capture_output=True,
         text=True,
         timeout=120,

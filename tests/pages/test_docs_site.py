@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from bs4 import BeautifulSoup
-from extensions.notebooks import as_markdown
+from docs.extensions.notebooks import as_markdown
 from filelock import FileLock
 from markdown_it import MarkdownIt
 from mdit_py_plugins.dollarmath import dollarmath_plugin
@@ -37,7 +37,7 @@ def site(tmp_path_factory, worker_id):
     folder = (own if worker_id == "master" else own.parent) / "site"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            done = subprocess.run([*SPHINX, DOCS, folder], capture_output=True, text=True)
+            done = subprocess.run([*SPHINX, DOCS, folder], capture_output=True, text=True, cwd=ROOT)
             (folder / "log.txt").write_text(f"{done.returncode}\n{done.stderr}")
     return folder
 
@@ -100,7 +100,7 @@ def test_every_link_inside_leads_somewhere(site, pages):
 
 
 def test_pages_from_the_root_are_named_alike():
-    from extensions.files import FROM_THE_ROOT as names
+    from docs.extensions.files import FROM_THE_ROOT as names
 
     assert names == FROM_THE_ROOT
 
@@ -132,11 +132,12 @@ def test_pages_have_formulas_and_their_language(site):
 def test_links_to_sources_show_them(site):
     page = BeautifulSoup((site / "theory.html").read_text(encoding="utf-8"), "html.parser").find("article")
     links = {link["href"] for link in page.find_all("a")}
-    assert "files/training/train.py.html" in links
-    shown = BeautifulSoup((site / "files/training/train.py.html").read_text(encoding="utf-8"), "html.parser")
+    file = "src/ddpm_from_scratch/training/loop.py"
+    assert f"files/{file}.html" in links
+    shown = BeautifulSoup((site / f"files/{file}.html").read_text(encoding="utf-8"), "html.parser")
     for number in shown.find_all(class_="linenos"):
         number.extract()
-    assert (ROOT / "training" / "train.py").read_text(encoding="utf-8").strip() in shown.find("pre").get_text()
+    assert (ROOT / file).read_text(encoding="utf-8").strip() in shown.find("pre").get_text()
 
 
 # --- API reference --------------------------------------------------------------------------------------------------
@@ -144,7 +145,8 @@ def test_links_to_sources_show_them(site):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_everything_public_has_an_entry(site, name):
-    module = importlib.import_module(f"ddpm_from_scratch.{name}")
+    source = (DOCS / "api" / f"{name}.md").read_text(encoding="utf-8")
+    module = importlib.import_module(re.search(r"automodule:: (\S+)", source)[1])
     entries = set(re.findall(r'<dt [^>]*id="([^"]+)"', (site / "api" / f"{name}.html").read_text(encoding="utf-8")))
     own = {
         key: value
@@ -166,11 +168,11 @@ def test_every_method_of_the_scheduler_has_an_entry(site):
     assert {"q_posterior", "step", "vlb_term"} <= set(methods)
     page = BeautifulSoup((site / "api" / "scheduler.html").read_text(encoding="utf-8"), "html.parser")
     for name in methods:
-        entry = page.find(id=f"ddpm_from_scratch.scheduler.ScratchDDPMScheduler.{name}")
+        entry = page.find(id=f"ddpm_from_scratch.diffusion.scheduler.ScratchDDPMScheduler.{name}")
         words = (inspect.getdoc(getattr(ScratchDDPMScheduler, name)) or "").split(maxsplit=1)
         assert words[0].strip("`.,;:") in entry.find_next_sibling("dd").get_text()
         line = entry.find("a", string="[source]") or entry.find("a", class_="reference")
-        assert line["href"].startswith("../files/src/ddpm_from_scratch/scheduler.py.html#line-")
+        assert line["href"].startswith("../files/src/ddpm_from_scratch/diffusion/scheduler.py.html#line-")
 
 
 def test_names_in_pages_lead_to_their_entries(site):
@@ -178,8 +180,8 @@ def test_names_in_pages_lead_to_their_entries(site):
         "article a:has(code)"
     )
     found = {link.get_text(): link["href"].partition("#")[2] for link in links}
-    assert found["q_posterior"] == "ddpm_from_scratch.scheduler.ScratchDDPMScheduler.q_posterior"
-    assert found["likelihood.bits_per_dim"] == "ddpm_from_scratch.likelihood.bits_per_dim"
+    assert found["q_posterior"] == "ddpm_from_scratch.diffusion.scheduler.ScratchDDPMScheduler.q_posterior"
+    assert found["likelihood.bits_per_dim"] == "ddpm_from_scratch.evaluation.likelihood.bits_per_dim"
 
 
 # --- in a browser ---------------------------------------------------------------------------------------------------

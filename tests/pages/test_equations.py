@@ -29,12 +29,18 @@ def rows():
     return [tuple(cell.strip(" `") for cell in row[-2:]) for row in cells if row[0].strip() != "formula"]
 
 
+PACKAGE = ROOT / "src" / "ddpm_from_scratch"
+MODULES = {path.stem: path.relative_to(PACKAGE).with_suffix("").parts for path in PACKAGE.rglob("*.py")}
+
+
 def resolve(name):
-    """What a name of the pages means; a name without a module is a method of the scheduler."""
-    module, *path = name.split(".")
+    """What a name of the pages means: of a module, with its room or without; alone, a method of the scheduler."""
+    first, *path = name.split(".")
     if not path:
-        return getattr(ScratchDDPMScheduler, module)
-    found = importlib.import_module(f"ddpm_from_scratch.{module}")
+        return getattr(ScratchDDPMScheduler, first)
+    if (PACKAGE / first).is_dir():
+        first, *path = path
+    found = importlib.import_module(".".join(["ddpm_from_scratch", *MODULES[first]]))
     for part in path:
         found = getattr(found, part)
     return found
@@ -49,7 +55,8 @@ def test_every_function_of_the_table_exists():
 def test_every_test_of_the_table_exists():
     for _, name in rows():
         file, _, function = name.partition("::")
-        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+        (path,) = (ROOT / "tests").rglob(file)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
         assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, name
 
 
@@ -62,8 +69,8 @@ def test_every_public_method_of_the_scheduler_is_in_the_table():
 
 @PAGES
 def test_names_of_modules_in_the_text_exist(page):
-    modules = {path.stem for path in (ROOT / "src" / "ddpm_from_scratch").glob("*.py")}
-    names = [name for name in re.findall(r"`([a-z_]+(?:\.\w+)+)[`(]", page) if name.split(".")[0] in modules]
+    known = {*MODULES, *(path.name for path in PACKAGE.iterdir() if path.is_dir())}
+    names = [name for name in re.findall(r"`([a-z_]+(?:\.\w+)+)[`(]", page) if name.split(".")[0] in known]
     names = [name for name in names if not name.endswith(".py")]
     assert names
     for name in names:

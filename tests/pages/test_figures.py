@@ -22,15 +22,12 @@ from helpers.paths import DOCS
 
 @pytest.fixture(scope="module")
 def script():
-    before = list(sys.path)
-    sys.path.append(str(DOCS))
-    yield load(DOCS / "make_figures.py")
-    sys.path[:] = before
+    return load(DOCS / "make_figures.py")
 
 
 @pytest.fixture(scope="module")
-def sample_specs(script):
-    return script.sample_specs
+def drawings(script):
+    return script.drawings
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +54,13 @@ def uniform(*shape, seed=0):
 # --- the process ---------------------------------------------------------------------------------------------------
 
 
-def test_forward_draws_x_t_of_each_schedule_and_time(sample_specs):
+def test_forward_draws_x_t_of_each_schedule_and_time(drawings):
     betas = {"gentle": [0.1, 0.2, 0.3], "harsh": [0.5, 0.6, 0.7]}
     schedulers = {
         name: ScratchDDPMScheduler(num_train_timesteps=3, trained_betas=values) for name, values in betas.items()
     }
     x_0, noise = uniform(1, 2, 2), uniform(1, 2, 2, seed=1)
-    figure, numbers = sample_specs.forward(x_0, noise, schedulers, (0, 2))
+    figure, numbers = drawings.forward(x_0, noise, schedulers, (0, 2))
     alpha_bar = np.array([[0.9, 0.9 * 0.8 * 0.7], [0.5, 0.5 * 0.4 * 0.3]])[..., None, None]
     expected = np.sqrt(alpha_bar) * x_0[0].numpy() + np.sqrt(1 - alpha_bar) * noise[0].numpy()
     np.testing.assert_allclose(pictures(figure), expected, atol=1e-6)
@@ -73,11 +70,11 @@ def test_forward_draws_x_t_of_each_schedule_and_time(sample_specs):
     assert figure.axes[1].get_xlabel() == f"{math.sqrt(0.9 * 0.8 * 0.7):.3f}"
 
 
-def test_schedules_are_those_of_the_papers(sample_specs):
+def test_schedules_are_those_of_the_papers(drawings):
     schedulers = {
         name: ScratchDDPMScheduler(num_train_timesteps=20, beta_end=0.3, beta_schedule=name) for name in oracles.BETAS
     }
-    figure, numbers = sample_specs.schedules(schedulers)
+    figure, numbers = drawings.schedules(schedulers)
     left, right = figure.axes
     for name, (t, alpha_bar), (_, log_snr) in zip(schedulers, lines(left), lines(right), strict=True):
         make = oracles.BETAS[name]
@@ -91,14 +88,14 @@ def test_schedules_are_those_of_the_papers(sample_specs):
         assert numbers[name]["last_log_snr"] == pytest.approx(np.log(expected[-1] / (1 - expected[-1])))
 
 
-def test_a_variant_of_a_schedule_has_its_colour_and_an_end_without_signal(sample_specs):
+def test_a_variant_of_a_schedule_has_its_colour_and_an_end_without_signal(drawings):
     options = {"num_train_timesteps": 20, "beta_end": 0.3, "prediction_type": "v_prediction"}
     schedulers = {
         "linear": ScratchDDPMScheduler(**options),
         "sigmoid": ScratchDDPMScheduler(**options, beta_schedule="sigmoid"),
         "linear, rescaled": ScratchDDPMScheduler(**options, rescale_betas_zero_snr=True),
     }
-    figure, numbers = sample_specs.schedules(schedulers)
+    figure, numbers = drawings.schedules(schedulers)
     linear, sigmoid, rescaled = figure.axes[0].lines
     assert linear.get_color() == rescaled.get_color() != sigmoid.get_color()
     assert linear.get_linestyle() != rescaled.get_linestyle()
@@ -106,8 +103,8 @@ def test_a_variant_of_a_schedule_has_its_colour_and_an_end_without_signal(sample
     json.dumps(numbers, allow_nan=False)
 
 
-def test_posterior_draws_the_coefficients_of_equation_7(sample_specs):
-    figure, numbers = sample_specs.posterior({"linear": ScratchDDPMScheduler(num_train_timesteps=30, beta_end=0.2)})
+def test_posterior_draws_the_coefficients_of_equation_7(drawings):
+    figure, numbers = drawings.posterior({"linear": ScratchDDPMScheduler(num_train_timesteps=30, beta_end=0.2)})
     chain = oracles.Chain(oracles.linear_betas(30, 1e-4, 0.2))
     left, right = figure.axes
     (t, on_x_0), (_, on_x_t) = lines(left)
@@ -164,9 +161,9 @@ def test_errors_of_a_network_that_knows_the_noise(script):
     assert max(of.max().item() for of in errors.values()) < 1e-6
 
 
-def test_loss_draws_means_and_two_standard_errors(sample_specs):
+def test_loss_draws_means_and_two_standard_errors(drawings):
     errors = {"epsilon": torch.tensor([[1.0, 3.0], [5.0, 5.0]]), "v": torch.tensor([[2.0, 2.0], [1.0, 7.0]])}
-    figure, numbers = sample_specs.loss(errors, (0, 9))
+    figure, numbers = drawings.loss(errors, (0, 9))
     (axis,) = figure.axes
     np.testing.assert_allclose([y for _, y in lines(axis)], [[2, 5], [2, 4]])
     assert lines(axis)[0][0].tolist() == [0, 9]
@@ -180,10 +177,10 @@ def test_loss_draws_means_and_two_standard_errors(sample_specs):
     ]
 
 
-def test_bound_draws_terms_and_their_sum(sample_specs):
+def test_bound_draws_terms_and_their_sum(drawings):
     terms = torch.tensor([[2.0, 0.5, 0.25], [4.0, 0.7, 0.15]], dtype=torch.float64)
     prior = torch.tensor([0.001, 0.003], dtype=torch.float64)
-    figure, numbers = sample_specs.bound(BitsPerDim(terms.sum(1) + prior, prior, terms, torch.arange(3)))
+    figure, numbers = drawings.bound(BitsPerDim(terms.sum(1) + prior, prior, terms, torch.arange(3)))
     left, right = figure.axes
     (t, each), first, last = lines(left)
     assert t.tolist() == [0, 1, 2]
@@ -198,20 +195,20 @@ def test_bound_draws_terms_and_their_sum(sample_specs):
     assert "3.80 ± 1.05" in right.get_title() and "2 test images" in right.get_title()
 
 
-def test_the_sum_that_is_drawn_ends_at_the_bound_of_a_network(sample_specs):
+def test_the_sum_that_is_drawn_ends_at_the_bound_of_a_network(drawings):
     unet = randomised(UNet2DModel(**TINY_NETWORK)).eval()
     images = ((uniform(2, 1, 8, 8) + 1) * 127.5).to(torch.uint8)
     bits = bits_per_dim(unet, ScratchDDPMScheduler(num_train_timesteps=150), images, progress=False)
-    figure, numbers = sample_specs.bound(bits)
+    figure, numbers = drawings.bound(bits)
     assert lines(figure.axes[1])[-1][1].item() == pytest.approx(bits.total.mean().item())
     parts = [numbers[name] for name in ("L_0", "L_1_to_10", "L_11_to_100", "L_101_and_above", "L_T")]
     assert sum(parts) == pytest.approx(bits.total.mean().item()) and min(parts) > 0
 
 
-def test_chain_draws_each_image_above_its_prediction(sample_specs):
+def test_chain_draws_each_image_above_its_prediction(drawings):
     images = uniform(2, 2, 2, 3, 3, seed=3).numpy()  # frame, x_t or x̂_0, image
     frames = [Frame(t, x_t[..., None], x_0[..., None]) for t, (x_t, x_0) in zip((9, 0), images, strict=True)]
-    figure, numbers = sample_specs.chain(frames)
+    figure, numbers = drawings.chain(frames)
     drawn = pictures(figure)
     for column, (x_t, x_0) in enumerate(images):
         np.testing.assert_array_equal(drawn[:, column], [x_t[0], x_0[0], x_t[1], x_0[1]])
@@ -223,10 +220,10 @@ def test_chain_draws_each_image_above_its_prediction(sample_specs):
 # --- points --------------------------------------------------------------------------------------------------------
 
 
-def test_points_draw_both_rows_in_the_same_order_and_colours(sample_specs):
+def test_points_draw_both_rows_in_the_same_order_and_colours(drawings):
     forward = {t: uniform(5, 2, seed=t + 1) for t in (-1, 3, 9)}
     reverse = {t: uniform(5, 2, seed=t + 100) for t in (-1, 3, 9)}
-    figure, _ = sample_specs.points(forward, reverse)
+    figure, _ = drawings.points(forward, reverse)
     drawn = [axis.collections[0] for axis in figure.axes]
     for found, cloud in zip(drawn, [*forward.values(), *reverse.values()], strict=True):
         np.testing.assert_allclose(found.get_offsets(), cloud)

@@ -1,4 +1,4 @@
-"""The README's blocks run as they stand, in processes with and without the package; its links lead somewhere."""
+"""Blocks of the README and of pages of use run as they stand, with and without the package; links lead somewhere."""
 
 import os
 import re
@@ -9,20 +9,23 @@ import pytest
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from ddpm_from_scratch import ScratchDDPMPipeline
+from ddpm_from_scratch.cli import COMMANDS
 from helpers.networks import TINY_NETWORK
 from helpers.paths import ROOT
 
-README = (ROOT / "README.md").read_text()
+PAGES = ("README.md", "docs/loading.md", "docs/reproduction.md")
+TEXT = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+HUB_MODEL = "google/ddpm-cifar10-32"  # stands in a folder of that name here
 BLOCK = re.compile(r"<!-- test: (\w+) the package -->\n```python\n(.*?)```", re.DOTALL)
 WITHOUT = 'import sys\nsys.modules["ddpm_from_scratch"] = None\n'
 
 
 def blocks(kind):
-    return [code for found, code in BLOCK.findall(README) if found == kind]
+    return [code for found, code in BLOCK.findall(TEXT) if found == kind]
 
 
 def test_every_python_block_is_tested():
-    assert README.count("```python") == len(blocks("with")) + len(blocks("without")) == 10
+    assert TEXT.count("```python") == len(blocks("with")) + len(blocks("without")) > 9
 
 
 @pytest.mark.parametrize("kind", ["with", "without"])
@@ -32,7 +35,8 @@ def test_blocks_run(kind, tmp_path):
     names = dict(enumerate(["T-shirt/top", "Sneaker", "Bag", "Dress"]))
     classes = ScratchDDPMPipeline(UNet2DModel(**TINY_NETWORK, num_class_embeds=5), DDPMScheduler(), id2label=names)
     classes.save_pretrained(tmp_path / "outputs" / "ddpm-fashion-mnist-conditional-quick")
-    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "another-ddpm-model")
+    for name in ("another-ddpm-model", HUB_MODEL):
+        DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / name)
     (tmp_path / "models").symlink_to(ROOT / "models")
     code = "\n".join(blocks(kind))
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf_home"), "PYTHONPATH": ""}
@@ -50,3 +54,11 @@ def test_local_links_lead_somewhere(page):
     targets = [t for t in re.findall(r"\]\(([^)#\s]+)\)", text) if "://" not in t]
     missing = [target for target in targets if not ((ROOT / page).parent / target).exists()]
     assert missing == []
+
+
+def test_every_command_that_pages_name_exists():
+    text = "\n".join(path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    commands = set(re.findall(r"^ddpm (\w+)|`ddpm (\w+)", text, flags=re.MULTILINE))
+    assert {first or second for first, second in commands} <= {*COMMANDS, "train"}
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make (\w[\w-]*)", text, flags=re.MULTILINE)) <= targets

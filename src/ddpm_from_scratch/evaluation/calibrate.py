@@ -1,4 +1,4 @@
-"""Calibrate a trained model: `python training/calibrate.py MODEL [--dataset_name ...]`.
+"""Calibrate a trained model: `ddpm calibrate MODEL [--dataset_name ...]`.
 
 Estimates the second moments that the optimal variance of few-step sampling needs, on the training images, and writes
 them into the model's scheduler configuration. Nothing else in the folder changes.
@@ -23,10 +23,10 @@ SCHEDULER_FILE = Path("scheduler", "scheduler_config.json")
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="calibrate.py", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="ddpm calibrate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, help="folder of a saved pipeline")
-    parser.add_argument("--dataset_name", help="as for train.py; without it: the embedded Fashion-MNIST")
-    parser.add_argument("--train_data_dir", help="as for train.py")
+    parser.add_argument("--dataset_name", help="as for `ddpm train`; without it: the embedded Fashion-MNIST")
+    parser.add_argument("--train_data_dir", help="as for `ddpm train`")
     parser.add_argument("--num_images", type=int, default=512, help="of the data set, evenly spaced")
     parser.add_argument("--num_timesteps", type=int, default=64, help="at which the moments are estimated")
     parser.add_argument("--batch_size", type=int, default=64, help="images per call of the network")

@@ -1,4 +1,4 @@
-"""Publish a model: `python training/publish.py FOLDER --hub_model_id owner/name [--space]`.
+"""Publish a model: `ddpm publish FOLDER --hub_model_id owner/name [--space]`.
 
 Writes the model's page (README.md), runs the code on it and shows what that prints and draws (usage.png), and pushes
 the model, the page, results and pictures to the Hub in one commit. Checkpoints, logs and optimiser state stay here, and
@@ -40,12 +40,12 @@ FIRST_CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="publish.py",
+        prog="ddpm publish",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("folder", type=Path, help="of a saved pipeline, as train.py leaves it")
+    parser.add_argument("folder", type=Path, help="of a saved pipeline, as `ddpm train` leaves it")
     parser.add_argument("--hub_model_id", help="name on the Hub; the folder's name, at the token's owner, if left out")
     parser.add_argument("--hub_private_repo", action="store_true", help="create the repository as private")
     parser.add_argument("--hub_token", help="token for the Hub; that of the login if left out")

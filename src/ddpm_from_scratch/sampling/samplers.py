@@ -19,7 +19,8 @@ def ddim(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 def solver(kind: type[SchedulerMixin], scheduler: SchedulerMixin) -> SchedulerMixin:
     """One of diffusers' solvers, on the process of a scheduler."""
-    config = {key: value for key, value in scheduler.config.items() if key not in OWN_KEYS}
+    # Without diffusers' note of which values were left out, which would drop those that were passed by position.
+    config = {key: value for key, value in scheduler.config.items() if key not in (*OWN_KEYS, "_use_default_values")}
     if config["beta_schedule"] not in KNOWN_TO_SOLVERS:
         config["trained_betas"] = scheduler.betas.tolist()
     return kind.from_config(config, timestep_spacing="trailing")

@@ -1,0 +1,102 @@
+"""The command `ddpm`: its commands, the launcher's flags, and the processes that it starts."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+from ddpm_from_scratch import cli
+from ddpm_from_scratch.runtime.errors import CannotSave
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([])
+    shown = capsys.readouterr().out
+    for name, command in cli.COMMANDS.items():
+        assert name in shown and command.help in shown
+        assert callable(importlib.import_module(command.module).main)
+
+
+def test_an_unknown_command_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["trian"])
+    assert "trian" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([name, "--help"])
+    assert f"ddpm {name}" in capsys.readouterr().out
+
+
+def test_what_a_command_refuses_is_told_in_a_line(tmp_path, capsys):
+    assert cli.main(["sample", str(tmp_path / "missing")]) == 2
+    assert capsys.readouterr().err.startswith("ddpm sample: error: ")
+
+
+def test_a_fault_has_its_own_exit_code(monkeypatch, capsys):
+    def fail(arguments):
+        raise CannotSave("the disk is full")
+
+    monkeypatch.setattr(importlib.import_module("ddpm_from_scratch.sampling.sample"), "main", fail)
+    assert cli.main(["sample"]) == CannotSave.code
+    assert capsys.readouterr().err == "ddpm sample: the disk is full\n"
+
+
+FLAGS = [
+    ([], ["quick", "--seed", "1"]),
+    (["--num_processes=2"], ["quick"]),
+    (["--num_processes", "2", "--multi_gpu"], ["quick", "--seed", "1"]),
+    (["--config_file", "gpus.yaml"], ["quick"]),
+]
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(("launcher", "own"), FLAGS)
+def test_the_launchers_flags_are_split_off(launcher, own, before):
+    flags, rest = cli.split_launcher_flags([*launcher, *own] if before else [*own, *launcher])
+    assert rest == own
+    assert flags.num_processes == ("2" if "2" in " ".join(launcher) else None)
+    assert flags.multi_gpu == ("--multi_gpu" in launcher)
+
+
+def started(monkeypatch, arguments, accelerator=False):
+    """The command line and the environment of the process that a command starts."""
+    calls = []
+
+    class Done:
+        returncode = 3
+
+    def run(command, env, check):
+        calls.append((command, env))
+        return Done
+
+    monkeypatch.setattr(cli.subprocess, "run", run)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    assert cli.main(arguments) == 3
+    ((command, environment),) = calls
+    assert command[:2] == [sys.executable, "-m"]
+    return command[2:], environment
+
+
+def test_one_process_is_launched_by_accelerate(monkeypatch):
+    command, _ = started(monkeypatch, ["train", "quick", "--seed", "1"])
+    assert command[0] == "accelerate.commands.launch"
+    assert command[-3:] == ["quick", "--seed", "1"] and command[-4].endswith("train.py")
+
+
+def test_several_processes_on_cpus_are_launched_by_torchrun(monkeypatch):
+    """accelerate's launcher would start one."""
+    command, environment = started(monkeypatch, ["evaluate", "--num_processes", "2", "model"])
+    assert command == [
+        "torch.distributed.run", "--nproc_per_node=2", "-m", "ddpm_from_scratch.evaluation.evaluate", "model",
+    ]  # fmt: skip
+    assert environment["ACCELERATE_USE_CPU"] == "true"
+
+
+def test_several_gpus_are_accelerates(monkeypatch):
+    command, _ = started(monkeypatch, ["train", "--num_processes=2"], accelerator=True)
+    assert command[0] == "accelerate.commands.launch" and "--num_processes=2" in command
