@@ -13,13 +13,13 @@ MODEL ?= outputs/ddpm-fashion-mnist-quick
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --constraint $(CONSTRAINTS)
 
-.PHONY: train evaluate reproduce demo bench docs tour test test-full lint format test-oldest clean
+.PHONY: train evaluate reproduce demo bench docs tour test test-full test-rest coverage lint format test-oldest clean
 
 train: $(VENV)/.train
-	$(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no training/train.py $(ARGS)
+	$(BIN)/ddpm train $(ARGS)
 
 evaluate: $(VENV)/.metrics
-	$(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no training/evaluate.py $(MODEL) $(ARGS)
+	$(BIN)/ddpm evaluate $(MODEL) $(ARGS)
 
 # Training and sampling beside stock diffusers, with the threads that PyTorch takes by itself.
 bench: $(VENV)/.train
@@ -27,7 +27,7 @@ bench: $(VENV)/.train
 
 # Trains, measures and documents the model of models/ anew; says first what that will take.
 reproduce: $(VENV)/.metrics
-	$(BIN)/python training/reproduce.py $(ARGS)
+	$(BIN)/python benchmarks/reproduce.py $(ARGS)
 
 demo: $(VENV)/.demo
 	$(BIN)/python demo/app.py $(MODEL) $(ARGS)
@@ -42,17 +42,27 @@ docs: $(VENV)/.docs
 tour: $(VENV)/.docs
 	$(BIN)/python docs/make_tour.py
 
+# The tests that take minutes together: every module, the maths, pipelines, pages, one real process of each command.
 test: $(VENV)/.test
+	$(BIN)/python -m pytest -q -n auto -m "not full"
+
+# All of them: every crash point, real processes in every combination, the browser, the site, the notebook.
+test-full: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n auto
 
-# With every crash point and more random kills.
-test-full: $(VENV)/.test
-	FULL_TESTS=1 $(BIN)/python -m pytest -q -n auto
+# What test-full has beyond test.
+test-rest: $(VENV)/.test
+	$(BIN)/python -m pytest -q -n auto -m full
+
+# Lines of the package that `make test` runs.
+coverage: $(VENV)/.test
+	$(BIN)/python -m pytest -q -n auto -m "not full" --cov=ddpm_from_scratch --cov-report=term
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix

@@ -39,7 +39,7 @@ from ddpm_from_scratch.runtime.results import versions
 from ddpm_from_scratch.sampling.generate import SampleSpec, generate
 from ddpm_from_scratch.training.arguments import parse
 from ddpm_from_scratch.training.config import PRESETS, TrainingConfig
-from ddpm_from_scratch.training.loop import advance, batches_from, to_unit_range, train_step
+from ddpm_from_scratch.training.loop import advance, passes_from, to_unit_range, train_step
 from ddpm_from_scratch.training.run import Run, build
 from ddpm_from_scratch.training.validation import ValidationSet, build_validation_set
 
@@ -108,7 +108,7 @@ def our_recipe(minutes: float, seconds_per_step: float, folder: Path) -> tuple[R
     """The quick preset with as many steps as fit into the time."""
     steps = round(60 * minutes / seconds_per_step)
     run = build_run(folder, steps)
-    batches = batches_from(run, 0)
+    batches = passes_from(run, 0)
     run.unet.train()
 
     name = f"ours, a run of {minutes:g} minutes"
@@ -128,7 +128,7 @@ def build_run(folder: Path, steps: int) -> Run:
 def trial(folder: Path) -> float:
     """Seconds that a step of ours takes."""
     run = build_run(folder, 2 * TRIAL)
-    batches = batches_from(run, 0)
+    batches = passes_from(run, 0)
     for number in range(2 * TRIAL):
         if number == TRIAL:
             start = time.perf_counter()

@@ -33,7 +33,7 @@ LARGE, SMALL = 336, 96  # pixels, the least side of a picture by itself and of o
 
 def _ours(scheduler: SchedulerMixin, **changes: object) -> ScratchDDPMScheduler:
     """The scheduler as ours, from t = T - 1, where x_t is noise."""
-    return altered(scheduler, ScratchDDPMScheduler, timestep_spacing="trailing", **changes)  # type: ignore[no-any-return]
+    return altered(scheduler, ScratchDDPMScheduler, timestep_spacing="trailing", **changes)
 
 
 # How the page calls the samplers of the package.

@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     with refusing():
         run = build(config)  # data, network, optimiser: at the start, or where the last checkpoint stands
     if only_dry:
-        return dry_run(run)
+        dry_run(run)
+        return None
     with refusing():
         validation_set = build_validation_set(config, run.data) if config.eval_steps else None
         upload = Upload(config) if config.push_to_hub and run.accelerator.is_main_process else None

@@ -41,8 +41,16 @@ COMMANDS = {
 
 # Flags of the launcher that it gets from `ddpm train` and `ddpm evaluate`; all others are the command's own.
 SWITCHES = ("multi_gpu", "cpu", "use_mps_device")
-LAUNCHER_FLAGS = ("config_file", "num_processes", "num_machines", "machine_rank", "main_process_ip")
-LAUNCHER_FLAGS += ("main_process_port", "gpu_ids", "num_cpu_threads_per_process")
+LAUNCHER_FLAGS = (
+    "config_file",
+    "num_processes",
+    "num_machines",
+    "machine_rank",
+    "main_process_ip",
+    "main_process_port",
+    "gpu_ids",
+    "num_cpu_threads_per_process",
+)
 # Said explicitly, or the launcher would warn that it chose them.
 QUIET = ("--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
 

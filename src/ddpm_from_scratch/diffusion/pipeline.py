@@ -26,8 +26,10 @@ from .unet import ScratchUNet2DModel
 OUTPUT_TYPES = ("pil", "np", "pt")
 HUB_OPTIONS = ("cache_dir", "force_download", "token", "revision", "local_files_only")
 # This folder, in the order in which it makes one file.
-MODULES = ("checks", "stock", "gaussian", "tensors", "schedules", "timesteps", "reverse_variance", "scheduler_config")
-MODULES += ("chain", "scheduler", "unet_config", "unet", "guidance", "pipeline")
+MODULES = (
+    *("checks", "stock", "gaussian", "tensors", "schedules", "timesteps", "reverse_variance", "scheduler_config"),
+    *("chain", "scheduler", "unet_config", "unet", "guidance", "pipeline"),
+)
 MODULE_HEAD = '''"""ScratchDDPMPipeline of ddpm_from_scratch in one self-contained file, which `save_pretrained` writes.
 
 Generated: change the package, not this file. SPDX-License-Identifier: Apache-2.0

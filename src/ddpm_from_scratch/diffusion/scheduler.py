@@ -355,6 +355,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def _spaced(self, count: int | None) -> np.ndarray:
         check_count("num_inference_steps", count, len(self))
+        assert count is not None
         if count not in self._chosen:
             self._chosen[count] = spaced_timesteps(self.config, self._alpha_bar[: len(self)], self._x_0_variance, count)
         return self._chosen[count]

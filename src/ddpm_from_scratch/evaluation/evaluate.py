@@ -142,8 +142,8 @@ def main(arguments: Sequence[str]) -> Path:
 
 def make_options(config: EvaluationConfig, given: Samples | None) -> Options:
     """What the flags ask for, of images that are to be drawn or are given."""
-    how = {"batch_size": config.batch_size, "seed": config.seed}
-    counts = [len(given.images)] if given else config.num_images
+    how: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed}
+    counts = [len(given.images)] if given else list(config.num_images)
     steps = config.num_inference_steps
     sample_specs = [
         SampleSpec(number, count, config.balanced_labels, **how)

@@ -74,7 +74,8 @@ def main(arguments: Sequence[str]) -> None:
     on_cpu = computes_on_cpu()
     if on_cpu:
         prepare_cpu()
-    device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
+    device = torch.accelerator.current_accelerator() if not on_cpu else None
+    device = device or torch.device("cpu")
     dtype = PRECISIONS[resolve_precision(args.mixed_precision, device)]
     options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     pipeline = load_pipeline(args.model, dtype=dtype, **options)

@@ -14,7 +14,7 @@ KNOWN_TO_SOLVERS = ("linear", "scaled_linear", "squaredcos_cap_v2")  # schedules
 
 def ddim(scheduler: SchedulerMixin) -> SchedulerMixin:
     """Draw no noise: the chain with eta = 0 (Song et al. 2021)."""
-    return altered(scheduler, ScratchDDPMScheduler, eta=0.0, timestep_spacing="trailing")  # type: ignore[no-any-return]
+    return altered(scheduler, ScratchDDPMScheduler, eta=0.0, timestep_spacing="trailing")
 
 
 def solver(kind: type[SchedulerMixin], scheduler: SchedulerMixin) -> SchedulerMixin:

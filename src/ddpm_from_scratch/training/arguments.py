@@ -18,8 +18,10 @@ USAGE = "ddpm train [preset] [--flag value ...]"
 OWN_FLAGS = ("preset", "dry_run", "print_config")
 
 # The flags by group, in the order of `--help`; each group goes on where the next one's first field begins.
-FIRST = ("dataset_name", "train_data_dir", "resolution", "class_conditional", "train_batch_size", "max_train_steps")
-FIRST += ("learning_rate", "mixed_precision", "output_dir", "push_to_hub")
+FIRST = (
+    *("dataset_name", "train_data_dir", "resolution", "class_conditional", "train_batch_size", "max_train_steps"),
+    *("learning_rate", "mixed_precision", "output_dir", "push_to_hub"),
+)
 GROUPS = {
     "dataset_name": "data",
     "model": "network",

@@ -222,4 +222,7 @@ class LossAwareSampler:
         self.history, self.counts = state["history"].clone(), state["counts"].clone()
 
 
-TIMESTEP_SAMPLERS = {"uniform": UniformSampler, "loss_aware": LossAwareSampler}
+TIMESTEP_SAMPLERS: dict[str, type[UniformSampler] | type[LossAwareSampler]] = {
+    "uniform": UniformSampler,
+    "loss_aware": LossAwareSampler,
+}

@@ -229,11 +229,11 @@ def save(run: Run) -> None:
     progress, scaler = run.progress, run.accelerator.scaler
     progress.gradient_scaler = scaler.state_dict() if scaler is not None else {}
     progress.skipped_steps, progress.skipped_in_a_row = run.guard.counts()
-    tensors = {
+    tensors: dict[str, dict[str, Any]] = {
         "unet": run.trained_unet.state_dict(),
         "optimizer": optimizer_tensors(run.optimizer, run.parameter_names),
         **({"ema": run.ema.network.state_dict()} if run.ema else {}),
-        **({"sampler": state} if (state := run.sampler.state_dict()) else {}),
+        **({"sampler": sampler} if (sampler := run.sampler.state_dict()) else {}),
     }
     state = {"progress": vars(progress), "identity": run.identity()}
     about = {"step": progress.step, "config": run.config.to_dict(), "versions": versions()}
