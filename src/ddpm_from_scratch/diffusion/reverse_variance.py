@@ -40,3 +40,12 @@ REVERSE_LOG_VARIANCES: dict[str, Callable[..., Coefficient | Tensor]] = {
     "learned_range": _learned_range,
 }
 LEARNED_VARIANCES = ("learned", "learned_range")
+
+
+def check_variance_values(variance_type: str, values: Tensor | None) -> None:
+    """Raise ValueError for a learned variance of which the network says nothing."""
+    if variance_type in LEARNED_VARIANCES and values is None:
+        raise ValueError(
+            f"variance_type={variance_type!r} needs a network with twice the channels of its input, half of them for "
+            "the variance. Use such a network, or variance_type='fixed_small' or 'fixed_large'."
+        )

@@ -6,15 +6,13 @@ References, cited below by name:
 - DDIM: Song, Meng, Ermon 2021, "Denoising Diffusion Implicit Models", https://arxiv.org/abs/2010.02502
 - iDDPM: Nichol, Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models", https://arxiv.org/abs/2102.09672
 - v-prediction: Salimans, Ho 2022, "Progressive Distillation", https://arxiv.org/abs/2202.00512
-- Analytic-DPM: Bao, Li, Zhu, Zhang 2022, https://arxiv.org/abs/2201.06503; with an imperfect mean: Bao et al. 2022,
-  "Estimating the Optimal Covariance with Imperfect Mean", https://arxiv.org/abs/2206.07309
+- Analytic-DPM: Bao et al. 2022, https://arxiv.org/abs/2201.06503, and, for an imperfect mean, abs/2206.07309
 - dynamic thresholding: Saharia et al. 2022, "Imagen", https://arxiv.org/abs/2205.11487
 
-Conventions. Index t = 0 is the paper's t = 1, as in diffusers; x_{-1} is the data. ᾱ_{-1} = 1. Every transition is
+Conventions. Index t = 0 is the paper's t = 1, as in diffusers; x_{-1} is the data, ᾱ_{-1} = 1. Every transition is
 written for a pair s < t, so that one formula serves adjacent and respaced steps. A timestep is an int, or a LongTensor
-[B] with one entry per sample. Coefficients are computed on the host in float64 and cast where they meet a tensor: keep
-batches of timesteps on the CPU and nothing waits for the device. Samples have any shape [B, ...]; 16-bit inputs are
-computed in float32.
+- Analytic-DPM: Bao et al. 2022, https://arxiv.org/abs/2201.06503; for an imperfect mean, /abs/2206.07309
+in float64 and cast where they meet a tensor. Samples have any shape [B, ...]; 16-bit inputs are computed in float32.
 """
 
 import math
@@ -42,14 +40,14 @@ from .chain import (
 )
 from .checks import check_count, check_range
 from .gaussian import Gaussian, Generators, noise_like
-from .reverse_variance import LEARNED_VARIANCES, REVERSE_LOG_VARIANCES
+from .reverse_variance import LEARNED_VARIANCES, REVERSE_LOG_VARIANCES, check_variance_values
 from .scheduler_config import (
-    OWN_KEYS,
     check_config,
     limit_x_0,
     limits_x_0,
     make_betas,
     make_x_0_variance,
+    own_keys_at_their_defaults,
     with_present_keys,
 )
 from .stock import write_config
@@ -99,15 +97,13 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: rescale so that ᾱ of the last step is 0.
         eta: how much of the posterior's noise a step draws, in [0, 1]: 1 is DDPM, 0 is DDIM, which draws none (DDIM
             eq. 16). `set_timesteps` may choose another one for a chain.
-        x_0_mse: E‖x_0 - x̂_0(x_t)‖² / d at some timesteps, as pairs [t, value] in ascending order, which
-            `ddpm_from_scratch.calibration` estimates. The variance of p(x_s | x_t) that is optimal for the bound, and
-            right for samples, follows from them. In between, their logarithm is interpolated along log SNR. They hold
-            for one network, schedule and clipping.
-        optimal_variance: use that variance instead of `variance_type`. None: where x_0_mse are given, for
-            chains of fewer than T steps with eta > 0.
-        timestep_choice: which K < T timesteps, instead of timestep_spacing: "quadratic" (DDIM, appendix D.2),
-            "log_snr" (even steps of it) or "likelihood" (those of the least variational bound, which needs
-            x_0_mse).
+        x_0_mse: E‖x_0 - x̂_0(x_t)‖² / d of one network and clipping at some timesteps, as ascending pairs [t, value];
+            `ddpm calibrate` estimates them, and their logarithm is linear in log SNR in between. The variance of
+            p(x_s | x_t) that is optimal for the bound follows from them.
+        optimal_variance: use that variance instead of `variance_type`. None: where x_0_mse is given, for chains of
+            fewer than T steps with eta > 0.
+        timestep_choice: which K < T timesteps, instead of timestep_spacing: "quadratic" (DDIM, appendix D.2), "log_snr"
+            (even steps of it) or "likelihood" (those of the least variational bound, which needs x_0_mse).
 
     Raises:
         ValueError: for a value that is not allowed; the message lists what is. Predicting epsilon with a zero terminal
@@ -144,11 +140,6 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         self.variance_type = variance_type or "fixed_small"
         betas = make_betas(self.config)
         alpha_bar = np.cumprod(1 - betas)
-        if alpha_bar[-1] == 0 and prediction_type == "epsilon":
-            raise ValueError(
-                "prediction_type='epsilon' cannot be used with a zero terminal SNR (rescale_betas_zero_snr=True): at "
-                "the last timestep x_t is all noise, and x_0 would be a division by 0. Use 'v_prediction' or 'sample'."
-            )
         # float32 copies for other code to read; the formulas below use the float64 table.
         self.betas = torch.from_numpy(betas).float()
         self.alphas = torch.from_numpy(1 - betas).float()
@@ -156,7 +147,6 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         # ᾱ_t at index t; pure noise above the chain, 0, at T; the data, 1, at the end, where index -1 finds it.
         self._alpha_bar = np.concatenate([alpha_bar, [0.0, 1.0]])
         self._x_0_variance = make_x_0_variance(self.config, alpha_bar)
-
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
@@ -175,10 +165,8 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write the configuration under the name of the stock class, whose keys these are: either class loads it."""
-        given = {name: self.config[name] for name in OWN_KEYS}
-        arrays = {name for name, value in given.items() if isinstance(value, np.ndarray)}
-        default = [name for name in OWN_KEYS if name not in arrays and given[name] == OWN_KEYS[name]]
-        write_config(self.to_json_string(), json_file_path, without=default, _class_name=DDPMScheduler.__name__)
+        own = own_keys_at_their_defaults(self.config)
+        write_config(self.to_json_string(), json_file_path, without=own, _class_name=DDPMScheduler.__name__)
 
     # --- forward process (DDPM section 2) ---------------------------------------------------------------------------
 
@@ -266,7 +254,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         """The optimal one, or by `variance_type`, from the network's values if it says so."""
         if step.optimal:
             return self._optimal_log_variance(step)
-        self._check_variance_values(values)
+        check_variance_values(self.variance_type, values)
         small = posterior_log_variance(self._alpha_bar, step)
         large = np.log(1 - self._alpha_bar[step.t] / self._alpha_bar[step.s])
         log_variance = REVERSE_LOG_VARIANCES[self.variance_type](small, large, step.s < 0, values)
@@ -319,10 +307,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return mean_of_sample(torch.where(last, decoder, kl))
 
     def prior_kl(self, x_0: Tensor, t: Timestep | None = None) -> Tensor:
-        """L_T = KL(q(x_T | x_0) || N(0, I)), DDPM eq. 5: [B], in nats per dimension.
-
-        t is the timestep from which a chain starts with pure noise: T - 1 if left out.
-        """
+        """L_T = KL(q(x_T | x_0) || N(0, I)), DDPM eq. 5: [B], nats per dimension; t is the chain's first timestep."""
         q = self.q_marginal(x_0, len(self) - 1 if t is None else t)
         return mean_of_sample(q.kl(Gaussian(torch.zeros_like(q.mean), torch.zeros_like(q.log_variance))))
 
@@ -337,12 +322,10 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Choose the sampling chain: K spaced timesteps, or a strictly descending list; and its eta.
 
-        eta is that of the configuration if left out. It is chosen here because it belongs to a chain: a `step` that
-        took it would get 0 from Stable Diffusion's pipelines.
+        A `step` that took eta would get 0 from Stable Diffusion's pipelines.
 
         Raises:
-            ValueError: for both or neither, K outside 1..T, a list that is not descending or leaves 0..T-1, an offset
-                that pushes the first timestep out of range, or eta outside [0, 1].
+            ValueError: for both or neither, or a value that is not allowed.
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Pass either num_inference_steps or timesteps (a descending list), one of the two.")
@@ -402,7 +385,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         plan = self._plan(*self._chain.previous(timestep))
         output, variance_values = split_channels(model_output, sample)
         if not plan.transition.optimal:
-            self._check_variance_values(variance_values)
+            check_variance_values(self.variance_type, variance_values)
         x_t = upcast(sample)
         x_0 = self._x_0(output, x_t, plan.signal, plan.sigma)
         mean = plus(plan.on_x_0 * x_0, plan.on_x_t, x_t)
@@ -439,13 +422,6 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return noise
 
     # --- inner workings: tensors upcast, timesteps as host indices ---------------------------------------------------
-
-    def _check_variance_values(self, values: Tensor | None) -> None:
-        if self.variance_type in LEARNED_VARIANCES and values is None:
-            raise ValueError(
-                f"variance_type={self.variance_type!r} needs a network with twice the channels of its input, half of "
-                "them for the variance. Use such a network, or variance_type='fixed_small' or 'fixed_large'."
-            )
 
     def _x_0(self, output: Tensor, x_t: Tensor, signal: float | Tensor, sigma: float | Tensor) -> Tensor:
         """The predicted x_0, clipped or thresholded as configured; all upcast."""

@@ -72,6 +72,11 @@ def _check_own_keys(c: Config) -> None:
             raise ValueError(f"{name}={needed!r} needs x_0_mse: estimate them with ddpm_from_scratch.calibration.")
 
 
+def own_keys_at_their_defaults(c: Config) -> list[str]:
+    """The keys that stock schedulers do not have and files leave out."""
+    return [name for name, default in OWN_KEYS.items() if not isinstance(c[name], np.ndarray) and c[name] == default]
+
+
 def limits_x_0(c: Config) -> bool:
     """Whether the predicted x_0 is clipped or thresholded."""
     return bool(c["thresholding"] or c["clip_sample"])
@@ -101,6 +106,11 @@ def make_betas(c: Config) -> np.ndarray:
         betas = rescale_to_zero_terminal_snr(betas)
     if not (np.all(betas > 0) and np.all(betas[:-1] < 1) and betas[-1] <= 1):
         raise ValueError(f"{source}: every beta must lie in (0, 1); only the last may be 1.")
+    if betas[-1] == 1 and c["prediction_type"] == "epsilon":
+        raise ValueError(
+            "prediction_type='epsilon' cannot be used with a zero terminal SNR (rescale_betas_zero_snr=True): at "
+            "the last timestep x_t is all noise, and x_0 would be a division by 0. Use 'v_prediction' or 'sample'."
+        )
     if np.any(np.diff(np.cumprod(1 - betas), prepend=1.0) >= 0):
         raise ValueError(
             f"{source}: ᾱ must fall at every step; betas this small or large leave it as it is in float64."

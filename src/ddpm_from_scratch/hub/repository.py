@@ -93,6 +93,7 @@ def push(
     kind: str = "model",
     files: Sequence[str] = MODEL_FILES,
     replaced: Sequence[str] = REPLACED_FILES,
+    waits: Sequence[float] = WAITS,
 ) -> str:
     """Make a folder's files those of the repository, in one commit; without a change there is none.
 
@@ -104,6 +105,7 @@ def push(
         kind: "model" or "space".
         files: patterns of the files to push.
         replaced: patterns of files of the repository that go if the folder does not have them; all others stay.
+        waits: seconds before each further try.
 
     Returns:
         The address of the commit that now is the newest.
@@ -135,18 +137,18 @@ def push(
         )
         return str(commit.commit_url)
 
-    return insistently(pushed, f"push to {repository}")
+    return insistently(pushed, f"push to {repository}", waits)
 
 
-def insistently(action: Callable[[], T], what: str) -> T:
-    """Do it; again after WAITS, as long as that may help.
+def insistently(action: Callable[[], T], what: str, waits: Sequence[float] = WAITS) -> T:
+    """Do it; again after some waits, as long as that may help.
 
     Raises:
         PermissionError: the Hub refuses.
         ConnectionError: it cannot be reached, or fails, at every try.
         HfHubHTTPError: it says that the request is wrong.
     """
-    for wait in (*WAITS, None):
+    for wait in (*waits, None):
         set_timeout()
         try:
             return action()
@@ -164,7 +166,7 @@ def insistently(action: Callable[[], T], what: str) -> T:
                 raise
             said = str(reason) or type(reason).__name__
             if wait is None:
-                raise ConnectionError(f"cannot {what}, after {len(WAITS) + 1} tries: {said}") from error
+                raise ConnectionError(f"cannot {what}, after {len(waits) + 1} tries: {said}") from error
             logger.warning("cannot %s, trying again in %g s: %s", what, wait, said)
             time.sleep(wait)
     raise AssertionError("the last try returns or raises")
