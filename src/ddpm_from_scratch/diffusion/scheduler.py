@@ -6,13 +6,13 @@ References, cited below by name:
 - DDIM: Song, Meng, Ermon 2021, "Denoising Diffusion Implicit Models", https://arxiv.org/abs/2010.02502
 - iDDPM: Nichol, Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models", https://arxiv.org/abs/2102.09672
 - v-prediction: Salimans, Ho 2022, "Progressive Distillation", https://arxiv.org/abs/2202.00512
-- Analytic-DPM: Bao et al. 2022, https://arxiv.org/abs/2201.06503, and, for an imperfect mean, abs/2206.07309
+- Analytic-DPM: Bao et al. 2022, https://arxiv.org/abs/2201.06503; with an imperfect mean, arXiv 2206.07309
 - dynamic thresholding: Saharia et al. 2022, "Imagen", https://arxiv.org/abs/2205.11487
 
 Conventions. Index t = 0 is the paper's t = 1, as in diffusers; x_{-1} is the data, ᾱ_{-1} = 1. Every transition is
 written for a pair s < t, so that one formula serves adjacent and respaced steps. A timestep is an int, or a LongTensor
-- Analytic-DPM: Bao et al. 2022, https://arxiv.org/abs/2201.06503; for an imperfect mean, /abs/2206.07309
-in float64 and cast where they meet a tensor. Samples have any shape [B, ...]; 16-bit inputs are computed in float32.
+[B] with one entry per sample: keep it on the CPU and nothing waits for the device. Coefficients are host float64 numbers
+that are cast where they meet a tensor. Samples have any shape [B, ...]; 16-bit inputs are computed in float32.
 """
 
 import math
