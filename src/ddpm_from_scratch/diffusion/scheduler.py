@@ -11,8 +11,8 @@ References, cited below by name:
 
 Conventions. Index t = 0 is the paper's t = 1, as in diffusers; x_{-1} is the data, ᾱ_{-1} = 1. Every transition is
 written for a pair s < t, so that one formula serves adjacent and respaced steps. A timestep is an int, or a LongTensor
-[B] with one entry per sample: keep it on the CPU and nothing waits for the device. Coefficients are host float64 numbers
-that are cast where they meet a tensor. Samples have any shape [B, ...]; 16-bit inputs are computed in float32.
+[B] with one entry per sample: on the CPU, so that nothing waits for the device. Coefficients are float64 on the host,
+cast where they meet a tensor. Samples have any shape [B, ...]; 16-bit inputs are computed in float32.
 """
 
 import math
