@@ -55,7 +55,7 @@ class DataConfig:
 
     @property
     def source(self) -> str:
-        """Where the images are: a Hub name, a file or a folder."""
+        """Hub name, file or folder of the images."""
         return self.dataset_name or self.train_data_dir or embedded_set()[0]
 
     def held_out(self, test_set: str | None) -> tuple[str, str] | None:
@@ -67,8 +67,8 @@ class DataConfig:
     def validate(self) -> None:
         """Check what concerns the data; nothing is downloaded.
 
-        ValueError if a value is impossible by itself or together with another; FileNotFoundError if a local file or
-        folder is missing.
+        Raises ValueError if a value is impossible by itself or together with another; FileNotFoundError if a local file
+        or folder is missing.
         """
         check_fields(self)
         check_data(self)

@@ -1,4 +1,4 @@
-"""What a run trains on: images in the order of the stream, cropped and flipped, with their labels and their noise."""
+"""Batches of a run: images in the order of training, cropped and flipped, with their labels and their noise."""
 
 import itertools
 import logging
@@ -121,7 +121,7 @@ def load_data(config: DataConfig, channels: int | None, resolution: int | None, 
 
 
 class Batch(NamedTuple):
-    """What one backward pass of one process trains on."""
+    """Images, labels and noise of one backward pass of one process."""
 
     images: Tensor  # uint8 [B, C, resolution, resolution]
     labels: Tensor | None  # int64 [B], some of them the null label; None for unconditional training
@@ -149,7 +149,7 @@ class ImageStream(torch.utils.data.Dataset[Tensor]):
 
         An image that cannot be read gives way to the next one in the data set.
 
-        BadImages if it cannot be read, and is not to be passed over; or none can.
+        Raises BadImages if it cannot be read, and is not to be passed over; or none can.
         """
         total = len(self.data.images)
         unreadable: list[str] = []
@@ -201,7 +201,7 @@ class StreamBatches:
     batch_size: int
 
     def positions(self, micro_step: int) -> range:
-        """Those of one backward pass."""
+        """Positions of one backward pass."""
         return batch_positions(micro_step, self.rank, self.world_size, self.batch_size)
 
     def __iter__(self) -> Iterator[range]:

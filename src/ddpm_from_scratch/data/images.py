@@ -41,7 +41,7 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Survey:
-    """What a look at the headers of the images tells."""
+    """Channels, sizes and fingerprint of images, from their headers."""
 
     channels: int  # 1 if all are grayscale, else 3
     sizes: frozenset[tuple[int, int]]  # (width, height)
@@ -50,7 +50,7 @@ class Survey:
     def own_resolution(self) -> int:
         """The images' size, if they are square and of one size.
 
-        ValueError if they are not, so the resolution has to be chosen.
+        Raises ValueError if they are not, so the resolution has to be chosen.
         """
         smallest, largest = min(self.sizes), max(self.sizes)
         if smallest != largest or smallest[0] != smallest[1]:
@@ -76,15 +76,15 @@ def where(row: Mapping[str, Any], index: int) -> str:
 
 
 def reason(error: Exception) -> str:
-    """What is wrong with an image; PIL names an object in memory."""
+    """The fault of an image in words; PIL names an object in memory."""
     return "it is no image file" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def survey(source: Source, skip_bad_images: bool = False) -> Survey:
     """Read the headers of some images.
 
-    BadImages if an image cannot be read, and such ones are not to be passed over; or none can; ValueError if an image
-    has more than 8 bits per channel.
+    Raises BadImages if an image cannot be read, and such ones are not to be passed over; or none can; ValueError if an
+    image has more than 8 bits per channel.
     """
     modes, sizes = set(), set()
     digest = hashlib.blake2b(source.extent.encode(), digest_size=16)
@@ -113,7 +113,7 @@ def survey(source: Source, skip_bad_images: bool = False) -> Survey:
 def decode(row: Mapping[str, Any], index: int, channels: int, resolution: int) -> Tensor:
     """An image, resized so that its shorter side is the resolution: uint8 [channels, H, W].
 
-    BadImages if the image cannot be read, or it has colours where the network takes none.
+    Raises BadImages if the image cannot be read, or it has colours where the network takes none.
     """
     try:
         with Image.open(io.BytesIO(encoded_image(row, index))) as opened:

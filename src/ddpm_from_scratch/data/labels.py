@@ -26,7 +26,7 @@ def holds_labels(feature: Any) -> bool:  # noqa: ANN401
 def find_label_column(features: Mapping[str, Any], wanted: str | None) -> str:
     """The wanted column of labels; else the `ClassLabel` column, or strings or whole numbers under a usual name.
 
-    ValueError if the wanted column cannot be it, or there is not exactly one.
+    Raises ValueError if the wanted column cannot be it, or there is not exactly one.
     """
     columns = f"its columns: {', '.join(features)}"
     if wanted is not None:
@@ -80,7 +80,7 @@ class Labels:
 def read_labels(feature: Any, column: str, values: list[Any]) -> Labels:  # noqa: ANN401
     """The labels in a column, counted from 0: as they are, or strings in sorted order.
 
-    ValueError if an image has no label, or one that is no class.
+    Raises ValueError if an image has no label, or one that is no class.
     """
     for row, value in enumerate(values):
         if value is None or (not isinstance(value, str) and value < 0):

@@ -46,14 +46,14 @@ class Source:
 
     @property
     def extent(self) -> str:
-        """How much there is: the number of rows, or the blocks."""
+        """Extent of the set: the number of rows, or the blocks."""
         return str(self.blocks or len(self.images))
 
 
 def open_source(config: DataConfig, split: str = "train") -> Source:
     """A split of the data set; a single parquet file is the split "train".
 
-    ValueError if it is empty, there is no such split, or it has no images.
+    Raises ValueError if it is empty, there is no such split, or it has no images.
     """
     return open_stream(config, split) if config.streaming else open_rows(config, split)
 
@@ -62,7 +62,7 @@ def open_source(config: DataConfig, split: str = "train") -> Source:
 
 
 def open_rows(config: DataConfig, split: str) -> Source:
-    """Rows in memory, or on the disk in a form that any row can be read from at once; ValueError see `open_source`."""
+    """Rows in memory, or on the disk in a form of which any row can be read at once; errors as of `open_source`."""
     rows = load_rows(config, split)
     if len(rows) == 0:
         raise ValueError(f"{config.source} holds no images")
@@ -101,7 +101,7 @@ def load_rows(config: DataConfig, split: str) -> datasets.Dataset:
 
 
 def pick_split(splits: Mapping[str, Any], split: str, name: object) -> Any:  # noqa: ANN401
-    """What belongs to the split of this name; ValueError if there is none."""
+    """The split of this name; ValueError if there is none."""
     if split not in splits:
         raise ValueError(f"{name} has no split {split!r}; it has {', '.join(map(str, splits))}")
     return splits[split]
@@ -132,7 +132,7 @@ class StreamedRows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One row: {"image": {"bytes": ..., "path": ...}}.
 
-        ValueError if the block is not as long as it was when the run started.
+        Raises ValueError if the block is not as long as it was when the run started.
         """
         number = bisect_right(self.starts, index) - 1
         if number not in self.kept:
@@ -180,7 +180,7 @@ def open_stream(config: DataConfig, split: str) -> Source:
 
     A block is a row group of Parquet, whose footers tell what there is; files of other forms are read through once.
 
-    ValueError see `open_source`; or it is a folder that is read row by row anyway.
+    Raises ValueError as in `open_source`; or it is a folder that is read row by row anyway.
     """
     name, path = config.source, Path(config.source).expanduser()
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -205,7 +205,7 @@ def open_stream(config: DataConfig, split: str) -> Source:
 
 
 def stream_builder(config: DataConfig, path: Path, **options: Any) -> datasets.DatasetBuilder:  # noqa: ANN401
-    """What `datasets` reads the set with; nothing is downloaded but its description."""
+    """The builder with which `datasets` reads the set; only its description is downloaded."""
     if path.suffix == ".parquet":
         return datasets.load_dataset_builder(
             "parquet", data_files={"train": str(path)}, cache_dir=config.cache_dir, **options
@@ -251,7 +251,7 @@ def into_blocks(sizes: Sequence[tuple[int, int]]) -> tuple[Block, ...]:
 def image_column(rows: Any) -> Any:  # noqa: ANN401
     """The undecoded images alone, of a `Dataset` or an `IterableDataset`, in one column named `image`.
 
-    ValueError if the data set has no image column.
+    Raises ValueError if the data set has no image column.
     """
     column = find_image_column(rows.features)
     rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
@@ -261,7 +261,7 @@ def image_column(rows: Any) -> Any:  # noqa: ANN401
 def find_image_column(features: Mapping[str, Any]) -> str:
     """The first column of images: of `datasets`' Image type, or encoded bytes with or without a path.
 
-    ValueError if there is none.
+    Raises ValueError if there is none.
     """
     for name, feature in features.items():
         if isinstance(feature, datasets.Image):

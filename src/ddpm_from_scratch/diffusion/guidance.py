@@ -16,7 +16,7 @@ from .checks import check_choice, check_range, is_whole
 
 
 class Guidance(NamedTuple):
-    """How far, and when, samples follow their labels."""
+    """Strength of guidance, and the share of the chain in which it acts."""
 
     scale: float = 1.0  # 1: the conditional prediction as it is
     rescale: float = 0.0  # share of the rescaled prediction, 0 to 1

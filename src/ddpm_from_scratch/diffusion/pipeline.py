@@ -289,7 +289,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         batch_size: int | None,
         guidance: Guidance,
     ) -> tuple[Condition | None, int]:
-        """What the network is told of the classes, None if it has none; and the number of images."""
+        """Labels and guidance for the network, None if it has no classes; and the number of images."""
         guidance.check()
         classes, names = self.unet.config.get("num_class_embeds"), self.config.get("id2label")
         if classes is None:

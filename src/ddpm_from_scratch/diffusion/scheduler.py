@@ -270,7 +270,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     # --- objectives (DDPM section 3) --------------------------------------------------------------------------------
 
     def training_target(self, x_0: Tensor, noise: Tensor, t: Timestep) -> Tensor:
-        """What the network regresses on: noise, x_0 or v, by `prediction_type`."""
+        """Target of the network's regression: noise, x_0 or v, by `prediction_type`."""
         if self.config["prediction_type"] == "epsilon":
             return noise
         if self.config["prediction_type"] == "sample":

@@ -1,6 +1,4 @@
-"""Noise schedules, the betas of a chain, and timestep spacings and choices, which of them a shorter chain visits.
-
-They are tables of small functions in float64; the scheduler looks its configuration up in them.
+"""Noise schedules: the betas of a chain, as a table of small functions in float64.
 
 References: iDDPM (Nichol, Dhariwal 2021, https://arxiv.org/abs/2102.09672); Lin et al. 2023, "Common Diffusion Noise
 Schedules and Sample Steps are Flawed" (https://arxiv.org/abs/2305.08891); Hang, Gu 2024, "Improved Noise Schedule for

@@ -1,4 +1,4 @@
-"""Where coefficients of the host, in float64, meet tensors of any dtype and device, without a wait for the device."""
+"""Products of float64 coefficients on the host with tensors of any dtype and device, without waiting for it."""
 
 import numpy as np
 import torch

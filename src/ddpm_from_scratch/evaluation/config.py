@@ -45,7 +45,7 @@ def all_at_least(least: int) -> Allowed:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is measured of a model, and how."""
+    """A model, the measures to take of it, and their settings."""
 
     model: str  # a folder or Hub name
 
@@ -102,12 +102,12 @@ class EvaluationConfig:
 
     @property
     def judged(self) -> dict[str, Any]:
-        """How the classes of real images are read, if any are to be judged."""
+        """Settings for the classes of real images, if any are to be judged."""
         return {"class_conditional": True, "label_column": self.label_column} if self.num_class_images else {}
 
     @property
     def folder(self) -> Path:
-        """Where the results go."""
+        """Folder for the results."""
         if self.output_dir is not None:
             return self.output_dir
         return Path(self.model) if Path(self.model).is_dir() else Path("outputs", "evaluation", self.model)
@@ -115,7 +115,7 @@ class EvaluationConfig:
     def validate(self) -> None:
         """Refuse what cannot work, before anything is loaded.
 
-        ValueError if a number or combination is not allowed; FileNotFoundError if a file or folder is missing.
+        Raises ValueError if a number or combination is not allowed; FileNotFoundError if a file or folder is missing.
         """
         check_fields(self)
         self.data.validate()

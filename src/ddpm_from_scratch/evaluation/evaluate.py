@@ -54,7 +54,7 @@ def real_images(config: EvaluationConfig, channels: int, size: int, names: list[
 def labels_of_array(data: TrainingData, size: int, names: list[str]) -> np.ndarray | None:
     """The classes of the images that `to_array` takes; None if they are not needed.
 
-    ValueError if they are not the model's.
+    Raises ValueError if they are not the model's.
     """
     if data.labels is None:
         return None
@@ -69,7 +69,7 @@ def labels_of_array(data: TrainingData, size: int, names: list[str]) -> np.ndarr
 def load(config: EvaluationConfig, accelerator: Accelerator) -> DiffusionPipeline:
     """The model, in its precision.
 
-    ValueError if it cannot be evaluated, or not in this precision; FileNotFoundError if there is no such model.
+    Raises ValueError if it cannot be evaluated, or not in this precision; FileNotFoundError if there is no such model.
     """
     pipeline = load_pipeline(
         config.model,
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str]) -> Path:
 
 
 def make_options(config: EvaluationConfig, given: Samples | None) -> Options:
-    """What the flags ask for, of images that are to be drawn or are given."""
+    """Measures that the configuration asks for, of images that are to be drawn or are given."""
     how: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed}
     counts = [len(given.images)] if given else list(config.num_images)
     steps = config.num_inference_steps

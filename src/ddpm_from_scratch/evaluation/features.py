@@ -58,7 +58,7 @@ class Features:
         return len(self.values)
 
     def __getitem__(self, rows: slice | np.ndarray) -> "Features":
-        """Those of some of the images."""
+        """Features of some of the images."""
         return dataclasses.replace(self, values=self.values[rows])
 
 
@@ -116,7 +116,7 @@ Files = tuple[Path, ...]
 
 @dataclass(frozen=True)
 class Extractor:
-    """How to come to a network.
+    """A network of features: where its weights are, and how it is built.
 
     Attributes:
         size: side in pixels to which images are resized, unless another is chosen.
@@ -198,7 +198,7 @@ EXTRACTORS = {
 
 
 def _sha256(files: Files) -> str:
-    """Of the files' bytes, one file after another."""
+    """SHA-256 of the files' bytes, one file after another."""
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
@@ -305,7 +305,7 @@ def cached_features(
     model: str | Path | None = None,
     **options: Any,  # noqa: ANN401
 ) -> Features:
-    """Those of `extract`, from a file if they were computed before: for reference sets, which are measured again.
+    """Features as of `extract`, from a file if they were computed before: for reference sets that are used again.
 
     A file is found by the hash of the images, their shape, the extractor, the size and the weights, so that whatever
     changes is computed anew. What is left out changes the last digits only: the batch size, the device and the version

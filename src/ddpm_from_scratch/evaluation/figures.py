@@ -1,4 +1,4 @@
-"""The figures of an evaluation."""
+"""Figures of evaluations and training runs."""
 
 from collections.abc import Sequence
 from pathlib import Path

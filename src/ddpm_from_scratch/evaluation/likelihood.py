@@ -1,4 +1,4 @@
-"""How likely a model finds images, in bits per dimension: the variational bound, and the probability-flow ODE.
+"""Likelihoods of images, in bits per dimension: the variational bound, and the probability-flow ODE.
 
 References, cited below by name:
 
@@ -52,7 +52,7 @@ class BitsPerDim(NamedTuple):
         return self._replace(total=self.total.mean(), prior=self.prior.mean(), terms=self.terms.nanmean(0))
 
     def standard_error(self) -> "BitsPerDim":
-        """Of each mean; NaN where it is that of one image."""
+        """Standard error of each mean; NaN for a single image."""
         total, prior, terms = map(_standard_error, self[:3])
         return BitsPerDim(total, prior, terms, self.timesteps)
 
@@ -70,7 +70,7 @@ class OdeBitsPerDim(NamedTuple):
         return OdeBitsPerDim(*(values.mean(0) for values in self))
 
     def standard_error(self) -> "OdeBitsPerDim":
-        """Of each mean; NaN where it is that of one image."""
+        """Standard error of each mean; NaN for a single image."""
         return OdeBitsPerDim(*map(_standard_error, self))
 
 

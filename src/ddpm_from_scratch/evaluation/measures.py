@@ -1,4 +1,4 @@
-"""What can be said of a model in numbers: its images beside real ones, and the bound on held-out images."""
+"""Sample quality against real images, and bits per dimension on held-out images."""
 
 import inspect
 import time
@@ -46,7 +46,7 @@ class RealImages:
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured, and how."""
+    """Measures to take, and their settings."""
 
     sample_specs: Sequence[SampleSpec]
     class_samples: SampleSpec | None = None  # whose images a classifier judges
@@ -60,7 +60,7 @@ class Options:
 
 
 class Evaluated(NamedTuple):
-    """What was found, and the images of the first number of steps with their nearest training images."""
+    """Results, and the images of the first number of steps with their nearest training images."""
 
     results: dict[str, Any]
     images: np.ndarray
@@ -71,14 +71,14 @@ class Evaluated(NamedTuple):
 
 
 def all_specs(options: Options) -> list[SampleSpec]:
-    """Those that are compared, and those of the classes."""
+    """All images to draw: those to compare, and those of the classes."""
     return [*options.sample_specs, *([options.class_samples] if options.class_samples else [])]
 
 
 def check_options(pipeline: DiffusionPipeline, options: Options) -> None:
     """Refuse what the model cannot do, before any work.
 
-    ValueError if it has no such labels, or not so many steps or terms.
+    Raises ValueError if it has no such labels, or not so many steps or terms.
     """
     sample_specs = all_specs(options)
     conditional, balanced = bool(classes(pipeline)), any(spec.balanced_labels for spec in sample_specs)
@@ -109,7 +109,7 @@ def taken(images: Images, size: int) -> list[int]:
 
 
 def to_array(images: Images, size: int) -> np.ndarray:
-    """Those that are taken: uint8 [N, H, W, C], cropped at the centre."""
+    """The images of `taken`, cropped at the centre: uint8 [N, H, W, C]."""
     squares = []
     for index in taken(images, size):
         image = images[index]
@@ -123,7 +123,7 @@ def to_array(images: Images, size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Reference:
-    """What so many generated images are measured against, in features of one size."""
+    """Real images to compare a number of generated ones with, in features of one size."""
 
     features: Features  # of as many training images
     others: Features  # of as many other real images, for the floor
@@ -154,7 +154,7 @@ def prepare_reference(
 
     These are held-out images, or other training images where there are too few of them.
 
-    ValueError if there are too few images.
+    Raises ValueError if there are too few images.
     """
     check_enough(real, count)
     order = np.random.default_rng(derived_seed(options.seed, "reference")).permutation(len(real.training))
@@ -186,9 +186,9 @@ def compare(
 
 
 def usual_distances(real: RealImages) -> np.ndarray | None:
-    """Of held-out images to the training images; None without any.
+    """Distances of held-out images to the training images; None without any.
 
-    ValueError if half of the held-out images are in the training set.
+    Raises ValueError if half of the held-out images are in the training set.
     """
     if real.held_out is None:
         return None
@@ -199,7 +199,7 @@ def usual_distances(real: RealImages) -> np.ndarray | None:
 
 
 def describe_copies(near: Neighbors, usual: np.ndarray | None, num_training: int) -> dict[str, Any]:
-    """How near generated images come to training images, beside how near held-out ones do."""
+    """Share of generated images that come nearer to training images than held-out ones do."""
     if usual is None:
         return {}
     # The distances are known: as features of one column, they are those to a training set of the origin alone.
@@ -321,7 +321,7 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 class Known(NamedTuple):
-    """What is computed of real images before any are drawn."""
+    """Distances and features of real images, computed before any are drawn."""
 
     usual: np.ndarray | None  # see `usual_distances`
     references: dict[tuple[int, int | None], Reference]  # by the number of images and the size of features

@@ -1,4 +1,4 @@
-"""How far generated images are from real ones: measures on two sets of features, and what to print beside them.
+"""Distances between generated and real images: measures on two sets of features, and their floors.
 
 References, cited below by name:
 
@@ -181,7 +181,7 @@ def precision_recall(generated: np.ndarray, reference: np.ndarray, *, k: int = 3
 
 
 class DensityCoverage(NamedTuple):
-    """How many real neighbourhoods a generated image lies in, over k; the share of them that have one: 0..1."""
+    """Mean number of real neighbourhoods around a generated image, over k; share of those that hold one, 0..1."""
 
     density: float
     coverage: float
@@ -221,7 +221,7 @@ def density_coverage(generated: np.ndarray, reference: np.ndarray, *, k: int = 5
 
 
 class Neighbors(NamedTuple):
-    """Of each row, the Euclidean distance to the nearest of other rows, float64 [N], and which that is, int64 [N]."""
+    """Euclidean distance of each row to the nearest of other rows, float64 [N], and its number, int64 [N]."""
 
     distance: np.ndarray
     row: np.ndarray
@@ -247,7 +247,7 @@ def nearest_neighbors(features: np.ndarray, training_features: np.ndarray) -> Ne
 
 
 class Memorization(NamedTuple):
-    """How near generated images are to the training set, beside how near new real images are.
+    """Nearness of generated images to the training set, beside that of new real images.
 
     Attributes:
         share_nearer: share of generated images that are nearer to the training set than all but the nearest held-out

@@ -104,7 +104,7 @@ def model_page(
 
 
 def page_facts(pipeline: DiffusionPipeline, folder: Path, repository: str) -> dict[str, Any]:
-    """What is known of a model: of its configuration, and of the files beside it.
+    """Facts about a model, from its configuration and the files beside it.
 
     Returns:
         `repository` and its `name`; of the network: `size` and `channels` (in words), `tiny`, `parameters`,
@@ -169,7 +169,7 @@ def _with_ends(comparison: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shared(sample: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What samples with the same floor have in common; most images first."""
+    """Facts that samples with the same floor share; most images first."""
     return sample["extractor"], sample["size"], -sample["num_generated"]
 
 
@@ -217,7 +217,7 @@ def eval_results(evaluation: Mapping[str, Any], datasets: Sequence[str]) -> list
 
 
 def _known(values: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """Of the values those that are there, and numbers if they are to be."""
+    """The values of these keys that are known: neither None nor NaN."""
     return {key: value for key in keys if (value := values.get(key)) is not None and value == value}
 
 

@@ -64,7 +64,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Raise for flags that cannot work, before anything is done.
 
-    ValueError if a name is not allowed, or flags contradict each other; FileNotFoundError if there is no such model.
+    Raises ValueError if a name is not allowed, or flags contradict each other; FileNotFoundError if there is no such
+    model.
     """
     if not (args.folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{args.folder} has no model_index.json: pass the folder of a saved pipeline.")
@@ -114,8 +115,8 @@ def hub_datasets(config: Mapping[str, Any]) -> list[str]:
 def write_page(stage: Path, repository: str, license: str | None) -> None:
     """Write pipeline.py, the page, and what its first code draws, into a copy of a model's folder.
 
-    ValueError if the model is not whole, or not of a kind that our pipeline runs; RuntimeError if the code of the page
-    failed.
+    Raises ValueError if the model is not whole, or not of a kind that our pipeline runs; RuntimeError if the code of
+    the page failed.
     """
     pipeline = ScratchDDPMPipeline.from_pretrained(stage)
     pipeline.save_config(stage)  # so that the code that is pushed, and run here, is this package's
@@ -136,7 +137,7 @@ def write_page(stage: Path, repository: str, license: str | None) -> None:
 def run_usage(page: str, repository: str, stage: Path) -> str:
     """Run the first code of a page, on the model in `stage` in place of the repository; what it prints.
 
-    RuntimeError if it failed.
+    Raises RuntimeError if it failed.
     """
     code = FIRST_CODE.findall(page)[0].replace(f'"{repository}"', repr(str(stage)))
     with tempfile.TemporaryDirectory() as folder:
@@ -152,7 +153,7 @@ def run_usage(page: str, repository: str, stage: Path) -> str:
 
 @contextmanager
 def documented(folder: Path, repository: str, license: str | None) -> Iterator[Path]:
-    """What is to be pushed of a model's folder, which gets its page and the code too; see `write_page`."""
+    """A copy of a model's folder to push; the folder gets its page and the code too (see `write_page`)."""
     with staged(folder) as stage:
         write_page(stage, repository, license)
         for file in WRITTEN:

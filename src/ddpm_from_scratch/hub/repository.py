@@ -184,7 +184,7 @@ def set_timeout() -> None:
 
 
 def failure(error: Exception) -> Exception:
-    """What went wrong with the Hub; any other error is raised.
+    """The Hub's own error behind an exception; any other exception is raised.
 
     Small requests fail with an HTTPError; hf_xet, which sends large files, with a ConnectionError; where it does not
     send them, huggingface_hub puts a RuntimeError around the cause.

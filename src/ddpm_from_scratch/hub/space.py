@@ -58,7 +58,7 @@ def write_space(folder: Path, model: str) -> None:
 
 
 def requirements() -> list[str]:
-    """What the package and its demo need, without gradio, which a Space has."""
+    """Requirements of the package and its demo, without gradio, which a Space has."""
     needed = metadata.requires("ddpm-from-scratch") or []
     plain = [line for line in needed if ";" not in line]
     demo = [line.partition(";")[0].strip() for line in needed if re.search(r"extra == .demo.$", line)]

@@ -1,1 +1,1 @@
-"""What every room stands on: random streams, files that are whole or absent, results, devices and errors."""
+"""Foundations of all rooms: random streams, files that are whole or absent, results, devices and errors."""

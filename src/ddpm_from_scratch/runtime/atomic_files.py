@@ -26,7 +26,7 @@ def write_file(path: Path, content: bytes) -> None:
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file; one that was there stays until the new one is whole.
 
-    OSError if it cannot be written; the error names it.
+    Raises OSError if it cannot be written; the error names it.
     """
     unfinished = path.with_name(UNFINISHED + path.name)
     try:

@@ -1,4 +1,4 @@
-"""What computes: devices, their precision and memory layout, and the threads of a CPU."""
+"""Devices, their precision and memory layout, and the threads of a CPU."""
 
 import ctypes
 import os
@@ -11,7 +11,7 @@ from accelerate.utils import parse_flag_from_env
 
 
 def device_name(device: torch.device) -> str:
-    """What computes."""
+    """Name of the device that computes."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
@@ -37,7 +37,7 @@ def cpu_has_fast_bf16() -> bool:
 def resolve_precision(mixed_precision: str, device: torch.device) -> str:
     """`auto` becomes bf16 where the device computes it fast, else no.
 
-    ValueError if fp16 on a device whose kernels or gradient scaling do not support it.
+    Raises ValueError if fp16 on a device whose kernels or gradient scaling do not support it.
     """
     if mixed_precision == "fp16" and device.type != "cuda":
         raise ValueError(f"mixed_precision fp16 needs a CUDA device, this is {device.type}; choose auto, bf16 or no")
@@ -48,7 +48,7 @@ def resolve_precision(mixed_precision: str, device: torch.device) -> str:
 
 
 def threads_per_process(environment: Mapping[str, str], cores: int) -> int | None:
-    """How many threads a CPU run should take; None to leave PyTorch's own choice.
+    """Number of threads for a CPU run; None to leave PyTorch's own choice.
 
     Both launchers set OMP_NUM_THREADS to 1 unless told otherwise, which would leave all cores but one idle.
     """
@@ -67,7 +67,7 @@ def computes_on_cpu() -> bool:
 
 
 def prepare_cpu() -> None:
-    """What a run that computes on the CPU sets for its process."""
+    """Set threads and memory of a process that computes on the CPU."""
     use_all_cores()
     keep_freed_memory()
 

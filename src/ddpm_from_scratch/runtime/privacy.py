@@ -1,4 +1,4 @@
-"""What of a configuration may be published: no secrets, and no places on this machine."""
+"""Configurations as they may be published: without secrets and without places on this machine."""
 
 import re
 from collections.abc import Mapping

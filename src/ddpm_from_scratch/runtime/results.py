@@ -12,7 +12,7 @@ PACKAGES = ("ddpm-from-scratch", "torch", "diffusers", "accelerate", "datasets",
 
 
 def version(package: str) -> str:
-    """Of an installed package; the project itself may also run from its sources."""
+    """Version of an installed package; the project itself may also run from its sources."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -20,7 +20,7 @@ def version(package: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that a result depends on."""
+    """Versions of Python and of the packages that a result depends on."""
     return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
 
 
@@ -35,7 +35,7 @@ def write_json(values: dict[str, Any], path: Path) -> None:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """What is in a results file; nothing if there is none; ValueError if it is not such a file."""
+    """Content of a results file, empty if there is none; ValueError if it is not such a file."""
     if not path.is_file():
         return {}
     try:

@@ -86,7 +86,7 @@ def _array(name: str, image: Image.Image, channels: int) -> np.ndarray:
 
 
 class _EditingPipeline(ScratchDDPMPipeline):
-    """What the pipelines below share."""
+    """Base of the pipelines below."""
 
     def _images(self, name: str, image: Any, channels: int | None = None) -> Tensor:  # noqa: ANN401
         """The argument as [B, C, H, W] in [0, 1], in the chain's precision, on the device."""
@@ -162,7 +162,7 @@ class ScratchDDPMImg2ImgPipeline(_EditingPipeline):
 
 
 def resampling_path(steps: int, jump_length: int, jump_n_sample: int) -> list[int]:
-    """How many steps are left, in the order in which RePaint visits them: from `steps` down to 0, with jumps back up.
+    """Numbers of steps left, in the order in which RePaint visits them: from `steps` to 0, with jumps back up.
 
     From each jump_length-th place, jump_length steps are undone and taken again, jump_n_sample - 1 times (RePaint,
     appendix B).
@@ -247,7 +247,7 @@ class ScratchDDPMInpaintPipeline(_EditingPipeline):
         return self._output(x, [], output_type, return_dict)
 
     def _painted(self, mask_image: ImageInput, count: int) -> Tensor:
-        """Where to paint: bool [1 or count, 1, H, W]."""
+        """The pixels to paint: bool [1 or count, 1, H, W]."""
         masks = [mask_image] if isinstance(mask_image, Image.Image) else mask_image
         if isinstance(masks, Sequence) and all(isinstance(mask, Image.Image) for mask in masks):
             masks = [mask.convert("L") for mask in masks]

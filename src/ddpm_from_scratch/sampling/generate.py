@@ -1,4 +1,4 @@
-"""Images that a model draws, and the files in which they are kept."""
+"""Images that a model draws, over any number of processes: image i follows from the seed and i."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Samples(NamedTuple):
 
 
 def describe(pipeline: DiffusionPipeline, spec: SampleSpec) -> dict[str, Any]:
-    """How a pipeline draws."""
+    """Settings with which a pipeline draws."""
     return {
         "num_inference_steps": spec.num_inference_steps,
         "scheduler": type(pipeline.scheduler).__name__,
@@ -57,7 +57,7 @@ def draw_from(
     Batches are always whole and dealt out to the processes as they are, so that neither their number nor N changes an
     image.
 
-    ValueError if an image is not finite.
+    Raises ValueError if an image is not finite.
     """
     rank, world_size, size = accelerator.process_index, accelerator.num_processes, spec.batch_size
     channels, side = image_form(pipeline)

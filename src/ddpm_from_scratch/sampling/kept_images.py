@@ -23,7 +23,7 @@ def generate_once(
 ) -> np.ndarray:
     """As `generate`; images that the folder holds are not drawn again, and new ones are kept there every minute.
 
-    ValueError if an image is not finite, or the folder holds images of something else under their name.
+    Raises ValueError if an image is not finite, or the folder holds images of something else under their name.
     """
     if folder is None:
         return generate(pipeline, spec, accelerator)
@@ -60,7 +60,7 @@ def describe_origin(pipeline: DiffusionPipeline, spec: SampleSpec) -> dict[str, 
 
 
 def digest(pipeline: DiffusionPipeline) -> str:
-    """Of the network, its classes and the scheduler's configuration; the same in every place and process."""
+    """Hash of the network, its classes and the scheduler's configuration; the same in every place and process."""
     parts: list[Any] = [type(pipeline).__name__, classes(pipeline)]
     for part in (pipeline.unet, pipeline.scheduler):  # what begins with _ says where it is from
         parts.append({name: value for name, value in part.config.items() if not name.startswith("_")})
@@ -74,7 +74,7 @@ def digest(pipeline: DiffusionPipeline) -> str:
 def keep(path: Path, drawn: Samples, origin: dict[str, Any]) -> None:
     """Write images for `read_kept` and `read_images`; the file is whole at any time.
 
-    OSError if it cannot be written.
+    Raises OSError if it cannot be written.
     """
     facts, of = (np.array(json.dumps(values)) for values in (drawn.facts, origin))
     write_arrays(path, images=drawn.images, facts=facts, origin=of)
@@ -83,7 +83,7 @@ def keep(path: Path, drawn: Samples, origin: dict[str, Any]) -> None:
 def read_kept(path: Path, origin: dict[str, Any]) -> np.ndarray:
     """The images that `keep` wrote: uint8 [N, H, W, C]; none if there is no file.
 
-    ValueError if they are of another origin, or the file cannot be read.
+    Raises ValueError if they are of another origin, or the file cannot be read.
     """
     if not path.is_file():
         return np.zeros((0, 1, 1, 1), np.uint8)
@@ -121,7 +121,7 @@ def read_images(path: Path, form: tuple[int, ...], least: int) -> Samples:
 
 
 def read_facts(path: Path, arrays: dict[str, np.ndarray], name: str) -> dict[str, Any]:
-    """What `keep` wrote under a name; nothing if there is none; ValueError if it is something else."""
+    """Facts that `keep` wrote under a name, empty if there are none; ValueError if they are something else."""
     try:
         return dict(json.loads(str(arrays.get(name, "{}"))))
     except (ValueError, TypeError) as error:

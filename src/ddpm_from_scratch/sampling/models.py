@@ -1,4 +1,4 @@
-"""Models that can be measured: pipelines of diffusers that draw pixels from noise alone."""
+"""Any model that draws pixels from noise alone, loaded: ours for DDPM, diffusers' own pipeline for others."""
 
 import inspect
 import json
@@ -44,7 +44,7 @@ def load_pipeline(
 
 
 def read_index(name: str, revision: str | None) -> dict[str, Any]:
-    """What the model says of its pipeline; FileNotFoundError if there is no such model, or it is no pipeline."""
+    """The model's pipeline index; FileNotFoundError if there is no such model, or it is no pipeline."""
     index = Path(name, DiffusionPipeline.config_name)
     if not Path(name).is_dir():
         try:

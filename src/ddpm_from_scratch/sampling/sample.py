@@ -67,7 +67,8 @@ def draw(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list[Image.Im
 def main(arguments: Sequence[str]) -> None:
     """Load, draw, write.
 
-    ValueError if a flag, or what it asks of the model, is not allowed; FileNotFoundError if there is no such model.
+    Raises ValueError if a flag, or what it asks of the model, is not allowed; FileNotFoundError if there is no such
+    model.
     """
     args = parse(arguments)
     check(args)

@@ -73,7 +73,7 @@ def preset_names() -> list[str]:
 def find_preset(name: str) -> Path:
     """A preset by its path, or one that comes with the package by its name, in whatever folder it is said to be.
 
-    FileNotFoundError if there is no such preset.
+    Raises FileNotFoundError if there is no such preset.
     """
     if Path(name).is_file():
         return Path(name)

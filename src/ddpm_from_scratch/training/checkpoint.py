@@ -23,7 +23,7 @@ MANIFEST = "manifest.json"
 
 @dataclass
 class Progress:
-    """Where a run stands: besides the weights and the optimiser, all that a resumed run needs."""
+    """State of a run besides weights and optimiser: all else that a resumed run needs."""
 
     step: int = 0  # optimiser steps done
     seconds: float = 0.0  # spent in training, without sampling and saving
@@ -111,7 +111,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole, every byte of it."""
+    """The first fault of a checkpoint; None if it is whole, every byte of it."""
     try:
         if not (checkpoint / MANIFEST).exists():  # of version 0.1.0, which kept the configuration elsewhere
             return None if "config" in read_state(checkpoint) else f"it has no {MANIFEST}"
@@ -127,7 +127,7 @@ def damage(checkpoint: Path) -> str | None:
 def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
     """The checkpoint to resume from: the last whole one for `latest` (None if there is none yet), else the path itself.
 
-    FileNotFoundError if the path is no checkpoint; ValueError if it is damaged; for `latest`, all are.
+    Raises FileNotFoundError if the path is no checkpoint; ValueError if it is damaged; for `latest`, all are.
     """
     if resume is None:
         return None

@@ -167,8 +167,8 @@ class TrainingConfig(DataConfig):
     def validate(self) -> None:
         """Check the whole configuration; nothing is written and nothing is downloaded.
 
-        ValueError if a value is impossible by itself or together with another; FileNotFoundError if a local file or
-        folder is missing.
+        Raises ValueError if a value is impossible by itself or together with another; FileNotFoundError if a local file
+        or folder is missing.
         """
         super().validate()
         for check in (check_diffusion, check_objective, check_network, check_paths, check_services):

@@ -1,4 +1,4 @@
-"""What a run would be and take, from a few timed steps; nothing is written."""
+"""Plan of a run, from a few timed steps; nothing is written."""
 
 import statistics
 import sys

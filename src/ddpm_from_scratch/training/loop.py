@@ -202,7 +202,7 @@ def asked_to_stop(run: Run, signals: StopSignals, logging_now: bool) -> bool:
 def log(run: Run, bar: "tqdm[Any]", unread: list[Tensor], seconds: float) -> None:
     """Read the losses of the steps since the last call, which took `seconds`, and pass them on.
 
-    Diverged if the gradients have not been finite for too many steps in a row.
+    Raises Diverged if the gradients have not been finite for too many steps in a row.
     """
     config, progress, accelerator = run.config, run.progress, run.accelerator
     losses = torch.stack(unread)

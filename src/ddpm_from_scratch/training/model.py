@@ -46,15 +46,15 @@ def build_scheduler(config: TrainingConfig) -> ScratchDDPMScheduler:
 
 
 def build_objective(config: TrainingConfig, scheduler: ScratchDDPMScheduler) -> Objective:
-    """What training minimises."""
+    """The objective that a configuration asks for."""
     return Objective(scheduler, **{key: getattr(config, flag) for flag, key in OBJECTIVE_FLAGS.items()})
 
 
 def network_config(config: TrainingConfig) -> dict[str, Any]:
     """The keys of a new network, from the preset or a JSON file.
 
-    ValueError if a key is unknown, the network is class-conditional and the run is not, or the network changes the
-    number of channels.
+    Raises ValueError if a key is unknown, the network is class-conditional and the run is not, or the network changes
+    the number of channels.
     """
     if config.model_config_name_or_path is None:
         keys = dict(config.model or {})
@@ -94,7 +94,7 @@ class Trained(NamedTuple):
 def load_trained(config: TrainingConfig, scheduler: ScratchDDPMScheduler) -> Trained | None:
     """The network of the trained model to fine-tune; None if the configuration describes a new one.
 
-    ValueError if the model was trained on another process or objective, or it cannot be trained here.
+    Raises ValueError if the model was trained on another process or objective, or it cannot be trained here.
     """
     name = config.model_config_name_or_path
     if name is None or name.endswith(".json"):
@@ -120,7 +120,7 @@ def load_trained(config: TrainingConfig, scheduler: ScratchDDPMScheduler) -> Tra
 def check_same_process(trained: ScratchDDPMScheduler, scheduler: ScratchDDPMScheduler) -> None:
     """Refuse to fine-tune a network on a process or target other than its own: it would start from garbage.
 
-    ValueError if they differ; the message names the flags that make them equal.
+    Raises ValueError if they differ; the message names the flags that make them equal.
     """
     same_betas = trained.alphas_cumprod.shape == scheduler.alphas_cumprod.shape and torch.allclose(
         trained.alphas_cumprod, scheduler.alphas_cumprod, atol=1e-6
@@ -165,7 +165,7 @@ def check_classes(num_class_embeds: int | None, id2label: dict[int, str] | None,
 def build_unet(keys: dict[str, Any], config: TrainingConfig, channels: int, resolution: int) -> ScratchUNet2DModel:
     """A new network for images of this form, with the outputs that the variance needs.
 
-    ValueError if its keys contradict each other.
+    Raises ValueError if its keys contradict each other.
     """
     outputs = outputs_per_channel(config) * channels
     form = {"in_channels": channels, "out_channels": outputs, "sample_size": resolution}

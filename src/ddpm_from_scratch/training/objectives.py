@@ -49,7 +49,7 @@ UNIFORM_SHARE = 0.001  # of the draws, so that no weight is unbounded; as in the
 
 @dataclass(frozen=True)
 class Objective:
-    """What training minimises, for each image of a batch.
+    """The training loss of each image of a batch.
 
     - "simple": the squared error of the training target, weighted by `weighting` ("target": not at all, which for
       epsilon is L_simple, DDPM eq. 14).
@@ -138,7 +138,7 @@ class Objective:
 def check_trains_variance(loss: str, variance_type: str) -> None:
     """Refuse a loss that gives the variance no gradient, or that has nothing but the variance to train in a part.
 
-    ValueError if they do not fit.
+    Raises ValueError if they do not fit.
     """
     learned = variance_type in LEARNED_VARIANCES
     if learned and loss == "simple":

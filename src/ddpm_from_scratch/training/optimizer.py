@@ -1,4 +1,4 @@
-"""The optimiser, its learning rate, and the precision and the threads it runs in."""
+"""AdamW, its learning rate, and the moving average of the weights."""
 
 import copy
 import math

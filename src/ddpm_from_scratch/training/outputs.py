@@ -64,7 +64,7 @@ def save_grid(run: Run, grid: Image.Image) -> None:
 def finish(run: Run) -> None:
     """Write the model folder: the network, samples, the loss curve and results.
 
-    CannotSave if it cannot be written; files that were there are whole.
+    Raises CannotSave if it cannot be written; files that were there are whole.
     """
     grid = draw_grid(run)
     if not run.accelerator.is_main_process:

@@ -115,7 +115,7 @@ class Run:
         return {parameter: name for name, parameter in self.trained_unet.named_parameters()}
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same when a run is resumed, or it would be another run."""
+        """Settings that must be the same when a run is resumed, or it would be another run."""
         config = self.config
         same = ["seed", "center_crop", "random_flip", "use_ema", *PROCESS_FLAGS, *OBJECTIVE_FLAGS, "timestep_sampling"]
         if config.skip_bad_images:
@@ -147,8 +147,8 @@ def check_engine() -> None:
 def build(config: TrainingConfig) -> Run:
     """Put a run together, at its start or where its checkpoint stands; nothing is written.
 
-    ValueError if data, network, device or checkpoint do not fit the configuration; FileNotFoundError if there is no
-    such data set, model or checkpoint.
+    Raises ValueError if data, network, device or checkpoint do not fit the configuration; FileNotFoundError if there is
+    no such data set, model or checkpoint.
     """
     check_engine()
     accelerator = build_accelerator(config)
@@ -222,7 +222,7 @@ def build_inputs(
 def save(run: Run) -> None:
     """Write a checkpoint; one process does, since all hold the same.
 
-    CannotSave if it cannot be written; those that are there are whole.
+    Raises CannotSave if it cannot be written; those that are there are whole.
     """
     if not run.accelerator.is_main_process:
         return
@@ -245,7 +245,7 @@ def save(run: Run) -> None:
 def load(run: Run, checkpoint: Path) -> None:
     """Continue where a checkpoint stands: weights, average, optimiser and progress; all else follows from the seed.
 
-    ValueError if the checkpoint is of another run, or further than this run is to go.
+    Raises ValueError if the checkpoint is of another run, or further than this run is to go.
     """
     state = read_state(checkpoint)
     older = {name: getattr(TrainingConfig(), name) for name in (*OBJECTIVE_FLAGS, "timestep_sampling")}

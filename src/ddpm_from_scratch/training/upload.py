@@ -45,7 +45,7 @@ class Upload:
             self._background.submit(stage)
 
     def _write(self, run: Run, stage: Path) -> None:
-        """What is pushed of an unfinished run."""
+        """Write the model, results and page of an unfinished run."""
         pipeline = run.pipeline
         pipeline.save_pretrained(stage)
         values = public_config(self.config.to_dict())

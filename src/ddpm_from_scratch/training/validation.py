@@ -25,7 +25,7 @@ NUM_TERMS = 32  # of the bound, for each image
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """What the network is measured against, the same at every evaluation."""
+    """Real images that the network is measured against, the same at every evaluation."""
 
     reference: Features  # of as many training images as are generated
     held_out: torch.Tensor | None  # uint8 [N, C, H, W]; None: nobody named any
@@ -34,7 +34,7 @@ class ValidationSet:
 def build_validation_set(config: TrainingConfig, data: TrainingData) -> ValidationSet:
     """Read the real images, and the features of those to compare samples with.
 
-    ValueError if there are fewer training images than are to be generated, or the held-out ones cannot be read.
+    Raises ValueError if there are fewer training images than are to be generated, or the held-out ones cannot be read.
     """
     if config.eval_num_images > len(data.images):
         raise ValueError(
