@@ -7,8 +7,9 @@ from collections.abc import Callable
 from collections.abc import Callable, Mapping
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Callable, Sequence
+from collections.abc import Collection, Iterable
 from collections.abc import Collection, Iterator
-from collections.abc import Iterable
+from collections.abc import Mapping
 from collections.abc import Mapping, Sequence
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -21,7 +22,6 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import hf_hub_download, snapshot_download
 from pathlib import Path
 from torch import Tensor
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from typing import NamedTuple
 from typing import TypeGuard
 import ast
 import difflib
+import diffusers
 import inspect
 import itertools
 import json
@@ -43,10 +44,69 @@ import os
 import re
 import torch
 import torch.nn.functional as F
+import warnings
+
+
+def suggestion(wrong: str, allowed: Collection[str]) -> str:
+    """`; did you mean '...'?` with the nearest of the allowed names, or nothing if none is near."""
+    nearest = difflib.get_close_matches(wrong, allowed, n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Value is one of allowed; if not, the nearest one is proposed."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        hint = suggestion(str(value), allowed)
+        raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(allowed)}{hint}")
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """A real number, and not a truth value."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_range(name: str, value: object, least: float, most: float) -> None:
+    """Value is a finite number from least to most."""
+    if not (is_number(value) and least <= value <= most and abs(value) < float("inf")):
+        span = f"lie in [{least:g}, {most:g}]" if most < float("inf") else f"be at least {least:g} and finite"
+        raise ValueError(f"{name}={value!r} must be a number and {span}.")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Value is a finite number above 0."""
+    if not (is_number(value) and 0 < value < float("inf")):
+        raise ValueError(f"{name}={value!r} must be a number, above 0 and finite.")
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """A whole number, and not a truth value."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def check_whole(name: str, value: object, least: int = 1) -> None:
+    """Value is a whole number, at least `least`."""
+    if not (is_whole(value) and value >= least):
+        raise ValueError(f"{name}={value!r} must be a whole number, at least {least}.")
+
+
+def check_count(name: str, value: object, most: int) -> None:
+    """Value is a whole number from 1 to most."""
+    if not (is_whole(value) and 1 <= value <= most):
+        raise ValueError(f"{name}={value!r} must be a whole number from 1 to {most}.")
+
+
+def check_generator(generator: object, batch_size: int) -> None:
+    """Generator is one for the batch, a list of one per image, or None."""
+    each = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    if not all(isinstance(g, torch.Generator) for g in each):
+        raise ValueError(f"generator={generator!r} must be a torch.Generator, or a list of them.")
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise ValueError(f"generator has {len(generator)} entries for {batch_size} images: pass one, or one each.")
 
 
 # How diffusers says that a model has no such weights.
-NO_SAFETENSORS = re.compile(r"no file named \S+\.safetensors|necessary `safetensors` weights")
+NO_SAFETENSORS = re.compile(r"(no|have a) file named \S+\.safetensors|necessary `safetensors` weights")
 
 
 def altered(part: ConfigMixin, kind: type[ConfigMixin] | None = None, /, **changes: object) -> Any:  # noqa: ANN401
@@ -86,53 +146,6 @@ def write_config(json_text: str, path: str | os.PathLike[str], without: Collecti
         config.pop(name, None)
     with open(path, "w", encoding="utf-8") as file:
         file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
-    """Value is one of allowed; if not, the nearest one is proposed."""
-    allowed = tuple(allowed)
-    if value not in allowed:
-        close = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{name}={value!r} is not known. Allowed: {', '.join(allowed)}.{hint}")
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """A real number, and not a truth value."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def check_range(name: str, value: object, least: float, most: float) -> None:
-    """Value is a finite number from least to most."""
-    if not (is_number(value) and least <= value <= most and abs(value) < float("inf")):
-        span = f"lie in [{least:g}, {most:g}]" if most < float("inf") else f"be at least {least:g} and finite"
-        raise ValueError(f"{name}={value!r} must be a number and {span}.")
-
-
-def check_positive(name: str, value: object) -> None:
-    """Value is a finite number above 0."""
-    if not (is_number(value) and 0 < value < float("inf")):
-        raise ValueError(f"{name}={value!r} must be a number, above 0 and finite.")
-
-
-def is_whole(value: object) -> TypeGuard[int]:
-    """A whole number, and not a truth value."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def check_whole(name: str, value: object, least: int = 1) -> None:
-    """Value is a whole number, at least `least`."""
-    if not (is_whole(value) and value >= least):
-        raise ValueError(f"{name}={value!r} must be a whole number, at least {least}.")
-
-
-def check_generator(generator: object, batch_size: int) -> None:
-    """Generator is one for the batch, a list of one per image, or None."""
-    each = generator if isinstance(generator, list) else [] if generator is None else [generator]
-    if not all(isinstance(g, torch.Generator) for g in each):
-        raise ValueError(f"generator={generator!r} must be a torch.Generator, or a list of them.")
-    if isinstance(generator, list) and len(generator) != batch_size:
-        raise ValueError(f"generator has {len(generator)} entries for {batch_size} images: pass one, or one each.")
 
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -190,6 +203,70 @@ def _log_ndtr(z: Tensor) -> Tensor:
     return torch.where(z < 0, tail, torch.special.log_ndtr(z.clamp(min=0)))
 
 
+Coefficient = np.ndarray  # on the host in float64: a scalar, or [B]
+
+
+def upcast(x: Tensor) -> Tensor:
+    """16-bit floats as float32; float32 and float64 as they are."""
+    if not x.is_floating_point():
+        raise ValueError(f"A tensor of dtype {x.dtype} is not allowed: pass floats (scale images to [-1, 1] first).")
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def broadcast(value: Coefficient, x: Tensor) -> float | Tensor:
+    """A host coefficient so that it multiplies x: a float, or a tensor [B, 1, ...] of x's dtype and device."""
+    if np.ndim(value) == 0:
+        return float(value)
+    if len(value) != x.shape[0]:
+        raise ValueError(f"{len(value)} timesteps for a batch of {x.shape[0]}: pass one, or one per sample.")
+    tensor = torch.as_tensor(value, dtype=x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+    return tensor.to(x.device, non_blocking=True)
+
+
+def plus(x: Tensor, factor: float | Tensor, y: Tensor) -> Tensor:
+    """x + factor * y; in one pass where the factor is a number."""
+    return x + factor * y if isinstance(factor, Tensor) else torch.add(x, y, alpha=factor)
+
+
+def as_tensor(value: Coefficient | Tensor, x: Tensor) -> Tensor:
+    """A coefficient, or a tensor, as a tensor that broadcasts over x. A scalar stays on the host, which is free."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(broadcast(value, x), dtype=x.dtype)
+
+
+def check_shapes(name: str, tensor: Tensor, x: Tensor) -> None:
+    """Raise ValueError unless tensor has the shape of x: broadcasting would share one noise among samples."""
+    if tensor.shape != x.shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must have that of the samples, {tuple(x.shape)}.")
+
+
+def is_entry(scalar: Tensor, vector: Tensor) -> bool:
+    """Whether scalar is a view of an entry of vector, such as iterating over it gives: they share a storage."""
+    same = scalar.dtype == vector.dtype and scalar.numel() == 1
+    return same and scalar.untyped_storage() is vector.untyped_storage()
+
+
+def mean_of_sample(x: Tensor) -> Tensor:
+    """[B, ...] -> [B]."""
+    return x.flatten(1).mean(1) if x.ndim > 1 else x
+
+
+def split_channels(model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The prediction, shaped like x, and the second half of the channels if there is one; both upcast.
+
+    Raises:
+        ValueError: for a shape that is neither x's nor has twice its channels.
+    """
+    if model_output.shape == x.shape:
+        return upcast(model_output), None
+    if x.ndim > 1 and model_output.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
+        prediction, second = upcast(model_output).split(x.shape[1], dim=1)
+        return prediction, second
+    raise ValueError(
+        f"model_output has shape {tuple(model_output.shape)}; a sample of shape {tuple(x.shape)} needs the same "
+        "shape, or twice its channels for a learned variance."
+    )
+
+
 # --- noise schedules: betas [T] in float64 -------------------------------------------------------------------------
 
 
@@ -239,9 +316,6 @@ def rescale_to_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     return 1 - (root / np.concatenate([[1.0], root[:-1]])) ** 2
 
 
-# --- timestep spacings: (T, K) -> K timesteps, ascending (Lin et al., table 2) -------------------------------------
-
-
 def _leading(steps: int, count: int) -> np.ndarray:
     return np.ceil(np.arange(count) * steps / count)
 
@@ -260,9 +334,6 @@ TIMESTEP_SPACINGS: dict[str, Callable[[int, int], np.ndarray]] = {
     "linspace": _linspace,
     "trailing": _trailing,
 }
-
-# --- chosen timesteps: (ᾱ [T], E‖x_0 - x̂_0‖² / d [T] or None, K) -> K timesteps, ascending, T - 1 the last ----------
-
 
 FLAT = -6.0  # log SNR below which the variance of x_0 given x_t hardly changes any more
 
@@ -283,10 +354,10 @@ def interpolate_moments(moments: Sequence[tuple[int, float]], alpha_bar: np.ndar
     except (TypeError, ValueError):  # not numbers, or not in pairs
         pairs = np.empty(0)
     if pairs.ndim != 2 or pairs.shape[1] != 2 or not np.all(np.isfinite(pairs)) or np.any(pairs[:, 1] <= 0):
-        raise ValueError(f"second_moments={moments!r} must be pairs [t, value] with positive values.")
+        raise ValueError(f"x_0_mse={moments!r} must be pairs [t, value] with positive values.")
     t = pairs[:, 0]
     if np.any(t != t.round()) or np.any(np.diff(t) <= 0) or t[0] < 0 or t[-1] >= len(alpha_bar):
-        raise ValueError(f"second_moments: the timesteps {t.tolist()} must ascend within 0..{len(alpha_bar) - 1}.")
+        raise ValueError(f"x_0_mse: the timesteps {t.tolist()} must ascend within 0..{len(alpha_bar) - 1}.")
     noise = -log_snr(alpha_bar)
     return np.exp(np.interp(noise, noise[t.astype(int)], np.log(pairs[:, 1])))
 
@@ -352,53 +423,6 @@ TIMESTEP_CHOICES: dict[str, Callable[[np.ndarray, np.ndarray | None, int], np.nd
 }
 
 
-Coefficient = np.ndarray  # on the host in float64: a scalar, or [B]
-
-
-def upcast(x: Tensor) -> Tensor:
-    """16-bit floats as float32; float32 and float64 as they are."""
-    if not x.is_floating_point():
-        raise ValueError(f"A tensor of dtype {x.dtype} is not allowed: pass floats (scale images to [-1, 1] first).")
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def broadcast(value: Coefficient, x: Tensor) -> float | Tensor:
-    """A host coefficient so that it multiplies x: a float, or a tensor [B, 1, ...] of x's dtype and device."""
-    if np.ndim(value) == 0:
-        return float(value)
-    if len(value) != x.shape[0]:
-        raise ValueError(f"{len(value)} timesteps for a batch of {x.shape[0]}: pass one, or one per sample.")
-    tensor = torch.as_tensor(value, dtype=x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
-    return tensor.to(x.device, non_blocking=True)
-
-
-def plus(x: Tensor, factor: float | Tensor, y: Tensor) -> Tensor:
-    """x + factor * y; in one pass where the factor is a number."""
-    return x + factor * y if isinstance(factor, Tensor) else torch.add(x, y, alpha=factor)
-
-
-def as_tensor(value: Coefficient | Tensor, x: Tensor) -> Tensor:
-    """A coefficient, or a tensor, as a tensor that broadcasts over x. A scalar stays on the host, which is free."""
-    return value if isinstance(value, Tensor) else torch.as_tensor(broadcast(value, x), dtype=x.dtype)
-
-
-def check_shapes(name: str, tensor: Tensor, x: Tensor) -> None:
-    """Raise ValueError unless tensor has the shape of x: broadcasting would share one noise among samples."""
-    if tensor.shape != x.shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must have that of the samples, {tuple(x.shape)}.")
-
-
-def is_entry(scalar: Tensor, vector: Tensor) -> bool:
-    """Whether scalar is a view of an entry of vector, such as iterating over it gives: they share a storage."""
-    same = scalar.dtype == vector.dtype and scalar.numel() == 1
-    return same and scalar.untyped_storage() is vector.untyped_storage()
-
-
-def mean_of_sample(x: Tensor) -> Tensor:
-    """[B, ...] -> [B]."""
-    return x.flatten(1).mean(1) if x.ndim > 1 else x
-
-
 def _small(small: Coefficient, large: Coefficient, last: np.ndarray, values: Tensor) -> Coefficient:
     return small
 
@@ -428,12 +452,31 @@ REVERSE_LOG_VARIANCES: dict[str, Callable[..., Coefficient | Tensor]] = {
 LEARNED_VARIANCES = ("learned", "learned_range")
 
 
+def check_variance_values(variance_type: str, values: Tensor | None) -> None:
+    """Raise ValueError for a learned variance of which the network says nothing."""
+    if variance_type in LEARNED_VARIANCES and values is None:
+        raise ValueError(
+            f"variance_type={variance_type!r} needs a network with twice the channels of its input, half of them for "
+            "the variance. Use such a network, or variance_type='fixed_small' or 'fixed_large'."
+        )
+
+
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 # The keys that diffusers.DDPMScheduler does not have, with their defaults: written only where they differ.
-OWN_KEYS = {"eta": 1.0, "second_moments": None, "optimal_variance": None, "timestep_choice": None}
+OWN_KEYS = {"eta": 1.0, "x_0_mse": None, "optimal_variance": None, "timestep_choice": None}
+
+# Names that keys of ours had before, by which saved models may know them.
+FORMER_KEYS = {"second_moments": "x_0_mse"}
 
 Config = Mapping[str, Any]
+
+
+def with_present_keys(config: Any) -> Any:  # noqa: ANN401
+    """A configuration whose keys have the names that they have today; anything but a mapping as it is."""
+    if not isinstance(config, Mapping) or not set(FORMER_KEYS) & set(config):
+        return config
+    return {FORMER_KEYS.get(name, name): value for name, value in config.items()}
 
 
 def check_config(c: Config) -> None:
@@ -471,15 +514,27 @@ def _check_own_keys(c: Config) -> None:
     if c["timestep_choice"] is not None:
         check_choice("timestep_choice", c["timestep_choice"], TIMESTEP_CHOICES)
     for name, needed in {"optimal_variance": True, "timestep_choice": "likelihood"}.items():
-        if c[name] == needed and c["second_moments"] is None:
-            raise ValueError(
-                f"{name}={needed!r} needs second_moments: estimate them with ddpm_from_scratch.calibration."
-            )
+        if c[name] == needed and c["x_0_mse"] is None:
+            raise ValueError(f"{name}={needed!r} needs x_0_mse: estimate them with ddpm_from_scratch.calibration.")
+
+
+def own_keys_at_their_defaults(c: Config) -> list[str]:
+    """The keys that stock schedulers do not have and files leave out."""
+    return [name for name, default in OWN_KEYS.items() if not isinstance(c[name], np.ndarray) and c[name] == default]
 
 
 def limits_x_0(c: Config) -> bool:
     """Whether the predicted x_0 is clipped or thresholded."""
     return bool(c["thresholding"] or c["clip_sample"])
+
+
+def limit_x_0(x_0: Tensor, c: Config) -> Tensor:
+    """The predicted x_0 as configured: dynamically thresholded (Imagen section 2.3), clipped, or as it is."""
+    if c["thresholding"]:
+        level = torch.quantile(x_0.reshape(len(x_0), -1).abs(), c["dynamic_thresholding_ratio"], dim=1)
+        level = level.clamp(1, c["sample_max_value"]).reshape(-1, *(1,) * (x_0.ndim - 1))
+        return torch.maximum(torch.minimum(x_0, level), -level) / level
+    return x_0.clamp(-c["clip_sample_range"], c["clip_sample_range"]) if c["clip_sample"] else x_0
 
 
 def make_betas(c: Config) -> np.ndarray:
@@ -497,6 +552,11 @@ def make_betas(c: Config) -> np.ndarray:
         betas = rescale_to_zero_terminal_snr(betas)
     if not (np.all(betas > 0) and np.all(betas[:-1] < 1) and betas[-1] <= 1):
         raise ValueError(f"{source}: every beta must lie in (0, 1); only the last may be 1.")
+    if betas[-1] == 1 and c["prediction_type"] == "epsilon":
+        raise ValueError(
+            "prediction_type='epsilon' cannot be used with a zero terminal SNR (rescale_betas_zero_snr=True): at "
+            "the last timestep x_t is all noise, and x_0 would be a division by 0. Use 'v_prediction' or 'sample'."
+        )
     if np.any(np.diff(np.cumprod(1 - betas), prepend=1.0) >= 0):
         raise ValueError(
             f"{source}: ᾱ must fall at every step; betas this small or large leave it as it is in float64."
@@ -506,7 +566,7 @@ def make_betas(c: Config) -> np.ndarray:
 
 def make_x_0_variance(c: Config, alpha_bar: np.ndarray) -> np.ndarray | None:
     """[T] E‖x_0 - x̂_0‖² / d at every timestep in float64, from some; within what an exact x̂_0 could have."""
-    moments = c["second_moments"]
+    moments = c["x_0_mse"]
     if moments is None:
         return None
     variance = interpolate_moments(moments, alpha_bar)
@@ -518,31 +578,11 @@ def make_x_0_variance(c: Config, alpha_bar: np.ndarray) -> np.ndarray | None:
 
 
 Timestep = int | Tensor
-Index = np.ndarray  # on the host, timesteps as whole numbers: a scalar, or [B]
-
-# Standard deviation of noise in p(x_1 | x_2), with the paper's indices, of which a pixel in [-1, 1] shows E|noise| = 2
-# of its 255 levels: more than that would hardly be taken out again (Analytic-DPM, appendix on sampling).
-LAST_NOISE = 2 * (2 / 255) * math.sqrt(math.pi / 2)
-
-
-class Prediction(NamedTuple):
-    """What a network's output says of x_t, in consistent pairs: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) epsilon.
-
-    `variance_values` is the output's second half of channels as it came (v of iDDPM eq. 15 under "learned_range", the
-    log-variance under "learned"); None if the network has no such half.
-    """
-
-    x_0: Tensor
-    epsilon: Tensor
-    variance_values: Tensor | None
-
-
-def _log_square(x: float) -> float:
-    return 2 * math.log(x) if x > 0 else -math.inf
+Index = np.ndarray  # timesteps as whole numbers: a scalar, or [B]
 
 
 class Transition(NamedTuple):
-    """A step t -> s of a chain, on the host; u is the timestep above t in it (see `q_posterior`)."""
+    """A step t -> s of a chain; u is the timestep above t in it, T above the first."""
 
     t: Index
     s: Index
@@ -552,14 +592,161 @@ class Transition(NamedTuple):
 
 
 class StepPlan(NamedTuple):
-    """The numbers of a step t -> s of the sampling chain, which depend on nothing that is sampled."""
+    """The numbers of a step t -> s that do not depend on what is sampled."""
 
     transition: Transition
     signal: float  # √ᾱ_t
     sigma: float  # √(1 - ᾱ_t)
-    on_x_0: float  # of the mean, see `_coefficients`
+    on_x_0: float  # coefficients of the mean, see `posterior_coefficients`
     on_x_t: float
-    noise: float | None  # standard deviation of p(x_s | x_t); 0 where none is drawn, None where the network says it
+    noise: float | None  # standard deviation of p(x_s | x_t); 0 where none is drawn, None where the network gives it
+
+
+def posterior_coefficients(
+    a_t: Coefficient, a_s: Coefficient, eta: float
+) -> tuple[Coefficient, Coefficient, Coefficient]:
+    """q(x_s | x_t, x_0) = N(on_x_0 x_0 + on_x_t x_t, variance I) between ᾱ_t and ᾱ_s: DDIM eqs. 7 and 16.
+
+    The variance is η²β̃. The share of x_s's noise that is not drawn anew is the noise of x_t, scaled.
+    """
+    fresh = eta**2 * (1 - a_t / a_s) / (1 - a_t)
+    on_x_t = np.sqrt((1 - fresh) * (1 - a_s) / (1 - a_t))
+    return np.sqrt(a_s) - on_x_t * np.sqrt(a_t), on_x_t, fresh * (1 - a_s)
+
+
+def log_square(x: float) -> float:
+    """Log x², -∞ at 0."""
+    return 2 * math.log(x) if x > 0 else -math.inf
+
+
+def posterior_log_variance(alpha_bar: np.ndarray, step: Transition) -> Coefficient:
+    """Log β̃ of t -> s. At s = -1, where β̃ is 0, that of u -> t, one step up the chain, as in DDPM and iDDPM."""
+    last = step.s < 0
+    a_t = alpha_bar[np.where(last, step.u, step.t)]
+    a_s = alpha_bar[np.where(last, step.t, step.s)]
+    # α is 0 where ᾱ_s is: pure noise (zero terminal SNR) stays pure noise.
+    alpha = np.divide(a_t, a_s, out=np.zeros_like(a_t), where=a_s > 0)
+    return np.log((1 - a_s) / (1 - a_t) * (1 - alpha))
+
+
+class Chain:
+    """Timesteps in descending order, as pairs: t -> s on the way down, t -> u on the way up.
+
+    Args:
+        timesteps: [K], strictly descending within T-1..0.
+        num_train_timesteps: T.
+        eta: share of the posterior's noise that a step draws, in [0, 1].
+        optimal: whether the reverse variance is the optimal one.
+        device: where `timesteps` are kept for others to read.
+    """
+
+    def __init__(
+        self,
+        timesteps: np.ndarray,
+        num_train_timesteps: int,
+        eta: float,
+        optimal: bool,
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.eta, self.optimal = float(eta), optimal
+        self.timesteps = torch.from_numpy(timesteps.copy()).to(device)
+        self._on_host = timesteps
+        self._next = dict(itertools.pairwise([*timesteps.tolist(), -1]))
+        self._above = np.full(num_train_timesteps, num_train_timesteps)
+        self._above[timesteps[1:]] = timesteps[:-1]
+
+    def transition(self, t: Index, s: Index) -> Transition:
+        """The step t -> s, with what is above t in this chain."""
+        return Transition(t, s, self._above[t], self.eta, self.optimal)
+
+    def previous(self, timestep: Timestep) -> tuple[int, int]:
+        """(t, s) for a timestep of the chain, s = -1 after its last one; a device is never asked for the value.
+
+        Raises:
+            ValueError: it is not one of them, or more than one.
+        """
+        t = self._one(timestep)
+        if t not in self._next:
+            raise ValueError(
+                f"timestep {t} is not one of the {len(self._next)} in `timesteps`. Pass one of them, or choose others "
+                "with set_timesteps."
+            )
+        return t, self._next[t]
+
+    def _one(self, t: Timestep) -> int:
+        if isinstance(t, Tensor) and t.device.type != "cpu" and is_entry(t, self.timesteps):
+            # Its place is known without its value, for which the host would wait.
+            return int(self._on_host[t.storage_offset()])
+        if isinstance(t, Tensor) and t.device.type == "cpu" and t.ndim == 0:
+            t = t.numpy().item()
+        if type(t) is int and t in self._next:
+            return t
+        index = to_index(t, len(self._above))
+        if np.ndim(index):
+            raise ValueError(f"step takes one timestep for the whole batch, not {len(index)}.")
+        return int(index)
+
+
+def to_index(t: Timestep, steps: int, least: int = 0) -> Index:
+    """Timesteps on the host; ValueError outside least..steps-1."""
+    index = np.asarray(t.cpu() if isinstance(t, Tensor) else t)
+    whole = np.issubdtype(index.dtype, np.integer)
+    if not whole or index.size == 0 or index.min() < least or index.max() >= steps:
+        raise ValueError(f"timestep {t!r} is not allowed: whole numbers from {least} to {steps - 1} are.")
+    return index.reshape(()) if index.size == 1 else index.reshape(-1)
+
+
+def spaced_timesteps(
+    config: Mapping[str, Any], alpha_bar: np.ndarray, x_0_variance: np.ndarray | None, count: int
+) -> np.ndarray:
+    """[K] timesteps, descending, by the configuration's `timestep_choice` or `timestep_spacing`.
+
+    Args:
+        config: of the scheduler.
+        alpha_bar: [T].
+        x_0_variance: [T] E‖x_0 - x̂_0‖² / d, for the choice "likelihood".
+        count: K, from 1 to T.
+
+    Raises:
+        ValueError: an offset pushes the first timestep out of the range.
+    """
+    steps, offset, spacing = len(alpha_bar), config["steps_offset"], config["timestep_spacing"]
+    if config["timestep_choice"] is not None:
+        return TIMESTEP_CHOICES[config["timestep_choice"]](alpha_bar, x_0_variance, count)[::-1]
+    chain = TIMESTEP_SPACINGS[spacing](steps, count) + (offset if spacing == "leading" else 0)
+    if chain[-1] >= steps:
+        raise ValueError(
+            f"steps_offset={offset} with num_inference_steps={count} starts at timestep {int(chain[-1])}; the last "
+            f"one is {steps - 1}. Take fewer steps, steps_offset=0 or timestep_spacing='trailing'."
+        )
+    return chain[::-1].astype(np.int64)
+
+
+def listed_timesteps(timesteps: list[int], steps: int) -> np.ndarray:
+    """[K] timesteps as given; ValueError unless they descend strictly within steps-1..0."""
+    chain = np.asarray(timesteps)
+    if chain.ndim != 1 or len(chain) == 0 or not np.issubdtype(chain.dtype, np.integer):
+        raise ValueError(f"timesteps={timesteps!r} must be a non-empty list of whole numbers.")
+    if np.any(np.diff(chain) >= 0) or chain[0] >= steps or chain[-1] < 0:
+        raise ValueError(f"timesteps={timesteps!r} must descend strictly within {steps - 1}..0.")
+    return chain.astype(np.int64)
+
+
+# Standard deviation of noise in p(x_1 | x_2), with the paper's indices, of which a pixel in [-1, 1] shows E|noise| = 2
+# of its 255 levels: more than that would hardly be taken out again (Analytic-DPM, appendix on sampling).
+LAST_NOISE = 2 * (2 / 255) * math.sqrt(math.pi / 2)
+
+
+class Prediction(NamedTuple):
+    """x_0 and the noise as a network's output gives them, in consistent pairs: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) epsilon.
+
+    `variance_values` is the output's second half of channels as it came (v of iDDPM eq. 15 under "learned_range", the
+    log-variance under "learned"); None if the network has no such half.
+    """
+
+    x_0: Tensor
+    epsilon: Tensor
+    variance_values: Tensor | None
 
 
 class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
@@ -589,15 +776,13 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: rescale so that ᾱ of the last step is 0.
         eta: how much of the posterior's noise a step draws, in [0, 1]: 1 is DDPM, 0 is DDIM, which draws none (DDIM
             eq. 16). `set_timesteps` may choose another one for a chain.
-        second_moments: E‖x_0 - x̂_0(x_t)‖² / d at some timesteps, as pairs [t, value] in ascending order, which
-            `ddpm_from_scratch.calibration` estimates. The variance of p(x_s | x_t) that is optimal for the bound, and
-            right for samples, follows from them. In between, their logarithm is interpolated along log SNR. They hold
-            for one network, schedule and clipping.
-        optimal_variance: use that variance instead of `variance_type`. None: where second_moments are given, for
-            chains of fewer than T steps with eta > 0.
-        timestep_choice: which K < T timesteps, instead of timestep_spacing: "quadratic" (DDIM, appendix D.2),
-            "log_snr" (even steps of it) or "likelihood" (those of the least variational bound, which needs
-            second_moments).
+        x_0_mse: E‖x_0 - x̂_0(x_t)‖² / d of one network and clipping at some timesteps, as ascending pairs [t, value];
+            `ddpm calibrate` estimates them, and their logarithm is linear in log SNR in between. The variance of
+            p(x_s | x_t) that is optimal for the bound follows from them.
+        optimal_variance: use that variance instead of `variance_type`. None: where x_0_mse is given, for chains of
+            fewer than T steps with eta > 0.
+        timestep_choice: which K < T timesteps, instead of timestep_spacing: "quadratic" (DDIM, appendix D.2), "log_snr"
+            (even steps of it) or "likelihood" (those of the least variational bound, which needs x_0_mse).
 
     Raises:
         ValueError: for a value that is not allowed; the message lists what is. Predicting epsilon with a zero terminal
@@ -626,7 +811,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
         eta: float = 1.0,
-        second_moments: list[tuple[int, float]] | None = None,
+        x_0_mse: list[tuple[int, float]] | None = None,
         optimal_variance: bool | None = None,
         timestep_choice: str | None = None,
     ) -> None:
@@ -634,11 +819,6 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         self.variance_type = variance_type or "fixed_small"
         betas = make_betas(self.config)
         alpha_bar = np.cumprod(1 - betas)
-        if alpha_bar[-1] == 0 and prediction_type == "epsilon":
-            raise ValueError(
-                "prediction_type='epsilon' cannot be used with a zero terminal SNR (rescale_betas_zero_snr=True): at "
-                "the last timestep x_t is all noise, and x_0 would be a division by 0. Use 'v_prediction' or 'sample'."
-            )
         # float32 copies for other code to read; the formulas below use the float64 table.
         self.betas = torch.from_numpy(betas).float()
         self.alphas = torch.from_numpy(1 - betas).float()
@@ -646,31 +826,33 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         # ᾱ_t at index t; pure noise above the chain, 0, at T; the data, 1, at the end, where index -1 finds it.
         self._alpha_bar = np.concatenate([alpha_bar, [0.0, 1.0]])
         self._x_0_variance = make_x_0_variance(self.config, alpha_bar)
-
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
         self._plans: dict[tuple[int, int, float, bool, str], StepPlan] = {}
-        self._chosen: dict[int, np.ndarray] = {}  # timesteps of a choice, which may take a second to make
+        self._chosen: dict[int, np.ndarray] = {}  # by K: a choice may take a second to make
         self._set_chain(np.arange(num_train_timesteps)[::-1], eta)
 
     def __len__(self) -> int:
         """T."""
         return int(self.config["num_train_timesteps"])
 
+    @classmethod
+    def from_config(cls, config: Any = None, **kwargs: Any) -> Any:  # noqa: ANN401
+        """As in diffusers; keys under names that they had in earlier versions of this package are understood."""
+        return super().from_config(with_present_keys(config), **kwargs)
+
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write the configuration under the name of the stock class, whose keys these are: either class loads it."""
-        given = {name: self.config[name] for name in OWN_KEYS}
-        arrays = {name for name, value in given.items() if isinstance(value, np.ndarray)}
-        default = [name for name in OWN_KEYS if name not in arrays and given[name] == OWN_KEYS[name]]
-        write_config(self.to_json_string(), json_file_path, without=default, _class_name=DDPMScheduler.__name__)
+        own = own_keys_at_their_defaults(self.config)
+        write_config(self.to_json_string(), json_file_path, without=own, _class_name=DDPMScheduler.__name__)
 
     # --- forward process (DDPM section 2) ---------------------------------------------------------------------------
 
     def q_marginal(self, x_0: Tensor, t: Timestep) -> Gaussian:
         """q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I): DDPM eq. 4. x_0: [B, ...]."""
         x_0 = upcast(x_0)
-        alpha_bar = self._alpha_bar[self._index(t)]
+        alpha_bar = self._alpha_bar[to_index(t, len(self))]
         return Gaussian(broadcast(np.sqrt(alpha_bar), x_0) * x_0, as_tensor(np.log(1 - alpha_bar), x_0))
 
     def q_transition(self, x_s: Tensor, t: Timestep, s: Timestep) -> Gaussian:
@@ -695,14 +877,21 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return (signal * upcast(noise) - sigma * x_0).to(sample.dtype)
 
     def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Timestep, s: Timestep | None = None) -> Gaussian:
-        """q(x_s | x_t, x_0): DDPM eqs. 6-7, for any -1 <= s < t; with eta < 1, DDIM eq. 7.
+        r"""q(x_s | x_t, x_0), DDPM eqs. 6-7, for any -1 <= s < t; with eta < 1, DDIM eq. 7.
+
+        For neighbours at eta = 1 the mean is √ᾱ_s β_t / (1 - ᾱ_t) x_0 + √α_t (1 - ᾱ_s) / (1 - ᾱ_t) x_t, and the
+        variance β̃_t = (1 - ᾱ_s) / (1 - ᾱ_t) β_t.
 
         With s left out the chain is the full one, s = t - 1, with the configuration's eta; with s given it is that of
         `set_timesteps`. The mean is exact for s = -1 too (it is x_0); the log-variance there is not -∞ but that of the
         next step up the chain, as in the implementations of DDPM and iDDPM.
         """
         check_shapes("x_0", x_0, x_t)
-        return self._posterior(upcast(x_0), upcast(x_t), self._transition(t, s))
+        x_0, x_t, step = upcast(x_0), upcast(x_t), self._transition(t, s)
+        on_x_0, on_x_t, _ = posterior_coefficients(self._alpha_bar[step.t], self._alpha_bar[step.s], step.eta)
+        mean = plus(broadcast(on_x_0, x_0) * x_0, broadcast(on_x_t, x_t), x_t)
+        log_variance = posterior_log_variance(self._alpha_bar, step) + log_square(step.eta)
+        return Gaussian(mean, as_tensor(log_variance, x_0))
 
     # --- reverse process (DDPM section 3.2) -------------------------------------------------------------------------
 
@@ -716,7 +905,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
             x_t: [B, C, ...].
             t: one timestep, or one per sample.
         """
-        output, variance_values = self._split(model_output, x_t)
+        output, variance_values = split_channels(model_output, x_t)
         x_t = upcast(x_t)
         signal, sigma = self._signal_and_sigma(t, x_t)
         x_0 = self._x_0(output, x_t, signal, sigma)
@@ -735,78 +924,32 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         Where the optimal variance is used (see the class), it takes the place of that one. s is understood as in
         `q_posterior`.
         """
-        return self._reverse(self.predict(model_output, x_t, t), upcast(x_t), self._transition(t, s))
+        prediction = self.predict(model_output, x_t, t)
+        mean = self.q_posterior(prediction.x_0, upcast(x_t), t, s).mean
+        log_variance = self._reverse_log_variance(prediction.variance_values, self._transition(t, s))
+        return Gaussian(mean, as_tensor(log_variance, mean))
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Timestep,
-        sample: Tensor,
-        generator: Generators = None,
-        return_dict: bool = True,
-    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """One step of DDPM algorithm 2: draw x_s from p(x_s | x_t), s being next in `timesteps`; no noise at s = -1.
+    def _reverse_log_variance(self, values: Tensor | None, step: Transition) -> Coefficient | Tensor:
+        """The optimal one, or by `variance_type`, from the network's values if it says so."""
+        if step.optimal:
+            return self._optimal_log_variance(step)
+        check_variance_values(self.variance_type, values)
+        small = posterior_log_variance(self._alpha_bar, step)
+        large = np.log(1 - self._alpha_bar[step.t] / self._alpha_bar[step.s])
+        log_variance = REVERSE_LOG_VARIANCES[self.variance_type](small, large, step.s < 0, values)
+        return log_variance + log_square(step.eta)
 
-        What an optimal variance adds to that of the posterior in the least noisy x_s of all, s = 0, is bounded by
-        LAST_NOISE where x_0 is clipped.
-
-        Args:
-            model_output: [B, C, ...], or [B, 2 C, ...] (see `predict`).
-            timestep: t, one of `timesteps`.
-            sample: x_t, [B, C, ...].
-            generator: of the noise; a list has one for each sample.
-            return_dict: False for a tuple (prev_sample, pred_original_sample).
-
-        Returns:
-            prev_sample (x_s) and pred_original_sample (the predicted x_0), both in the dtype of sample.
-
-        Raises:
-            ValueError: for a timestep that is not in `timesteps`, or shapes that do not fit.
-        """
-        plan = self._plan(self._one_timestep(timestep))
-        output, variance_values = self._split(model_output, sample)
-        if not plan.transition.optimal:
-            self._check_variance_values(variance_values)
-        x_t = upcast(sample)
-        x_0 = self._x_0(output, x_t, plan.signal, plan.sigma)
-        mean = plus(plan.on_x_0 * x_0, plan.on_x_t, x_t)
-        if plan.noise is None:
-            log_variance = as_tensor(self._typed_log_variance(variance_values, plan.transition), x_t)
-            x_s = Gaussian(mean, log_variance).sample(generator, dtype=sample.dtype)
-        elif plan.noise == 0:
-            x_s = mean
-        else:
-            x_s = plus(mean, plan.noise, noise_like(mean, generator, dtype=sample.dtype))
-        x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
-        return DDPMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
-
-    def undo_ddim(self, prediction: Prediction, x_s: Tensor, t: Timestep, s: Timestep) -> Tensor:
-        """The x_t from which DDIM's step at eta = 0 leads to x_s, if `prediction` is what the network says of that x_t.
-
-        With angles φ, tan φ = √((1-ᾱ)/ᾱ), the step is a rotation by δ = φ_t - φ_s, x_s = cos δ x_t - sin δ v (Salimans
-        & Ho 2022, appendix D). For networks that predict v it is well conditioned from the data to pure noise.
-
-        Raises:
-            ValueError: for a step from pure noise to data, of which nothing can be undone.
-        """
-        x_s = upcast(x_s)
-        signal_t, sigma_t = self._signal_and_sigma(t, x_s)
-        a_s = self._alpha_bar[self._index(s, least=-1)]
-        signal_s, sigma_s = broadcast(np.sqrt(a_s), x_s), broadcast(np.sqrt(1 - a_s), x_s)
-        v = signal_t * prediction.epsilon - sigma_t * prediction.x_0
-        sine, cosine = sigma_t * signal_s - signal_t * sigma_s, signal_t * signal_s + sigma_t * sigma_s
-        if isinstance(cosine, float) and abs(cosine) < 1e-6:
-            raise ValueError(f"The step from t={t} to s={s} goes from noise to data at once: take more steps.")
-        return (x_s + sine * v) / cosine
-
-    def scale_model_input(self, sample: Tensor, timestep: Timestep | None = None) -> Tensor:
-        """The sample as it is: the network of DDPM takes x_t itself."""
-        return sample
+    def _optimal_log_variance(self, step: Transition) -> Coefficient:
+        """The σ² that minimises the bound: q's own, and what of x_0 is not known from x_t (Analytic-DPM theorem 1)."""
+        assert self._x_0_variance is not None  # checked on construction
+        a_t, a_s = self._alpha_bar[step.t], self._alpha_bar[step.s]
+        on_x_0, _, variance = posterior_coefficients(a_t, a_s, step.eta)
+        return np.log(variance + on_x_0**2 * self._x_0_variance[step.t])
 
     # --- objectives (DDPM section 3) --------------------------------------------------------------------------------
 
     def training_target(self, x_0: Tensor, noise: Tensor, t: Timestep) -> Tensor:
-        """What the network regresses on: noise, x_0 or v, by `prediction_type`."""
+        """Target of the network's regression: noise, x_0 or v, by `prediction_type`."""
         if self.config["prediction_type"] == "epsilon":
             return noise
         if self.config["prediction_type"] == "sample":
@@ -816,7 +959,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     def simple_loss(self, model_output: Tensor, x_0: Tensor, noise: Tensor, t: Timestep) -> Tensor:
         """L_simple, DDPM eq. 14: [B], the squared error of the training target, mean over the dimensions."""
         check_shapes("noise", noise, x_0)
-        output, _ = self._split(model_output, x_0)
+        output, _ = split_channels(model_output, x_0)
         target = upcast(self.training_target(upcast(x_0), upcast(noise), t))
         return mean_of_sample((output - target) ** 2)
 
@@ -831,26 +974,23 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: for eta = 0, where q has no variance and the divergence is infinite, or shapes that do not fit.
         """
-        transition = self._transition(t, s)
-        if transition.eta == 0:
+        step = self._transition(t, s)
+        if step.eta == 0:
             raise ValueError("The bound is infinite at eta=0, where q(x_s | x_t, x_0) is a point: take eta > 0.")
         check_shapes("x_0", x_0, x_t)
         x_0, x_t = upcast(x_0), upcast(x_t)
-        reverse = self._reverse(self.predict(model_output, x_t, t), x_t, transition)
-        kl = self._posterior(x_0, x_t, transition).kl(reverse)
+        reverse = self.p_reverse(model_output, x_t, t, s)
+        kl = self.q_posterior(x_0, x_t, t, s).kl(reverse)
         decoder = -reverse.discretized_log_prob(x_0)
-        last = torch.as_tensor(transition.s < 0).reshape(-1, *(1,) * (x_0.ndim - 1)).to(x_0.device)
+        last = torch.as_tensor(step.s < 0).reshape(-1, *(1,) * (x_0.ndim - 1)).to(x_0.device)
         return mean_of_sample(torch.where(last, decoder, kl))
 
     def prior_kl(self, x_0: Tensor, t: Timestep | None = None) -> Tensor:
-        """L_T = KL(q(x_T | x_0) || N(0, I)), DDPM eq. 5: [B], in nats per dimension.
-
-        t is the timestep from which a chain starts with pure noise: T - 1 if left out.
-        """
+        """L_T = KL(q(x_T | x_0) || N(0, I)), DDPM eq. 5: [B], nats per dimension; t is the chain's first timestep."""
         q = self.q_marginal(x_0, len(self) - 1 if t is None else t)
         return mean_of_sample(q.kl(Gaussian(torch.zeros_like(q.mean), torch.zeros_like(q.log_variance))))
 
-    # --- the chain --------------------------------------------------------------------------------------------------
+    # --- sampling (DDPM algorithm 2) --------------------------------------------------------------------------------
 
     def set_timesteps(
         self,
@@ -861,154 +1001,106 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Choose the sampling chain: K spaced timesteps, or a strictly descending list; and its eta.
 
-        eta is that of the configuration if left out. It is chosen here because it belongs to a chain: a `step` that
-        took it would get 0 from Stable Diffusion's pipelines.
+        A `step` that took eta would get 0 from Stable Diffusion's pipelines.
 
         Raises:
-            ValueError: for both or neither, K outside 1..T, a list that is not descending or leaves 0..T-1, an offset
-                that pushes the first timestep out of range, or eta outside [0, 1].
+            ValueError: for both or neither, or a value that is not allowed.
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Pass either num_inference_steps or timesteps (a descending list), one of the two.")
         if eta is not None:
             check_range("eta", eta, 0, 1)
-        chain = self._spaced(num_inference_steps) if timesteps is None else self._listed(timesteps)
+        chain = self._spaced(num_inference_steps) if timesteps is None else listed_timesteps(timesteps, len(self))
         self.num_inference_steps = len(chain)
         self.custom_timesteps = timesteps is not None
         self._set_chain(chain, self.config["eta"] if eta is None else eta, device)
 
-    def previous_timestep(self, timestep: Timestep) -> int:
-        """The s that follows t in `timesteps`; -1 after the last one. ValueError if t is not there."""
-        t = self._one_timestep(timestep)
-        if t not in self._next:
-            raise ValueError(
-                f"timestep {t} is not one of the {len(self._next)} in `timesteps`. Pass one of them, or choose others "
-                "with set_timesteps."
-            )
-        return self._next[t]
-
     def _spaced(self, count: int | None) -> np.ndarray:
-        steps, offset = len(self), self.config["steps_offset"]
-        if not (is_whole(count) and 1 <= count <= steps):
-            raise ValueError(f"num_inference_steps={count!r} must be a whole number from 1 to {steps}.")
-        if self.config["timestep_choice"] is not None:
-            return self._choose(int(count))
-        spacing = self.config["timestep_spacing"]
-        chain = TIMESTEP_SPACINGS[spacing](steps, int(count)) + (offset if spacing == "leading" else 0)
-        if chain[-1] >= steps:
-            raise ValueError(
-                f"steps_offset={offset} with num_inference_steps={count} starts at timestep {int(chain[-1])}; the last "
-                f"one is {steps - 1}. Take fewer steps, steps_offset=0 or timestep_spacing='trailing'."
-            )
-        return chain[::-1].astype(np.int64)
-
-    def _choose(self, count: int) -> np.ndarray:
-        """K timesteps of `timestep_choice`."""
+        check_count("num_inference_steps", count, len(self))
+        assert count is not None
         if count not in self._chosen:
-            choice = TIMESTEP_CHOICES[self.config["timestep_choice"]]
-            self._chosen[count] = choice(self._alpha_bar[: len(self)], self._x_0_variance, count)[::-1]
+            self._chosen[count] = spaced_timesteps(self.config, self._alpha_bar[: len(self)], self._x_0_variance, count)
         return self._chosen[count]
 
-    def _listed(self, timesteps: list[int]) -> np.ndarray:
-        chain = np.asarray(timesteps)
-        if chain.ndim != 1 or len(chain) == 0 or not np.issubdtype(chain.dtype, np.integer):
-            raise ValueError(f"timesteps={timesteps!r} must be a non-empty list of whole numbers.")
-        if np.any(np.diff(chain) >= 0) or chain[0] >= len(self) or chain[-1] < 0:
-            raise ValueError(f"timesteps={timesteps!r} must descend strictly within {len(self) - 1}..0.")
-        return chain.astype(np.int64)
+    def _set_chain(self, timesteps: np.ndarray, eta: float, device: str | torch.device | None = None) -> None:
+        automatic = self._x_0_variance is not None and len(timesteps) < len(self) and eta > 0
+        optimal = automatic if self.config["optimal_variance"] is None else self.config["optimal_variance"]
+        self._chain = Chain(timesteps, len(self), eta, optimal, device)
+        self.timesteps = self._chain.timesteps
 
-    def _set_chain(self, chain: np.ndarray, eta: float, device: str | torch.device | None = None) -> None:
-        """The chain, kept once as pairs: t -> s on the way down, t -> u on the way up."""
-        self._eta = float(eta)
-        automatic = self._x_0_variance is not None and len(chain) < len(self) and eta > 0
-        self._optimal = automatic if self.config["optimal_variance"] is None else self.config["optimal_variance"]
-        self.timesteps = torch.from_numpy(chain.copy()).to(device)
-        self._host_timesteps, self._own_timesteps = chain, self.timesteps
-        down = [*chain.tolist(), -1]
-        self._next = dict(itertools.pairwise(down))
-        self._above = np.full(len(self), len(self))  # T, pure noise, above the top
-        self._above[chain[1:]] = chain[:-1]
+    def previous_timestep(self, timestep: Timestep) -> int:
+        """The s that follows t in `timesteps`; -1 after the last one. ValueError if t is not there."""
+        return self._chain.previous(timestep)[1]
 
-    def _plan(self, t: int) -> StepPlan:
-        """The step from t of the chain, computed once for all chains that have it."""
-        s = self.previous_timestep(t)
-        key = t, s, self._eta, self._optimal, self.variance_type
+    def scale_model_input(self, sample: Tensor, timestep: Timestep | None = None) -> Tensor:
+        """The sample as it is: the network of DDPM takes x_t itself."""
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Timestep,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        """One step of DDPM algorithm 2: draw x_s from p(x_s | x_t), s being next in `timesteps`; no noise at s = -1.
+
+        Where x_0 is clipped, LAST_NOISE bounds what an optimal variance adds to the posterior's at s = 0.
+
+        Args:
+            model_output: [B, C, ...], or [B, 2 C, ...] (see `predict`).
+            timestep: t, one of `timesteps`.
+            sample: x_t, [B, C, ...].
+            generator: of the noise; a list has one for each sample.
+            return_dict: False for a tuple (prev_sample, pred_original_sample).
+
+        Returns:
+            prev_sample (x_s) and pred_original_sample (the predicted x_0), both in the dtype of sample.
+
+        Raises:
+            ValueError: for a timestep that is not in `timesteps`, or shapes that do not fit.
+        """
+        plan = self._plan(*self._chain.previous(timestep))
+        output, variance_values = split_channels(model_output, sample)
+        if not plan.transition.optimal:
+            check_variance_values(self.variance_type, variance_values)
+        x_t = upcast(sample)
+        x_0 = self._x_0(output, x_t, plan.signal, plan.sigma)
+        mean = plus(plan.on_x_0 * x_0, plan.on_x_t, x_t)
+        if plan.noise is None:
+            log_variance = as_tensor(self._reverse_log_variance(variance_values, plan.transition), x_t)
+            x_s = Gaussian(mean, log_variance).sample(generator, dtype=sample.dtype)
+        elif plan.noise == 0:
+            x_s = mean
+        else:
+            x_s = plus(mean, plan.noise, noise_like(mean, generator, dtype=sample.dtype))
+        x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
+        return DDPMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
+
+    def _plan(self, t: int, s: int) -> StepPlan:
+        """The numbers of `p_reverse` at t -> s, computed once for all chains that have this step."""
+        key = t, s, self._chain.eta, self._chain.optimal, self.variance_type
         if key not in self._plans:
-            self._plans[key] = self._make_plan(self._transition(t, s))
+            step = self._transition(t, s)
+            alpha_bar, below = self._alpha_bar[step.t], self._alpha_bar[step.s]
+            on_x_0, on_x_t, variance = map(float, posterior_coefficients(alpha_bar, below, step.eta))
+            noise = self._step_noise(step, variance)
+            self._plans[key] = StepPlan(step, math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar), on_x_0, on_x_t, noise)
         return self._plans[key]
 
-    def _make_plan(self, step: Transition) -> StepPlan:
-        alpha_bar = float(self._alpha_bar[step.t])
-        on_x_0, on_x_t, variance = map(float, self._coefficients(step))
-        if step.optimal:
-            noise = math.exp(0.5 * float(self._optimal_log_variance(step)))
-            if limits_x_0(self.config) and step.s == 0:
-                noise = min(noise, max(LAST_NOISE * self.config["clip_sample_range"], math.sqrt(variance)))
-        elif step.eta == 0:
-            noise = 0.0
-        elif self.variance_type in LEARNED_VARIANCES:
-            noise = None
-        else:
-            noise = math.exp(0.5 * float(self._typed_log_variance(None, step)))
-        noise = 0.0 if step.s < 0 else noise
-        return StepPlan(step, math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar), on_x_0, on_x_t, noise)
+    def _step_noise(self, step: Transition, variance: float) -> float | None:
+        """Standard deviation of the noise that `step` draws, None where the network gives it; see LAST_NOISE."""
+        if step.s < 0 or (step.eta == 0 and not step.optimal):
+            return 0.0
+        if self.variance_type in LEARNED_VARIANCES and not step.optimal:
+            return None
+        noise = math.exp(0.5 * float(self._reverse_log_variance(None, step)))
+        if step.optimal and step.s == 0 and limits_x_0(self.config):
+            noise = min(noise, max(LAST_NOISE * self.config["clip_sample_range"], math.sqrt(variance)))
+        return noise
 
     # --- inner workings: tensors upcast, timesteps as host indices ---------------------------------------------------
-
-    def _posterior(self, x_0: Tensor, x_t: Tensor, step: Transition) -> Gaussian:
-        log_variance = self._posterior_log_variance(step) + _log_square(step.eta)
-        return Gaussian(self._posterior_mean(x_0, x_t, step), as_tensor(log_variance, x_0))
-
-    def _posterior_mean(self, x_0: Tensor, x_t: Tensor, step: Transition) -> Tensor:
-        on_x_0, on_x_t, _ = self._coefficients(step)
-        return plus(broadcast(on_x_0, x_0) * x_0, broadcast(on_x_t, x_t), x_t)
-
-    def _coefficients(self, step: Transition) -> tuple[Coefficient, Coefficient, Coefficient]:
-        """Of q(x_s | x_t, x_0) = N(on_x_0 x_0 + on_x_t x_t, variance I), DDIM eqs. 7 and 16; at η = 1, DDPM eq. 7.
-
-        The variance is η²β̃. What noise it leaves of the 1 - ᾱ_s in x_s is that of x_t, scaled.
-        """
-        a_t, a_s = self._alpha_bar[step.t], self._alpha_bar[step.s]
-        fresh = step.eta**2 * (1 - a_t / a_s) / (1 - a_t)
-        on_x_t = np.sqrt((1 - fresh) * (1 - a_s) / (1 - a_t))
-        return np.sqrt(a_s) - on_x_t * np.sqrt(a_t), on_x_t, fresh * (1 - a_s)
-
-    def _posterior_log_variance(self, step: Transition) -> Coefficient:
-        """Log β̃ of t -> s; where s = -1, and β̃ is 0, that of u -> t, one step up the chain."""
-        last = step.s < 0
-        a_t = self._alpha_bar[np.where(last, step.u, step.t)]
-        a_s = self._alpha_bar[np.where(last, step.t, step.s)]
-        # α is 0 where ᾱ_s is: pure noise (zero terminal SNR) stays pure noise.
-        alpha = np.divide(a_t, a_s, out=np.zeros_like(a_t), where=a_s > 0)
-        return np.log((1 - a_s) / (1 - a_t) * (1 - alpha))
-
-    def _reverse(self, prediction: Prediction, x_t: Tensor, step: Transition) -> Gaussian:
-        if step.optimal:
-            log_variance: Coefficient | Tensor = self._optimal_log_variance(step)
-        else:
-            log_variance = self._typed_log_variance(prediction.variance_values, step)
-        return Gaussian(self._posterior_mean(prediction.x_0, x_t, step), as_tensor(log_variance, x_t))
-
-    def _optimal_log_variance(self, step: Transition) -> Coefficient:
-        """The σ² that minimises the bound: q's own, and what of x_0 is not known from x_t (Analytic-DPM theorem 1)."""
-        assert self._x_0_variance is not None  # checked on construction
-        on_x_0, _, variance = self._coefficients(step)
-        return np.log(variance + on_x_0**2 * self._x_0_variance[step.t])
-
-    def _typed_log_variance(self, values: Tensor | None, step: Transition) -> Coefficient | Tensor:
-        """By `variance_type`, from the network's values if it says so."""
-        self._check_variance_values(values)
-        small = self._posterior_log_variance(step)
-        large = np.log(1 - self._alpha_bar[step.t] / self._alpha_bar[step.s])
-        log_variance = REVERSE_LOG_VARIANCES[self.variance_type](small, large, step.s < 0, values)
-        return log_variance + _log_square(step.eta)
-
-    def _check_variance_values(self, values: Tensor | None) -> None:
-        if self.variance_type in LEARNED_VARIANCES and values is None:
-            raise ValueError(
-                f"variance_type={self.variance_type!r} needs a network with twice the channels of its input, half of "
-                "them for the variance. Use such a network, or variance_type='fixed_small' or 'fixed_large'."
-            )
 
     def _x_0(self, output: Tensor, x_t: Tensor, signal: float | Tensor, sigma: float | Tensor) -> Tensor:
         """The predicted x_0, clipped or thresholded as configured; all upcast."""
@@ -1019,69 +1111,23 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
             x_0 = output
         else:
             x_0 = plus(signal * x_t, -sigma, output)
-        return self._limit(x_0) if limits_x_0(self.config) else x_0
-
-    def _limit(self, x_0: Tensor) -> Tensor:
-        """Clipped to ±clip_sample_range, or dynamically thresholded (Imagen section 2.3)."""
-        if not self.config["thresholding"]:
-            limit = self.config["clip_sample_range"]
-            return x_0.clamp(-limit, limit)
-        level = torch.quantile(x_0.reshape(len(x_0), -1).abs(), self.config["dynamic_thresholding_ratio"], dim=1)
-        level = level.clamp(1, self.config["sample_max_value"]).reshape(-1, *(1,) * (x_0.ndim - 1))
-        return torch.maximum(torch.minimum(x_0, level), -level) / level
-
-    def _split(self, model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The prediction, and the second half of the channels if there is one."""
-        if model_output.shape == x.shape:
-            return upcast(model_output), None
-        if x.ndim > 1 and model_output.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
-            output, variance_values = upcast(model_output).split(x.shape[1], dim=1)
-            return output, variance_values
-        raise ValueError(
-            f"model_output has shape {tuple(model_output.shape)}; a sample of shape {tuple(x.shape)} needs the same "
-            "shape, or twice its channels for a learned variance."
-        )
+        return limit_x_0(x_0, self.config)
 
     def _signal_and_sigma(self, t: Timestep, x: Tensor) -> tuple[float | Tensor, float | Tensor]:
         """√ᾱ_t and √(1 - ᾱ_t), to multiply x, which is upcast."""
-        alpha_bar = self._alpha_bar[self._index(t)]
+        alpha_bar = self._alpha_bar[to_index(t, len(self))]
         return broadcast(np.sqrt(alpha_bar), x), broadcast(np.sqrt(1 - alpha_bar), x)
 
     def _transition(self, t: Timestep, s: Timestep | None) -> Transition:
         """The step t -> s of the chain of `set_timesteps`; with s left out, t -> t - 1 of the full one."""
-        at = self._index(t)
+        at = to_index(t, len(self))
         if s is None:
             return Transition(at, at - 1, at + 1, self.config["eta"], self.config["optimal_variance"] is True)
-        below = self._index(s, least=-1)
+        below = to_index(s, len(self), least=-1)
         if np.any(below >= at):
             raise ValueError(f"s={s} must be smaller than t={t}: a reverse step goes from t down to s.")
-        return Transition(at, below, self._above[at], self._eta, self._optimal)
+        return self._chain.transition(at, below)
 
-    def _index(self, t: Timestep, least: int = 0) -> Index:
-        """Timesteps on the host; ValueError outside least..T-1."""
-        index = np.asarray(t.cpu() if isinstance(t, Tensor) else t)
-        whole = np.issubdtype(index.dtype, np.integer)
-        if not whole or index.size == 0 or index.min() < least or index.max() >= len(self):
-            raise ValueError(f"timestep {t!r} is not allowed: whole numbers from {least} to {len(self) - 1} are.")
-        return index.reshape(()) if index.size == 1 else index.reshape(-1)
-
-    def _one_timestep(self, t: Timestep) -> int:
-        if isinstance(t, Tensor) and t.device.type != "cpu" and is_entry(t, self._own_timesteps):
-            # Its place is known without its value, for which the host would wait.
-            return int(self._host_timesteps[t.storage_offset()])
-        if isinstance(t, Tensor) and t.device.type == "cpu" and t.ndim == 0:
-            t = t.numpy().item()
-        if type(t) is int and t in self._next:
-            return t
-        index = self._index(t)
-        if np.ndim(index):
-            raise ValueError(f"step takes one timestep for the whole batch, not {len(index)}.")
-        return int(index)
-
-
-# On a CPU the fused attention's backward pass in bfloat16 takes ten times as long as plain matrix products do over few
-# tokens; all else it does faster.
-FEW_TOKENS = 256
 
 # What each configuration key may be, for the keys of which not every value is implemented.
 SUPPORTED: dict[str, tuple[object, ...]] = {
@@ -1096,6 +1142,57 @@ SUPPORTED: dict[str, tuple[object, ...]] = {
 }
 DOWN_BLOCKS = {"DownBlock2D": False, "AttnDownBlock2D": True}  # name: with attention?
 UP_BLOCKS = {"UpBlock2D": False, "AttnUpBlock2D": True}
+
+
+def check_network(config: dict[str, Any]) -> None:
+    """Raise ValueError for a configuration that is not implemented, or cannot be built, before anything is."""
+    for key, allowed in SUPPORTED.items():
+        if config[key] not in allowed:
+            raise ValueError(f"{key}={config[key]!r} is not supported. Allowed: {', '.join(map(repr, allowed))}.")
+    for key, blocks in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
+        if not all(kind in blocks for kind in config[key]):
+            raise ValueError(f"{key}={list(config[key])!r} is not supported. Allowed: {', '.join(blocks)}.")
+        if len(config[key]) != len(config["block_out_channels"]):
+            raise ValueError(
+                f"{key} has {len(config[key])} entries, block_out_channels {len(config['block_out_channels'])}: "
+                "one for each level is needed in both."
+            )
+    for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
+        if not isinstance(config[key], int) or config[key] < 1:
+            raise ValueError(f"{key}={config[key]!r} must be a whole number, at least 1.")
+    _check_groups_and_heads(config)
+    _check_sample_size(config)
+
+
+def _check_groups_and_heads(config: dict[str, Any]) -> None:
+    groups, head_dim = config["norm_num_groups"], config["attention_head_dim"]
+    for channels in config["block_out_channels"]:
+        if channels % groups:
+            raise ValueError(f"block_out_channels={channels} is not divisible by norm_num_groups={groups}.")
+    kinds = zip(
+        config["block_out_channels"], config["down_block_types"], reversed(config["up_block_types"]), strict=True
+    )
+    attending = [c for c, down, up in kinds if DOWN_BLOCKS[down] or UP_BLOCKS[up]]
+    if config["mid_block_type"] is not None and config["add_attention"]:
+        attending.append(config["block_out_channels"][-1])
+    if head_dim is not None and any(head_dim > channels or head_dim < 1 for channels in attending):
+        raise ValueError(f"attention_head_dim={head_dim} must lie between 1 and the channels that attend, {attending}.")
+
+
+def _check_sample_size(config: dict[str, Any]) -> None:
+    size = config["sample_size"]
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    sides = () if size is None else (size, size) if isinstance(size, int) else tuple(size)
+    if size is not None and (len(sides) != 2 or any(not isinstance(n, int) or n < 1 or n % factor for n in sides)):
+        raise ValueError(
+            f"sample_size={size!r} must be a side, or (height, width), divisible by {factor}: the network halves the "
+            f"resolution {len(config['block_out_channels']) - 1} times."
+        )
+
+
+# On a CPU the fused attention's backward pass in bfloat16 takes ten times as long as plain matrix products do over few
+# tokens; all else it does faster.
+FEW_TOKENS = 256
 
 
 def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
@@ -1353,37 +1450,37 @@ class ScratchUNet2DModel(UNet2DModel):
     ) -> None:
         # Past UNet2DModel's own constructor: its layers are never built.
         super(UNet2DModel, self).__init__()
-        config = dict(self.config)
-        _check_config(config)
+        check_network(self.config)
         self.sample_size = sample_size
         self.gradient_checkpointing = False
-
-        width, embed_dim = block_out_channels[0], _embed_dim(config)
+        width, embed_dim = block_out_channels[0], _embed_dim(self.config)
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
         self.time_embedding = TimeEmbedding(width, embed_dim)
         self.class_embedding = nn.Embedding(num_class_embeds, embed_dim) if num_class_embeds is not None else None
-
-        self.down_blocks = nn.ModuleList()
-        skips = [width]  # channels of every result of the way down
-        for level, (kind, channels) in enumerate(zip(down_block_types, block_out_channels, strict=True)):
-            halve = level < len(block_out_channels) - 1
-            outputs = [channels] * layers_per_block
-            self.down_blocks.append(DownBlock([skips[-1], *outputs], DOWN_BLOCKS[kind], halve, config))
-            skips += outputs + [channels] * halve
-
-        self.mid_block = MidBlock(skips[-1], config) if mid_block_type is not None else None
-
-        self.up_blocks = nn.ModuleList()
-        below = skips[-1]
-        for level, (kind, channels) in enumerate(zip(up_block_types, reversed(block_out_channels), strict=True)):
-            double = level < len(block_out_channels) - 1
-            taken = [skips.pop() for _ in range(layers_per_block + 1)]
-            self.up_blocks.append(UpBlock(below, channels, taken, UP_BLOCKS[kind], double, config))
-            below = channels
-
+        self._build_levels(dict(self.config))
         self.conv_norm_out = GroupNorm(norm_num_groups, width, norm_eps)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         self._initialise()
+
+    def _build_levels(self, config: dict[str, Any]) -> None:
+        """The blocks of the way down, the middle, and the way up."""
+        all_channels, layers = config["block_out_channels"], config["layers_per_block"]
+        last = len(all_channels) - 1
+        self.down_blocks = nn.ModuleList()
+        skips = [all_channels[0]]  # channels of every result of the way down
+        for level, (kind, channels) in enumerate(zip(config["down_block_types"], all_channels, strict=True)):
+            halve, outputs = level < last, [channels] * layers
+            self.down_blocks.append(DownBlock([skips[-1], *outputs], DOWN_BLOCKS[kind], halve, config))
+            skips += outputs + [channels] * halve
+
+        self.mid_block = MidBlock(skips[-1], config) if config["mid_block_type"] is not None else None
+
+        self.up_blocks = nn.ModuleList()
+        below = skips[-1]
+        for level, (kind, channels) in enumerate(zip(config["up_block_types"], reversed(all_channels), strict=True)):
+            taken = [skips.pop() for _ in range(layers + 1)]
+            self.up_blocks.append(UpBlock(below, channels, taken, UP_BLOCKS[kind], level < last, config))
+            below = channels
 
     def _initialise(self) -> None:
         """Weights as in the code of Ho et al.: Xavier-uniform, biases 0, and last layers 0."""
@@ -1517,54 +1614,8 @@ def _shortened(keys: Sequence[object]) -> str:
     return ", ".join(map(str, keys[:5])) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
 
 
-def _check_config(config: dict[str, Any]) -> None:
-    """Raise ValueError for a configuration that is not implemented, or cannot be built, before anything is."""
-    for key, allowed in SUPPORTED.items():
-        if config[key] not in allowed:
-            raise ValueError(f"{key}={config[key]!r} is not supported. Allowed: {', '.join(map(repr, allowed))}.")
-    for key, blocks in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
-        if not all(kind in blocks for kind in config[key]):
-            raise ValueError(f"{key}={list(config[key])!r} is not supported. Allowed: {', '.join(blocks)}.")
-        if len(config[key]) != len(config["block_out_channels"]):
-            raise ValueError(
-                f"{key} has {len(config[key])} entries, block_out_channels {len(config['block_out_channels'])}: "
-                "one for each level is needed in both."
-            )
-    for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
-        if not isinstance(config[key], int) or config[key] < 1:
-            raise ValueError(f"{key}={config[key]!r} must be a whole number, at least 1.")
-    _check_groups_and_heads(config)
-    _check_sample_size(config)
-
-
-def _check_groups_and_heads(config: dict[str, Any]) -> None:
-    groups, head_dim = config["norm_num_groups"], config["attention_head_dim"]
-    for channels in config["block_out_channels"]:
-        if channels % groups:
-            raise ValueError(f"block_out_channels={channels} is not divisible by norm_num_groups={groups}.")
-    kinds = zip(
-        config["block_out_channels"], config["down_block_types"], reversed(config["up_block_types"]), strict=True
-    )
-    attending = [c for c, down, up in kinds if DOWN_BLOCKS[down] or UP_BLOCKS[up]]
-    if config["mid_block_type"] is not None and config["add_attention"]:
-        attending.append(config["block_out_channels"][-1])
-    if head_dim is not None and any(head_dim > channels or head_dim < 1 for channels in attending):
-        raise ValueError(f"attention_head_dim={head_dim} must lie between 1 and the channels that attend, {attending}.")
-
-
-def _check_sample_size(config: dict[str, Any]) -> None:
-    size = config["sample_size"]
-    factor = 2 ** (len(config["block_out_channels"]) - 1)
-    sides = () if size is None else (size, size) if isinstance(size, int) else tuple(size)
-    if size is not None and (len(sides) != 2 or any(not isinstance(n, int) or n < 1 or n % factor for n in sides)):
-        raise ValueError(
-            f"sample_size={size!r} must be a side, or (height, width), divisible by {factor}: the network halves the "
-            f"resolution {len(config['block_out_channels']) - 1} times."
-        )
-
-
 class Guidance(NamedTuple):
-    """How far, and when, samples follow their labels."""
+    """Strength of guidance, and the share of the chain in which it acts."""
 
     scale: float = 1.0  # 1: the conditional prediction as it is
     rescale: float = 0.0  # share of the rescaled prediction, 0 to 1
@@ -1608,6 +1659,13 @@ def guide(conditional: Tensor, unconditional: Tensor, guidance: Guidance) -> Ten
     return guidance.rescale * ratio * guided + (1 - guidance.rescale) * guided
 
 
+def null_label(num_class_embeds: int | None, id2label: Mapping[Any, str] | None = None) -> int | None:
+    """The label that stands for no class: the last one, unless it has a name; None where there is none."""
+    if num_class_embeds is None or num_class_embeds - 1 in map(int, id2label or {}):  # JSON's keys are text
+        return None
+    return num_class_embeds - 1
+
+
 def label_numbers(class_labels: Any, classes: int, id2label: Mapping[int, str] | None) -> Tensor:  # noqa: ANN401
     """Labels, as numbers or names in any mixture, as a LongTensor [B].
 
@@ -1631,6 +1689,12 @@ def label_numbers(class_labels: Any, classes: int, id2label: Mapping[int, str] |
 
 
 OUTPUT_TYPES = ("pil", "np", "pt")
+HUB_OPTIONS = ("cache_dir", "force_download", "token", "revision", "local_files_only")
+# This folder, in the order in which it makes one file.
+MODULES = (
+    *("checks", "stock", "gaussian", "tensors", "schedules", "timesteps", "reverse_variance", "scheduler_config"),
+    *("chain", "scheduler", "unet_config", "unet", "guidance", "pipeline"),
+)
 MODULE_HEAD = '''"""ScratchDDPMPipeline of ddpm_from_scratch in one self-contained file, which `save_pretrained` writes.
 
 Generated: change the package, not this file. SPDX-License-Identifier: Apache-2.0
@@ -1652,21 +1716,11 @@ def one_file(sources: Sequence[str]) -> str:
 
 
 def _sources() -> tuple[str, ...]:
-    """The files that this pipeline needs, itself last; loaded as remote code, all of it is in one file already."""
-    parts = (
-        write_config,
-        check_choice,
-        Gaussian,
-        rescale_to_zero_terminal_snr,
-        broadcast,
-        REVERSE_LOG_VARIANCES["fixed_small"],
-        check_config,
-        ScratchDDPMScheduler,
-        ScratchUNet2DModel,
-        guide,
-    )
-    files = dict.fromkeys([*(inspect.getfile(part) for part in parts), __file__])
-    return tuple(Path(file).read_text(encoding="utf-8") for file in files)
+    """The sources of MODULES; loaded as remote code, all of them are in this one file already."""
+    here = Path(__file__)
+    alone = ScratchDDPMScheduler.__module__ == __name__
+    files = [here] if alone else [here.with_name(f"{module}.py") for module in MODULES]
+    return tuple(file.read_text(encoding="utf-8") for file in files)
 
 
 class Frame(NamedTuple):
@@ -1900,7 +1954,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         batch_size: int | None,
         guidance: Guidance,
     ) -> tuple[Condition | None, int]:
-        """What the network is told of the classes, None if it has none; and the number of images."""
+        """Labels and guidance for the network, None if it has no classes; and the number of images."""
         guidance.check()
         classes, names = self.unet.config.get("num_class_embeds"), self.config.get("id2label")
         if classes is None:
@@ -1909,24 +1963,24 @@ class ScratchDDPMPipeline(DiffusionPipeline):
             if guidance.scale != 1:
                 raise ValueError(f"guidance_scale={guidance.scale!r} needs a class-conditional network.")
             return None, 1 if batch_size is None else batch_size
-        null = classes - 1
-        has_null = null not in (names or {})
+        null = null_label(classes, names)
         if class_labels is None:
-            if not has_null:
+            if null is None:
                 raise ValueError("class_labels is missing: each label of this network is a class, and none is null.")
             if guidance.scale != 1:
                 raise ValueError(f"guidance_scale={guidance.scale!r} needs class_labels to follow.")
             labels = torch.full((1 if batch_size is None else self._check_shape(batch_size)[0],), null)
         else:
             labels = label_numbers(class_labels, classes, names)
-        if guidance.scale != 1 and not has_null:
+        if guidance.scale != 1 and null is None:
             raise ValueError(
                 f"guidance_scale={guidance.scale!r} needs a null label, and each label of this network is a class."
             )
         if batch_size not in (None, len(labels)):
             raise ValueError(f"batch_size={batch_size!r} differs from the number of class_labels, {len(labels)}.")
         labels = labels.to(self._execution_device)
-        return Condition(labels, torch.cat([labels, torch.full_like(labels, null)]), guidance), len(labels)
+        none = labels if null is None else torch.full_like(labels, null)
+        return Condition(labels, torch.cat([labels, none]), guidance), len(labels)
 
     def _check_shape(self, batch_size: Any) -> tuple[int, ...]:  # noqa: ANN401
         """The shape of the samples, [B, C, H, W]."""
@@ -1959,7 +2013,25 @@ class ScratchDDPMPipeline(DiffusionPipeline):
             OSError: there is no such model, or only pickled weights of it.
         """
         with safe_weights(pretrained_model_name_or_path, kwargs):
+            if not os.path.isdir(pretrained_model_name_or_path) and "custom_pipeline" not in kwargs:
+                hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+                with warnings.catch_warnings():  # diffusers passes huggingface_hub an argument that it has no more
+                    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+                    index = super().load_config(pretrained_model_name_or_path, **hub)
+                    if not isinstance(index["_class_name"], str):
+                        return cls._from_parts(pretrained_model_name_or_path, index, hub, kwargs)
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def _from_parts(cls, name: Any, index: dict[str, Any], hub: dict[str, Any], options: dict[str, Any]) -> Any:  # noqa: ANN401
+        """Load from a repository that names a pipeline of its own, which diffusers would fetch and run."""
+        parts = {part: options.pop(part) for part in ("unet", "scheduler") if part in options}
+        if "unet" not in parts:
+            parts["unet"] = ScratchUNet2DModel.from_pretrained(name, subfolder="unet", **options)
+        if "scheduler" not in parts:
+            kind = getattr(diffusers, index["scheduler"][1])
+            parts["scheduler"] = kind.from_pretrained(name, subfolder="scheduler", **hub)
+        return cls(**parts, id2label=index.get("id2label"))
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:  # noqa: ANN401
@@ -1968,20 +2040,6 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config["_class_name"] = cls.__name__
         return loaded
-
-    @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:  # noqa: ANN401
-        """As in diffusers, which would run a folder's own pipeline; from such a folder, only data are fetched."""
-        hub = {
-            k: kwargs[k]
-            for k in ("cache_dir", "force_download", "token", "revision", "local_files_only")
-            if k in kwargs
-        }
-        index = hf_hub_download(pretrained_model_name, cls.config_name, **hub)
-        if isinstance(json.loads(Path(index).read_text(encoding="utf-8"))["_class_name"], str):
-            return super().download(pretrained_model_name, **kwargs)
-        weights = "*.bin" if kwargs.get("use_safetensors") is False else "*.safetensors"
-        return snapshot_download(pretrained_model_name, allow_patterns=["*.json", weights], **hub)
 
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:  # noqa: ANN401
         """Write model_index.json in stock names, and this pipeline as one self-contained file beside it.
