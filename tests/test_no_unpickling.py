@@ -11,6 +11,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import pytest
 import yaml
 
 from helpers.evaluations import as_table, flags, pictures
@@ -79,6 +80,7 @@ print(json.dumps(found))
 CONTROLS = {"a pickle", "a module of PyTorch", "an array of objects"}
 
 
+@pytest.mark.full
 def test_nothing_is_unpickled_in_evaluating_either(tmp_path):
     for name, count, seed in (("training", 50, 0), ("tests", 24, 1)):
         as_table(pictures(count, seed)).to_parquet(tmp_path / f"{name}.parquet")

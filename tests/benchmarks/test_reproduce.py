@@ -87,6 +87,7 @@ def command_of(arguments):
     return arguments[number], arguments[number + 1 :]
 
 
+@pytest.mark.full
 def test_each_command_is_one_that_its_script_takes(tmp_path, preset, commands, reference, capsys):
     folder = tmp_path / "out"
     reproduce.main(

@@ -95,6 +95,7 @@ def test_the_last_image_gives_way_to_the_first(tmp_path, monkeypatch):
     assert stream.load(position)[1] == 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("on_demand", [False, True])
 def test_a_run_passes_over_them_and_resumes_exactly(inputs, spoilt, tmp_path, monkeypatch, on_demand, workers):

@@ -54,6 +54,7 @@ def command(hub, output, *flags):
     return [ROOT / "training" / "train.py", hub.preset, "--output_dir", output, *data, *flags]
 
 
+@pytest.mark.full
 def test_it_trains_as_the_same_files_do_here_and_leaves_no_copy(hub, tmp_path):
     run(hub.server, tmp_path, *command(hub, tmp_path / "model", "--dataloader_num_workers", 2), token="hf_user")
     assert hub.server.unknown == []
@@ -75,6 +76,7 @@ def test_it_trains_as_the_same_files_do_here_and_leaves_no_copy(hub, tmp_path):
     assert_equal(load_file(tmp_path / "model" / WEIGHTS), load_file(local / WEIGHTS))
 
 
+@pytest.mark.full
 def test_a_private_set_needs_a_token(hub, tmp_path):
     environment = hub.server.environment(tmp_path, OMP_NUM_THREADS="1")
     arguments = [sys.executable, *map(str, command(hub, tmp_path / "model"))]

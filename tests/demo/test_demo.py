@@ -560,6 +560,7 @@ def inpaints(page, example, folder):
     assert (result[:2] != example[:2]).mean() > 0.8
 
 
+@pytest.mark.full
 def test_the_page_in_a_browser(tmp_path):
     executable = found_browser()
     pipeline = named_pipeline()

@@ -296,6 +296,7 @@ def own_loop(unet, scheduler, scale, steps=5, **step_options):
     return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
 def test_any_scheduler_generates_with_labels_and_guidance(name, variance_type):

@@ -76,6 +76,7 @@ def test_without_the_package(folders, expected, tmp_path):
     assert contents(tmp_path / "conditional") == contents(conditional)
 
 
+@pytest.mark.full
 def test_with_the_package_no_code_of_the_folder_runs(folders, expected, tmp_path):
     jobs = {
         "own": {"folder": str(folders / "own"), "own": True, "save": str(tmp_path / "again")},
@@ -92,6 +93,7 @@ def test_with_the_package_no_code_of_the_folder_runs(folders, expected, tmp_path
     assert contents(tmp_path / "again") == contents(folders / "own")
 
 
+@pytest.mark.full
 def test_the_built_wheel_outside_the_repository(folders, expected, tmp_path):
     """Builds the source distribution, the wheel from it, and loads and samples with what the wheel holds."""
     quiet = {"check": True, "capture_output": True}

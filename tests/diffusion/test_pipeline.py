@@ -298,7 +298,7 @@ def test_the_saved_module_is_self_contained(pipeline, tmp_path):
         for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
     }
     assert not any(isinstance(node, ast.ImportFrom) and node.level for node in imports)
-    assert roots - set(sys.stdlib_module_names) == {"torch", "numpy", "diffusers", "huggingface_hub"}
+    assert roots - set(sys.stdlib_module_names) == {"torch", "numpy", "diffusers"}
     defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     defined += [t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets]
     assert len(defined) == len(set(defined))  # no module hides a name of another

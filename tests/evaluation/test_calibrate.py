@@ -40,6 +40,7 @@ def test_it_writes_the_moments_and_nothing_else(model, capsys):
     assert capsys.readouterr().out.strip() == str(model)
 
 
+@pytest.mark.full
 def test_the_moments_are_those_of_the_training_images(model):
     from ddpm_from_scratch.data import dataset as data
     from ddpm_from_scratch.training.config import TrainingConfig

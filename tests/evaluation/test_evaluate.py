@@ -461,6 +461,7 @@ def run_process(command, **environment):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
+@pytest.mark.full
 def test_two_processes_find_the_same_with_a_model_of_the_hub(inputs, whole, tmp_path, nothing_drawn):
     """What they drew serves a single process with the same model of a folder."""
     as_hub_model(whole.folder, tmp_path / "hub")
@@ -642,6 +643,7 @@ def test_several_numbers_of_steps(inputs, whole, tmp_path):
     assert not np.array_equal(pixels(tmp_path / "2" / "samples.png"), pixels(tmp_path / "1" / "samples.png"))
 
 
+@pytest.mark.full
 def test_several_numbers_of_images_and_sizes(inputs, whole, tmp_path, monkeypatch):
     """An entry for each number of steps and each size, as a run of its own finds it; every floor is computed once."""
     calls, frechet_distance = [], metrics.frechet_distance

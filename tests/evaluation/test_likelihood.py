@@ -476,6 +476,7 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.full
 def test_two_processes_equal_one(tmp_path):
     """Also with an odd number of images, and with fewer images than processes."""
     script = tmp_path / "script.py"
@@ -636,6 +637,7 @@ def test_the_trace_of_dependent_dimensions_has_no_bias():
     assert deviations[0] / deviations[1] == pytest.approx(2, rel=0.2)  # the root of the number of vectors
 
 
+@pytest.mark.full
 def test_the_ode_of_a_network_depends_on_the_seed_and_next_to_nothing_on_batches():
     unet, scheduler, images = tiny_unet(), ScratchDDPMScheduler(**SHORT), oracles.grid_data(4, 1, 8, 8)
     whole = measure_ode(unet, scheduler, images)

@@ -29,6 +29,8 @@ from helpers.paths import ROOT
 from helpers.processes import in_a_process
 from helpers.runs import TINY, picture, write_parquet
 
+pytestmark = pytest.mark.full
+
 TRUSTED = {"trust_remote_code": True}
 STEPS = 6
 NAME = "user/clothes"

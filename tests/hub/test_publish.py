@@ -334,6 +334,7 @@ def test_images_that_are_not_square(tmp_path):
     assert "of 8 × 16 RGB images" in page_of(folder).content
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", MODELS)
 def test_all_code_of_the_page_runs(tmp_path, monkeypatch, kind):
     """Each block as it stands, on the folder in place of the repository, without what it loads from elsewhere."""
@@ -413,6 +414,7 @@ def run_folder(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.full
 def test_the_page_alone(run_folder, tmp_path, capsys):
     (run_folder / "pipeline.py").write_text("raise SystemExit('code of the folder was executed')")
     publish.main([str(run_folder), "--page_only", "--hub_model_id", "user/clothes"])
@@ -456,6 +458,7 @@ def test_a_broken_model_is_not_published(run_folder):
     assert not (run_folder / "README.md").exists()
 
 
+@pytest.mark.full
 def test_code_that_fails_is_not_published(run_folder, tmp_path, monkeypatch):
     template = tmp_path / "template.md"
     template.write_text(publish.TEMPLATE.read_text().replace("guidance_scale=2.0", "guidance_scale=-2.0"))

@@ -259,6 +259,7 @@ def test_a_wrong_request_is_not_tried_again(server, model):
     assert server.faults[0].seen == 1
 
 
+@pytest.mark.full
 def test_a_stall_after_a_refused_connection_ends_too(server, model, monkeypatch):
     """huggingface_hub makes a new client after a refused connection, which must have a timeout as well."""
     monkeypatch.setattr(hub, "TIMEOUT", 0.3)

@@ -24,6 +24,8 @@ from playwright.sync_api import sync_playwright
 from ddpm_from_scratch import ScratchDDPMScheduler
 from helpers.paths import DOCS, ROOT
 
+pytestmark = pytest.mark.full
+
 SPHINX = (sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-n")
 FROM_THE_ROOT = {"start": "README.md", "contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}
 PAGES = [path.stem for path in [*DOCS.glob("*.md"), *DOCS.glob("*.ipynb")]]

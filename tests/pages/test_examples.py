@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 
+import pytest
 from PIL import Image
 
 from ddpm_from_scratch import ScratchDDPMPipeline
 from helpers.paths import ROOT
 
 
+@pytest.mark.full
 def test_own_loop_trains_samples_and_saves(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, ROOT / "examples" / "own_loop.py", "25", tmp_path / "model"]

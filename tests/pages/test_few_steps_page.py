@@ -100,6 +100,7 @@ def run(benchmark, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.full
 def test_every_method_is_measured_and_sampled_once(run, benchmark, tmp_path):
     first = run("--steps", "2")
     assert [row["method"] for row in first["rows"]] == list(benchmark.METHODS)

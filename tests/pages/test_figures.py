@@ -259,6 +259,7 @@ def test_distance_of_points(script):
     assert script.points.distance(some, others) == pytest.approx((1 + (1 + math.sqrt(18)) / 2) / 2)
 
 
+@pytest.mark.full
 def test_the_example_of_points_learns(script, monkeypatch, capsys):
     short = functools.partial(ScratchDDPMScheduler, num_train_timesteps=100, beta_end=0.1)  # a tenth of the work
     monkeypatch.setattr(script.points, "ScratchDDPMScheduler", short)

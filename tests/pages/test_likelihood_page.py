@@ -37,6 +37,7 @@ def test_the_results_belong_to_the_claims():
             assert ours["steps"] == theirs["steps"] and ours["bits_per_dim"] < theirs["bits_per_dim"]
 
 
+@pytest.mark.full
 def test_the_benchmark_measures_each_variance_on_its_model(tmp_path, monkeypatch, capsys):
     benchmark = load(ROOT / "benchmarks" / "learned_variance.py")
     folders = [tmp_path / "fixed", tmp_path / "learned"]

@@ -47,6 +47,7 @@ def test_a_peak_is_that_of_all_processes(benchmark):
     assert 60e6 < peak.resident < 110e6 and peak.together > peak.resident + 50e6
 
 
+@pytest.mark.full
 def test_the_set_and_the_runs(benchmark, tmp_path, monkeypatch):
     asked = []
 

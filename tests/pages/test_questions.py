@@ -98,6 +98,7 @@ def save(folder, prediction_type):
     ScratchDDPMPipeline(randomised(UNet2DModel(**TINY_NETWORK)), scheduler).save_pretrained(folder)
 
 
+@pytest.mark.full
 def test_each_prediction_is_trained_and_measured(benchmark, tiny, tmp_path, monkeypatch):
     trained = []
 

@@ -197,6 +197,7 @@ def edit(editing, models, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("model", ["ddpm-fashion-mnist-quick", "ddpm-fashion-mnist-conditional-quick"])
 def test_every_edit_is_measured_and_shown(script, editing, edit, tmp_path, monkeypatch, model):
     monkeypatch.setattr(editing, "INVERSION_STEPS", (10,))

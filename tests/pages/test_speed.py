@@ -83,6 +83,7 @@ def test_all_systems_do_the_same_step(systems, monkeypatch):
         torch.testing.assert_close(pair, pairs[0], rtol=2e-2 if system.precision == "bf16" else 1e-3, atol=0)
 
 
+@pytest.mark.full
 def test_systems_take_turns(benchmark, tmp_path):
     args = benchmark.parse(
         ["--device", "cpu", "--rounds", "2", "--repeats", "1", "--results", str(tmp_path / "a.json")]
@@ -96,6 +97,7 @@ def test_systems_take_turns(benchmark, tmp_path):
         assert 2e8 < row["peak_memory"] < 2e10
 
 
+@pytest.mark.full
 def test_a_system_that_fails_ends_the_benchmark(benchmark, tmp_path):
     args = benchmark.parse(["--device", "cpu", "--results", str(tmp_path / "a.json")])
     with pytest.raises(RuntimeError, match="a system failed"):
@@ -121,6 +123,7 @@ def test_the_loader_delivers_and_the_peak_is_above_every_share(benchmark):
     assert benchmark.operations("small") > 2 * 2 * 28 * 28 * 32 * 32 * 9
 
 
+@pytest.mark.full
 def test_time_to_quality_stops_at_its_marks_and_measures(monkeypatch, tmp_path):
     """A few seconds of each recipe: all four are there with the weights of three times, and the average is another."""
     script = load(ROOT / "benchmarks" / "time_to_quality.py")

@@ -16,6 +16,8 @@ from PIL import Image
 
 from helpers.paths import ROOT
 
+pytestmark = pytest.mark.full
+
 TOUR = ROOT / "docs" / "tour.ipynb"
 TEXT = TOUR.read_text(encoding="utf-8")
 NOTEBOOK = json.loads(TEXT)

@@ -234,6 +234,7 @@ def test_one_step_is_undone_exactly():
             torch.testing.assert_close(back, x_t, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.full
 def test_inversion_and_sampling_return_the_image_the_better_the_more_iterations(pipeline):
     editing = made(ScratchDDPMInterpolationPipeline, pipeline)
     images = smooth_images(1)

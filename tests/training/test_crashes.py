@@ -28,6 +28,8 @@ from helpers import crash_points
 from helpers.crashes import WEIGHTS, assert_same_checkpoint, names_in
 from helpers.runs import NUM_IMAGES, ROOT, TINY, picture, run_main, write_parquet
 
+pytestmark = pytest.mark.full
+
 FULL = os.environ.get("FULL_TESTS") == "1"
 PREFIXES = (durable.UNFINISHED, durable.REPLACED, durable.REMOVED)
 

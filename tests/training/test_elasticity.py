@@ -24,6 +24,8 @@ from helpers import elastic_run
 from helpers.paths import python_path
 from helpers.runs import TINY, picture, write_parquet
 
+pytestmark = pytest.mark.full
+
 FULL = os.environ.get("FULL_TESTS") == "1"
 NUM_IMAGES, BATCH, STEPS, CHANGED = 30, 8, 100, 37  # the change comes after 9 epochs and 26 images
 CUTS = {1: (8, 1), 2: (2, 2), 4: (2, 1)}  # processes: images in a pass, passes in a step

@@ -202,6 +202,7 @@ def test_a_second_signal_has_its_usual_effect():
 # One of two processes
 
 
+@pytest.mark.full
 def test_one_of_two_processes_killed(inputs, tmp_path):
     """The other one ends too, with an error that says what happened; the same command goes on to the same weights."""
     flags = ("--model.dropout", "0.0", "--checkpointing_steps", "1", "--max_train_steps", "40", "--log_steps", "5")
@@ -275,6 +276,7 @@ print(found)
 """
 
 
+@pytest.mark.full
 def test_nothing_is_unpickled_in_saving_resuming_and_loading(inputs, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TRAINING)}
     command = [sys.executable, "-c", AUDITED, inputs.preset]
@@ -309,6 +311,7 @@ def test_a_folder_that_cannot_be_written_is_refused(inputs, place):
         run_main(inputs, place, "--max_train_steps", "1")
 
 
+@pytest.mark.full
 def test_a_real_process_meets_a_full_disk(inputs, tmp_path):
     """RLIMIT_FSIZE stands in for it: a file may not grow beyond 40 kB, which the weights' does."""
 
@@ -333,6 +336,7 @@ def test_exit_codes_are_those_of_the_table():
         assert f"| {fault.code} |" in errors.__doc__
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("fault", [Diverged, CannotSave, Stopped])
 def test_the_process_ends_with_the_code_of_the_fault(inputs, tmp_path, fault):
     """As a real process; what befalls it is put in by an import hook."""

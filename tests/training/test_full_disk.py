@@ -16,6 +16,8 @@ from helpers.crashes import WEIGHTS, assert_same_checkpoint, names_in
 from helpers.paths import ROOT
 from helpers.runs import STEPS, run_main
 
+pytestmark = pytest.mark.full
+
 DISK = 16 * 2**20
 FLAGS = ("--checkpointing_steps", "2", "--log_steps", "2")
 MOUNT = f'mount -t tmpfs -o size={DISK} tmpfs "$1" && echo mounted && exec cat'  # cat ends with the test

@@ -85,6 +85,7 @@ def stopped_in(monkeypatch, step):
     monkeypatch.setattr(train, "train_step", signalled)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
 def test_a_stopped_run_goes_on_bit_for_bit(preset, tmp_path, monkeypatch, case):
     inputs = type("Inputs", (), {"preset": str(preset)})

@@ -224,6 +224,7 @@ def test_accumulation_gives_the_same_weights_and_rates(inputs, tmp_path, monkeyp
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.full
 def test_two_processes_equal_one_with_accumulation(inputs, tmp_path):
     """One launch of two processes; `accelerate launch --cpu --num_processes 2` would run a single one."""
     steps = ("--checkpointing_steps", "4", "--max_train_steps", "4", "--log_steps", "1", "--sample_steps", "2")
@@ -434,6 +435,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are not told")
 def test_freed_memory_is_kept_for_the_next_step():
     """The system has to provide the same memory five times, or not at all."""

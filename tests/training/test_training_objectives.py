@@ -640,6 +640,7 @@ def test_fine_tuning_refuses_a_network_without_a_variance(inputs, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.full
 def test_processes_and_passes_tell_the_losses_in_the_order_of_one_batch(inputs, tmp_path):
     """Two processes with two passes each against one process with one pass."""
     common = (*LOSS_AWARE, *LEARNED, "--model.dropout", "0.0", "--max_train_steps", "7", "--checkpointing_steps", "7")
@@ -700,6 +701,7 @@ def test_the_curve_bears_the_name_of_its_loss(inputs, tmp_path, monkeypatch, los
 # Compiling
 
 
+@pytest.mark.full
 def test_a_compiled_run_equals_a_plain_one(inputs, tmp_path, monkeypatch):
     """By a backend that runs each graph as it is: everything but the making of kernels, which takes a minute."""
     compile_in_place, modes, graphs = nn.Module.compile, [], []

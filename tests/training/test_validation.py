@@ -76,6 +76,7 @@ def test_it_leaves_the_training_alone(inputs, evaluated, tmp_path):
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.full
 def test_a_resumed_run_has_the_same_evaluations(inputs, evaluated, tests_parquet, tmp_path):
     flags = (*EVERY, "--test_set", tests_parquet)
     run_main(inputs, tmp_path / "run", *flags, "--max_train_steps", "6", "--lr_scheduler", "constant_with_warmup")
@@ -88,6 +89,7 @@ def test_a_resumed_run_has_the_same_evaluations(inputs, evaluated, tests_parquet
     assert found == results_of(whole)["evaluations"]
 
 
+@pytest.mark.full
 def test_two_processes_see_the_same(inputs, evaluated, tests_parquet, tmp_path):
     command = [system.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(TRAINING / "train.py")]
     flags = [*EVERY, "--test_set", tests_parquet, "--model.dropout", "0.0", "--max_train_steps", "4"]
