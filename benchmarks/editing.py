@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import matplotlib.figure
 import numpy as np
 import torch
-from few_steps import BATCH, ROOT, describe, replace, replace_json  # also makes the modules of training/ importable
+from few_steps import BATCH, ROOT, describe, replace, replace_json
 from PIL import Image
 from tqdm import tqdm
 

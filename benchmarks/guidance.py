@@ -17,7 +17,7 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 import torch
-from few_steps import (  # which also makes the modules of training/ importable
+from few_steps import (
     BATCH,
     PRECISION,
     ROOT,
@@ -39,7 +39,7 @@ from ddpm_from_scratch.runtime.devices import device_name
 from ddpm_from_scratch.runtime.results import versions
 from ddpm_from_scratch.training.config import TrainingConfig
 
-PRESET = "training/presets/fashion_mnist_conditional_quick.yaml"
+PRESET = "fashion_mnist_conditional_quick"
 SCALES = (1.0, 1.5, 2.0, 4.0, 8.0)
 VARIED = (Guidance(4.0, rescale=0.7), Guidance(4.0, interval=(0.2, 0.8)))  # measured besides the scales
 

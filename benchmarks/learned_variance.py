@@ -1,7 +1,7 @@
 """Measure what a learned variance gives: a model trained with L_hybrid beside one trained with L_simple alone.
 
-    python training/train.py training/presets/fashion_mnist_quick.yaml --output_dir outputs/fixed
-    python training/train.py training/presets/fashion_mnist_quick.yaml --output_dir outputs/learned \
+    python training/train.py fashion_mnist_quick --output_dir outputs/fixed
+    python training/train.py fashion_mnist_quick --output_dir outputs/learned \
         --loss hybrid --ddpm_variance_type learned_range
     python benchmarks/learned_variance.py outputs/fixed outputs/learned
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from few_steps import (  # which also makes the modules of training/ importable
+from few_steps import (
     CALIBRATION_IMAGES,
     ROOT,
     SIZE,

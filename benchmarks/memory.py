@@ -32,7 +32,7 @@ import pyarrow
 import pyarrow.parquet
 import torch
 import yaml
-from few_steps import ROOT, replace_json  # which also makes the modules of training/ importable
+from few_steps import ROOT, replace_json
 from PIL import Image
 from tqdm import tqdm
 

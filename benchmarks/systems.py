@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 import torch
 import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from few_steps import ROOT  # which also makes the modules of training/ importable
+from few_steps import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F
 

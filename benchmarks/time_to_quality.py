@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UNet2DModel
 from diffusers.training_utils import EMAModel
-from few_steps import ROOT, replace_json, solver  # which also makes the modules of training/ importable
+from few_steps import ROOT, replace_json, solver
 from torch import Tensor
 from torch.nn import functional as F
 

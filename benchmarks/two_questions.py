@@ -19,7 +19,7 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 import torch
-from few_steps import (  # which also makes the modules of training/ importable
+from few_steps import (
     METHODS,
     ROOT,
     SIZE,

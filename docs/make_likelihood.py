@@ -2,7 +2,7 @@
 
     python docs/make_likelihood.py
 
-`python training/evaluate.py MODEL` and `python benchmarks/learned_variance.py FIXED LEARNED` measure.
+`ddpm evaluate MODEL` and `python benchmarks/learned_variance.py FIXED LEARNED` measure.
 """
 
 import json

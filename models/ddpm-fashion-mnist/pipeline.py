@@ -515,7 +515,7 @@ def _check_own_keys(c: Config) -> None:
         check_choice("timestep_choice", c["timestep_choice"], TIMESTEP_CHOICES)
     for name, needed in {"optimal_variance": True, "timestep_choice": "likelihood"}.items():
         if c[name] == needed and c["x_0_mse"] is None:
-            raise ValueError(f"{name}={needed!r} needs x_0_mse: estimate them with ddpm_from_scratch.calibration.")
+            raise ValueError(f"{name}={needed!r} needs x_0_mse: estimate them with `ddpm calibrate`.")
 
 
 def own_keys_at_their_defaults(c: Config) -> list[str]:
@@ -562,6 +562,11 @@ def make_betas(c: Config) -> np.ndarray:
             f"{source}: ᾱ must fall at every step; betas this small or large leave it as it is in float64."
         )
     return betas
+
+
+def make_alpha_bar(c: Config) -> np.ndarray:
+    """[T] ᾱ in float64."""
+    return np.cumprod(1 - make_betas(c))
 
 
 def make_x_0_variance(c: Config, alpha_bar: np.ndarray) -> np.ndarray | None:
@@ -2065,7 +2070,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
 
 
 def _reads_variance(scheduler: SchedulerMixin) -> bool:
-    learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
+    learned = scheduler.config.get("variance_type") in LEARNED_VARIANCES
     return learned and isinstance(scheduler, ScratchDDPMScheduler | DDPMScheduler)
 
 

@@ -79,10 +79,9 @@ def split_launcher_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, 
     return parser.parse_known_args(arguments)
 
 
-def launch_command(flags: argparse.Namespace, program: Sequence[str]) -> list[str]:
+def launch_command(flags: argparse.Namespace, program: Sequence[str], several_on_cpu: bool) -> list[str]:
     """The command line that starts a program in the processes that the flags ask for."""
-    many = flags.num_processes not in (None, "1")
-    if many and computes_on_cpu(flags):  # where accelerate's launcher would start one process
+    if several_on_cpu:  # where accelerate's launcher would start one process
         return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={flags.num_processes}", *program]
     given = [f"--{name}={getattr(flags, name)}" for name in LAUNCHER_FLAGS if getattr(flags, name) is not None]
     switches = [f"--{name}" for name in SWITCHES if getattr(flags, name)]
@@ -90,9 +89,11 @@ def launch_command(flags: argparse.Namespace, program: Sequence[str]) -> list[st
     return [sys.executable, "-m", "accelerate.commands.launch", *quiet, *given, *switches, *program]
 
 
-def computes_on_cpu(flags: argparse.Namespace) -> bool:
-    """Whether no GPU or other accelerator is there, or is to be used."""
-    import torch
+def starts_several_on_cpu(flags: argparse.Namespace) -> bool:
+    """Whether several processes are asked for, and no GPU or other accelerator is there, or is to be used."""
+    if flags.num_processes in (None, "1"):
+        return False
+    import torch  # here, since it takes seconds
 
     return bool(flags.cpu) or not torch.accelerator.is_available()
 
@@ -112,10 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not command.launched or {"-h", "--help"} & set(rest):
         return told(importlib.import_module(command.module).main, name, rest)
     flags, own = split_launcher_flags(rest)
-    environment = dict(os.environ)
-    if flags.num_processes not in (None, "1") and computes_on_cpu(flags):
-        environment["ACCELERATE_USE_CPU"] = "true"
-    return subprocess.run(launch_command(flags, [*command.launched, *own]), env=environment, check=False).returncode
+    several_on_cpu = starts_several_on_cpu(flags)
+    environment = {**os.environ, **({"ACCELERATE_USE_CPU": "true"} if several_on_cpu else {})}
+    started = launch_command(flags, [*command.launched, *own], several_on_cpu)
+    return subprocess.run(started, env=environment, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`training/evaluate.py`: its figures are those of the library; which models it takes; what it refuses, and writes."""
+"""`ddpm evaluate`: its figures are those of the library; which models it takes; what it refuses, and writes."""
 
 import errno
 import io

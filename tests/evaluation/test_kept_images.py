@@ -1,4 +1,4 @@
-"""`training/samples.py`: images that were drawn are kept, and serve again, but for nothing else than was asked for."""
+"""`sampling/kept_images.py`: drawn images are kept and serve again, but for nothing else than was asked for."""
 
 import errno
 import os

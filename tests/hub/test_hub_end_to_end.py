@@ -129,6 +129,7 @@ def test_everybody_loads_it_and_draws_the_same(published, tmp_path):
         np.testing.assert_allclose(drawn, images["own"], atol=1e-5, err_msg=name)
 
 
+@pytest.mark.full
 def test_the_code_of_the_page_runs_as_it_stands(published, tmp_path):
     page = published.server.files(NAME)["README.md"].decode()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
@@ -144,6 +145,7 @@ def test_the_code_of_the_page_runs_as_it_stands(published, tmp_path):
         assert np.abs(np.asarray(drawn, float) - np.asarray(shown, float)).max() <= 1
 
 
+@pytest.mark.full
 def test_publishing_again_without_a_change_makes_no_commit(published, tmp_path):
     command = ("-m", "ddpm_from_scratch.cli", "publish", published.model, "--hub_model_id", NAME)
     before = len(history(published))
@@ -151,6 +153,7 @@ def test_publishing_again_without_a_change_makes_no_commit(published, tmp_path):
     assert len(history(published)) == before and done.out.strip().endswith(history(published)[-1].oid)
 
 
+@pytest.mark.full
 def test_a_space_runs_by_itself(published, tmp_path):
     command = ("-m", "ddpm_from_scratch.cli", "publish", published.model, "--hub_model_id", NAME, "--space")
     run(published.server, tmp_path, *command, token="hf_user")
@@ -194,6 +197,7 @@ numpy.savez(sys.argv[2] + "/images.npz", **images)
 """
 
 
+@pytest.mark.full
 def test_two_versions_of_the_code_do_not_mix(published, tmp_path):
     """One is of today, the other draws negatives: in either order, and as two revisions of one repository."""
     server, today = published.server, published.server.files(NAME)["pipeline.py"].decode()
@@ -230,6 +234,7 @@ def test_two_versions_of_the_code_do_not_mix(published, tmp_path):
         assert (tmp_path / name / "pipeline.py").read_text() == (another if negative else today), name
 
 
+@pytest.mark.full
 def test_a_revision_pins_the_code_of_a_model_that_names_its_own(published, tmp_path):
     server, today = published.server, published.server.files(NAME)["pipeline.py"].decode()
     unet = randomised(UNet2DModel(**TINY_NETWORK, num_class_embeds=5))
@@ -270,13 +275,14 @@ def training(tmp_path, monkeypatch):
 
 COMMITS = "/commit/"
 DURING = {  # of a run with pushes at steps 2 and 4, and one at the end
-    "500": [Fault("POST", COMMITS, 500, times=6)],  # three tries each
-    "cut": [Fault("POST", COMMITS, "cut", times=6)],
+    "500": [Fault("POST", COMMITS, 500, times=2)],  # a snapshot gets one try
+    "cut": [Fault("POST", COMMITS, "cut", times=2)],
     "stall": [Fault("PUT", ".", "stall", times=3)],
 }
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", DURING)
 def test_a_hub_that_fails_during_the_run_gets_the_model_at_its_end(training, kind):
     training.server.faults += [Fault(**{**vars(fault), "seen": 0}) for fault in DURING[kind]]
@@ -286,6 +292,7 @@ def test_a_hub_that_fails_during_the_run_gets_the_model_at_its_end(training, kin
     assert files[WEIGHTS] == (training.model / WEIGHTS).read_bytes() and json.loads(files["results.json"])["steps"] == 6
 
 
+@pytest.mark.full
 def test_a_hub_that_fails_to_the_end_costs_nothing_but_the_push(training):
     training.server.faults.append(Fault("POST", COMMITS, 503))
     with pytest.raises(ConnectionError, match="cannot push to user/clothes, after 3 tries") as caught:
@@ -307,6 +314,7 @@ def test_a_push_that_is_not_allowed_is_refused_before_any_training(training, fla
     assert not training.model.exists()
 
 
+@pytest.mark.full
 def test_a_snapshot_that_cannot_be_written_costs_nothing_but_the_snapshot(training, monkeypatch, caplog):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -319,6 +327,7 @@ def test_a_snapshot_that_cannot_be_written_costs_nothing_but_the_snapshot(traini
     assert "step 2 is not pushed: [Errno 28] No space left" in caplog.text and not (training.model / ".push").exists()
 
 
+@pytest.mark.full
 def test_a_run_that_goes_on_does_not_keep_pictures_of_the_model_before(training):
     training.main("--hub_model_id", "clothes", "--max_train_steps", "2")
     for name in ("bound.png", "neighbors.png"):
@@ -328,6 +337,7 @@ def test_a_run_that_goes_on_does_not_keep_pictures_of_the_model_before(training)
     assert not {"bound.png", "neighbors.png"} & set(files) and json.loads(files["results.json"])["steps"] == 4
 
 
+@pytest.mark.full
 def test_the_space_of_a_private_model_is_private(training, capsys):
     training.main("--hub_model_id", "secret", "--hub_private_repo", "--checkpointing_steps", "null")
     publish.main([str(training.model), "--hub_model_id", "user/secret", "--hub_token", "hf_user", "--space"])
@@ -335,6 +345,7 @@ def test_the_space_of_a_private_model_is_private(training, capsys):
     assert "needs a secret HF_TOKEN" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_a_private_run_never_lands_in_a_public_repository(training):
     hub.open_repository("user/model", token="hf_user")
     with pytest.raises(Refused, match="user/model exists and is public"):

@@ -504,7 +504,7 @@ def test_data_sets_of_the_hub(config, expected):
 
 
 def test_the_page_of_the_shipped_model_is_what_the_command_writes():
-    """`python training/publish.py models/ddpm-fashion-mnist --page_only --license apache-2.0` writes it."""
+    """`ddpm publish models/ddpm-fashion-mnist --page_only --license apache-2.0` writes it."""
     card = page_of(
         SHIPPED, "models/ddpm-fashion-mnist", license="apache-2.0", usage_output="8 images of (28, 28) pixels"
     )

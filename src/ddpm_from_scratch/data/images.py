@@ -131,6 +131,12 @@ def decode(row: Mapping[str, Any], index: int, channels: int, resolution: int) -
     return pixels.reshape(image.height, image.width, channels).permute(2, 0, 1).contiguous()
 
 
+def center_square(image: Tensor, size: int) -> Tensor:
+    """The square of this side at the centre of an image [C, H, W]."""
+    top, left = ((side - size) // 2 for side in image.shape[1:])
+    return image[:, top : top + size, left : left + size]
+
+
 @dataclass(frozen=True)
 class DecodedOnDemand:
     """Images of a set too large to keep decoded."""

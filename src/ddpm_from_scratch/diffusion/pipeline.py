@@ -19,6 +19,7 @@ from torch import Tensor
 from .checks import check_choice, check_generator, check_range, check_whole, is_whole
 from .gaussian import Generators
 from .guidance import Condition, Guidance, guide, label_numbers, null_label
+from .reverse_variance import LEARNED_VARIANCES
 from .scheduler import ScratchDDPMScheduler
 from .stock import altered, safe_weights, write_config
 from .unet import ScratchUNet2DModel
@@ -400,7 +401,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
 
 
 def _reads_variance(scheduler: SchedulerMixin) -> bool:
-    learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
+    learned = scheduler.config.get("variance_type") in LEARNED_VARIANCES
     return learned and isinstance(scheduler, ScratchDDPMScheduler | DDPMScheduler)
 
 

@@ -69,7 +69,7 @@ def _check_own_keys(c: Config) -> None:
         check_choice("timestep_choice", c["timestep_choice"], TIMESTEP_CHOICES)
     for name, needed in {"optimal_variance": True, "timestep_choice": "likelihood"}.items():
         if c[name] == needed and c["x_0_mse"] is None:
-            raise ValueError(f"{name}={needed!r} needs x_0_mse: estimate them with ddpm_from_scratch.calibration.")
+            raise ValueError(f"{name}={needed!r} needs x_0_mse: estimate them with `ddpm calibrate`.")
 
 
 def own_keys_at_their_defaults(c: Config) -> list[str]:
@@ -116,6 +116,11 @@ def make_betas(c: Config) -> np.ndarray:
             f"{source}: ᾱ must fall at every step; betas this small or large leave it as it is in float64."
         )
     return betas
+
+
+def make_alpha_bar(c: Config) -> np.ndarray:
+    """[T] ᾱ in float64."""
+    return np.cumprod(1 - make_betas(c))
 
 
 def make_x_0_variance(c: Config, alpha_bar: np.ndarray) -> np.ndarray | None:

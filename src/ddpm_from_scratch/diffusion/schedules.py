@@ -2,9 +2,7 @@
 
 References: iDDPM (Nichol, Dhariwal 2021, https://arxiv.org/abs/2102.09672); Lin et al. 2023, "Common Diffusion Noise
 Schedules and Sample Steps are Flawed" (https://arxiv.org/abs/2305.08891); Hang, Gu 2024, "Improved Noise Schedule for
-Diffusion Training" (https://arxiv.org/abs/2407.03297); DDIM (Song et al. 2021, https://arxiv.org/abs/2010.02502);
-Watson et al. 2021, "Learning to Efficiently Sample from Diffusion Probabilistic Models"
-(https://arxiv.org/abs/2106.03802); Analytic-DPM (Bao et al. 2022, https://arxiv.org/abs/2201.06503).
+Diffusion Training" (https://arxiv.org/abs/2407.03297).
 """
 
 from collections.abc import Callable

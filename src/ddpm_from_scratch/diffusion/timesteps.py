@@ -1,4 +1,9 @@
-"""Spacings and choices of timesteps: which K of its T timesteps a shorter chain visits."""
+"""Spacings and choices of timesteps: which K of its T timesteps a shorter chain visits.
+
+References: DDIM (Song et al. 2021, https://arxiv.org/abs/2010.02502); Watson et al. 2021, "Learning to Efficiently
+Sample from Diffusion Probabilistic Models" (https://arxiv.org/abs/2106.03802); Analytic-DPM (Bao et al. 2022,
+https://arxiv.org/abs/2201.06503).
+"""
 
 from collections.abc import Callable, Sequence
 

@@ -5,7 +5,6 @@ them into the model's scheduler configuration. Nothing else in the folder change
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,9 +12,11 @@ import torch
 
 from ..data.config import DataConfig
 from ..data.dataset import load_data
+from ..data.images import center_square
 from ..diffusion.guidance import null_label
 from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..diffusion.scheduler import ScratchDDPMScheduler
+from ..runtime.atomic_files import replacing_files
 from .calibration import calibrate
 
 SCHEDULER_FILE = Path("scheduler", "scheduler_config.json")
@@ -41,16 +42,7 @@ def training_images(args: argparse.Namespace, channels: int, resolution: int) ->
     if args.num_images > len(images):
         raise ValueError(f"--num_images {args.num_images}: from 1 to {len(images)} are allowed, as many as there are.")
     chosen = [images[index * len(images) // args.num_images] for index in range(args.num_images)]
-    squares = [image[:, (h := (image.shape[1] - resolution) // 2) : h + resolution] for image in chosen]
-    squares = [image[:, :, (w := (image.shape[2] - resolution) // 2) : w + resolution] for image in squares]
-    return torch.stack(squares).float() / 127.5 - 1
-
-
-def write_scheduler(scheduler: ScratchDDPMScheduler, path: Path) -> None:
-    """The configuration beside its place first, then there: whole or as it was."""
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    scheduler.to_json_file(unfinished)
-    os.replace(unfinished, path)
+    return torch.stack([center_square(image, resolution) for image in chosen]).float() / 127.5 - 1
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,5 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unet = pipeline.unet.to("cuda" if torch.cuda.is_available() else "cpu")
     images = training_images(args, unet.config.in_channels, size)
     options = {"num_timesteps": args.num_timesteps, "batch_size": args.batch_size, "seed": args.seed}
-    write_scheduler(calibrate(unet, pipeline.scheduler, images, **options), args.model / SCHEDULER_FILE)
+    calibrated = calibrate(unet, pipeline.scheduler, images, **options)
+    place = args.model / SCHEDULER_FILE
+    with replacing_files(place.parent) as unfinished:  # so that the file is whole at any time
+        calibrated.to_json_file(unfinished / place.name)
     print(args.model)

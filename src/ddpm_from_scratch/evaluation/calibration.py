@@ -12,7 +12,6 @@ right for an inexact network and a clipped x̂_0 too, and finite where ᾱ_t is 
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -20,14 +19,15 @@ from tqdm.auto import tqdm
 from ..diffusion.checks import check_whole
 from ..diffusion.guidance import null_label
 from ..diffusion.scheduler import ScratchDDPMScheduler
-from ..diffusion.scheduler_config import make_betas
+from ..diffusion.scheduler_config import make_alpha_bar
 from ..diffusion.stock import altered
 from ..diffusion.timesteps import evenly_in_log_snr
+from .likelihood import check_not_training, check_scheduler
 
 
 def moment_timesteps(scheduler: ScratchDDPMScheduler, count: int) -> list[int]:
     """At most `count` timesteps from 0 to T - 1, evenly spaced in log SNR, along which the moments are smooth."""
-    alpha_bar = np.cumprod(1 - make_betas(scheduler.config))
+    alpha_bar = make_alpha_bar(scheduler.config)
     return evenly_in_log_snr(alpha_bar, None, min(count, len(alpha_bar))).tolist()
 
 
@@ -64,12 +64,8 @@ def x_0_mse(
         ValueError: no images, images out of [-1, 1], a network in training mode, a scheduler that is not ours, or a
             number that is not allowed.
     """
-    if not isinstance(scheduler, ScratchDDPMScheduler):
-        raise ValueError(
-            f"scheduler is a {type(scheduler).__name__}: pass ScratchDDPMScheduler.from_config(scheduler.config)."
-        )
-    if getattr(unet, "training", False):
-        raise ValueError("The network is in training mode, with dropout: call unet.eval() first.")
+    check_scheduler(scheduler)
+    check_not_training(unet)
     check_whole("num_timesteps", num_timesteps, 2)
     check_whole("batch_size", batch_size)
     batches = images.split(batch_size) if isinstance(images, Tensor) else images

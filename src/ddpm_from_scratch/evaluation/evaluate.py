@@ -14,7 +14,7 @@ from ..data.config import DataConfig
 from ..data.dataset import TrainingData, load_data
 from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..diffusion.scheduler import ScratchDDPMScheduler
-from ..runtime.devices import COMPILE_MODE, PRECISIONS, computes_on_cpu, prepare_cpu, resolve_precision
+from ..runtime.devices import COMPILE_MODE, PRECISIONS, prepare_cpu, resolve_precision
 from ..runtime.errors import told
 from ..runtime.privacy import public_name
 from ..runtime.results import merge_results
@@ -105,9 +105,7 @@ def main(arguments: Sequence[str]) -> Path:
     """
     config = parse(arguments)
     config.validate()
-    on_cpu = computes_on_cpu()
-    if on_cpu:
-        prepare_cpu()
+    on_cpu = prepare_cpu()
     accelerator = Accelerator(cpu=on_cpu)
     with accelerator.main_process_first():  # downloads happen once
         pipeline = load(config, accelerator)

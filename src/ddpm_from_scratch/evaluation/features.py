@@ -249,8 +249,7 @@ def extract(
         The features with all that names them.
 
     Raises:
-        ValueError: for other images, an unknown extractor, a number or model that is not allowed, or a model without
-            safetensors.
+        ValueError: for other images, an unknown extractor, or a number or model that is not allowed.
         ImportError: if the extra is not installed.
     """
     check_images(images)

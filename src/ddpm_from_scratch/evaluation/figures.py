@@ -8,16 +8,11 @@ import matplotlib.figure
 import numpy as np
 from PIL import Image
 
-from ..sampling.previews import image_grid
+from ..sampling.previews import image_grid, to_pil
 from .metrics import Neighbors
 
 GRID = 64  # images in samples.png
 PAIRS = 16  # of a generated image and its nearest training image in neighbors.png
-
-
-def to_pil(images: np.ndarray) -> list[Image.Image]:
-    """uint8 [N, H, W, C] as pictures."""
-    return [Image.fromarray(image[..., 0] if image.shape[2] == 1 else image) for image in images]
 
 
 def save_samples(images: np.ndarray, path: Path) -> None:

@@ -12,7 +12,6 @@ Images are 8-bit: the probability meant is that of the levels k / 127.5 - 1, k =
 follow from the seed and i, so neither the size of batches nor the number of processes changes more than rounding.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -27,8 +26,9 @@ from tqdm.auto import tqdm
 from ..diffusion.checks import check_range, check_whole, is_whole
 from ..diffusion.guidance import label_numbers
 from ..diffusion.scheduler import ScratchDDPMScheduler
-from ..diffusion.scheduler_config import make_betas
+from ..diffusion.scheduler_config import make_alpha_bar
 from ..diffusion.stock import altered
+from ..runtime.random_streams import generator
 
 BITS = 1 / math.log(2)  # in a nat
 BIN = 2 / 255  # width of a level's bin
@@ -140,7 +140,7 @@ def _chain(
     scheduler: ScratchDDPMScheduler, count: int | None, timesteps: Sequence[int] | None, clip_sample: bool | None
 ) -> ScratchDDPMScheduler:
     """Another scheduler, set to the chain that is measured."""
-    _check_scheduler(scheduler)
+    check_scheduler(scheduler)
     if scheduler.config["eta"] == 0:
         raise ValueError(
             "The bound is infinite at eta=0, where q(x_s | x_t, x_0) is a point: pass "
@@ -274,14 +274,14 @@ def ode_bits_per_dim(
         from scipy.interpolate import PchipInterpolator
     except ImportError as error:
         raise ImportError('the ODE needs scipy: pip install "ddpm-from-scratch[metrics]"') from error
-    _check_scheduler(scheduler)
+    check_scheduler(scheduler)
     check_whole("num_probes", num_probes)
     check_range("rtol", rtol, 1e-12, 1)
     check_range("atol", atol, 0, 1)
     network = _network(unet, images, class_labels, batch_size, seed)
     if network.dtype.itemsize < 4:
         raise ValueError(f"The network is in {network.dtype}, too coarse for the solver: pass unet.float().")
-    alpha_bar = np.cumprod(1 - make_betas(scheduler.config))
+    alpha_bar = make_alpha_bar(scheduler.config)
     if len(alpha_bar) == 1:
         raise ValueError("num_train_timesteps=1 leaves the ODE no way to go: measure with bits_per_dim.")
     angles = np.arctan2(np.sqrt(1 - alpha_bar), np.sqrt(alpha_bar))
@@ -354,8 +354,7 @@ class _Network(NamedTuple):
 
 def _network(unet: Any, images: Tensor, class_labels: Any, batch_size: int, seed: int) -> _Network:  # noqa: ANN401
     """Check what both measures take, and put network and labels together."""
-    if getattr(unet, "training", False):
-        raise ValueError("The network is in training mode, with dropout: call unet.eval() first.")
+    check_not_training(unet)
     check_whole("batch_size", batch_size)
     check_whole("seed", seed, 0)
     _check_images(images)
@@ -372,11 +371,18 @@ def _network(unet: Any, images: Tensor, class_labels: Any, batch_size: int, seed
     return _Network(unet, labels, getattr(unet, "device", images.device), getattr(unet, "dtype", dtype))
 
 
-def _check_scheduler(scheduler: object) -> None:
+def check_scheduler(scheduler: object) -> None:
+    """Raise ValueError unless it is ours."""
     if not isinstance(scheduler, ScratchDDPMScheduler):
         raise ValueError(
             f"scheduler is a {type(scheduler).__name__}: pass ScratchDDPMScheduler.from_config(scheduler.config)."
         )
+
+
+def check_not_training(unet: Any) -> None:  # noqa: ANN401
+    """Raise ValueError for a network in training mode."""
+    if getattr(unet, "training", False):
+        raise ValueError("The network is in training mode, with dropout: call unet.eval() first.")
 
 
 def _check_images(images: Tensor) -> None:
@@ -406,10 +412,9 @@ def _batches(rows: range, batch_size: int) -> list[range]:
     return [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
 
 
-def _draw(kind: Callable[..., Tensor], shape: Sequence[int], *names: object) -> Tensor:
-    """float32, on the CPU, so that every device gets the same numbers, which follow from the names: a seed, a row..."""
-    digest = hashlib.blake2b("/".join(map(str, names)).encode(), digest_size=8).digest()
-    return kind(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1), dtype=torch.float32)
+def _draw(kind: Callable[..., Tensor], shape: Sequence[int], seed: int, *names: str | int) -> Tensor:
+    """float32, on the CPU; the numbers follow from the seed and the names, such as an image's row."""
+    return kind(shape, generator=generator(seed, *names), dtype=torch.float32)
 
 
 def _standard_error(x: Tensor) -> Tensor:

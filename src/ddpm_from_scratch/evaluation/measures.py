@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
-from ..data.images import Images
+from ..data.images import Images, center_square
 from ..data.sources import evenly
 from ..diffusion.scheduler import ScratchDDPMScheduler
 from ..runtime.devices import device_name
@@ -110,11 +110,7 @@ def taken(images: Images, size: int) -> list[int]:
 
 def to_array(images: Images, size: int) -> np.ndarray:
     """The images of `taken`, cropped at the centre: uint8 [N, H, W, C]."""
-    squares = []
-    for index in taken(images, size):
-        image = images[index]
-        top, left = ((side - size) // 2 for side in image.shape[1:])
-        squares.append(image[:, top : top + size, left : left + size])
+    squares = [center_square(images[index], size) for index in taken(images, size)]
     return torch.stack(squares).permute(0, 2, 3, 1).numpy()
 
 

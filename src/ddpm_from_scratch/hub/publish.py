@@ -172,7 +172,7 @@ def publish(folder: Path, repository: str, *, token: str | None, license: str | 
 
     Raises:
         ValueError, RuntimeError: see `write_page`; nothing is pushed.
-        PermissionError, ConnectionError: see `hub.push`; the repository is as it was.
+        PermissionError, ConnectionError: see `push`; the repository is as it was.
     """
     with documented(folder, repository, license) as stage:
         return push(stage, repository, message="The trained model", token=token)

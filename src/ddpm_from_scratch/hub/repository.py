@@ -93,7 +93,7 @@ def push(
     kind: str = "model",
     files: Sequence[str] = MODEL_FILES,
     replaced: Sequence[str] = REPLACED_FILES,
-    waits: Sequence[float] = WAITS,
+    waits: Sequence[float] | None = None,
 ) -> str:
     """Make a folder's files those of the repository, in one commit; without a change there is none.
 
@@ -105,7 +105,7 @@ def push(
         kind: "model" or "space".
         files: patterns of the files to push.
         replaced: patterns of files of the repository that go if the folder does not have them; all others stay.
-        waits: seconds before each further try.
+        waits: seconds before each further try; `WAITS` if left out.
 
     Returns:
         The address of the commit that now is the newest.
@@ -140,14 +140,15 @@ def push(
     return insistently(pushed, f"push to {repository}", waits)
 
 
-def insistently(action: Callable[[], T], what: str, waits: Sequence[float] = WAITS) -> T:
-    """Do it; again after some waits, as long as that may help.
+def insistently(action: Callable[[], T], what: str, waits: Sequence[float] | None = None) -> T:
+    """Do it; again after some waits, by default `WAITS`, as long as that may help.
 
     Raises:
         PermissionError: the Hub refuses.
         ConnectionError: it cannot be reached, or fails, at every try.
         HfHubHTTPError: it says that the request is wrong.
     """
+    waits = WAITS if waits is None else waits
     for wait in (*waits, None):
         set_timeout()
         try:

@@ -28,7 +28,7 @@ def publish_space(name: str, model: str, *, private: bool = False, token: str | 
         token: for the Hub; that of the login if left out.
 
     Raises:
-        PermissionError, ValueError, ConnectionError: as `hub.open_repository` and `hub.push`.
+        PermissionError, ValueError, ConnectionError: as `open_repository` and `push`.
     """
     space = open_repository(name, private=private, token=token, kind="space", sdk="gradio")
     with tempfile.TemporaryDirectory() as folder:

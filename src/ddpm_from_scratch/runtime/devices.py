@@ -66,10 +66,12 @@ def computes_on_cpu() -> bool:
     return bool(parse_flag_from_env("ACCELERATE_USE_CPU")) or not torch.accelerator.is_available()
 
 
-def prepare_cpu() -> None:
-    """Set threads and memory of a process that computes on the CPU."""
-    use_all_cores()
-    keep_freed_memory()
+def prepare_cpu() -> bool:
+    """Whether this process computes on the CPU; if so, its threads and memory are set."""
+    if on_cpu := computes_on_cpu():
+        use_all_cores()
+        keep_freed_memory()
+    return on_cpu
 
 
 def use_all_cores() -> None:

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 
-def derived_seed(seed: int, purpose: str, *indices: int) -> int:
-    """A 63-bit seed for one purpose: independent of the seeds for all other purposes and indices."""
-    name = "/".join([str(seed), purpose, *map(str, indices)])
+def derived_seed(seed: int, *names: str | int) -> int:
+    """A 63-bit seed for one purpose, such as ("noise", 3): independent of the seeds for all other names."""
+    name = "/".join(map(str, (seed, *names)))
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def generator(seed: int, purpose: str, *indices: int) -> torch.Generator:
+def generator(seed: int, *names: str | int) -> torch.Generator:
     """A generator on the CPU, so that every device gets the same numbers."""
-    return torch.Generator().manual_seed(derived_seed(seed, purpose, *indices))
+    return torch.Generator().manual_seed(derived_seed(seed, *names))
 
 
 @lru_cache(maxsize=2)

@@ -20,7 +20,7 @@ from ..diffusion.gaussian import Generators
 from ..diffusion.guidance import Condition, Guidance, null_label
 from ..diffusion.pipeline import OUTPUT_TYPES, ScratchDDPMPipeline, ScratchDDPMPipelineOutput
 from ..diffusion.scheduler import Prediction, ScratchDDPMScheduler
-from ..diffusion.scheduler_config import make_betas
+from ..diffusion.scheduler_config import make_alpha_bar
 from ..diffusion.stock import altered
 
 
@@ -358,7 +358,7 @@ class ScratchDDPMInterpolationPipeline(_EditingPipeline):
     def _invert(self, x_0: Tensor, scheduler: ScratchDDPMScheduler, num_iterations: int) -> Tensor:
         condition = self._null_condition(len(x_0))
         times, on_device = scheduler.timesteps.tolist(), scheduler.timesteps.to(x_0.device)
-        alpha_bar, x_s = np.cumprod(1 - make_betas(scheduler.config)), x_0
+        alpha_bar, x_s = make_alpha_bar(scheduler.config), x_0
         for i in self.progress_bar(range(len(times) - 1, -1, -1)):
             x_t, s = x_s, scheduler.previous_timestep(times[i])
             for _ in range(num_iterations):

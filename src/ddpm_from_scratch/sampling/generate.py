@@ -98,6 +98,3 @@ def labels_of(of: list[int], numbers: range) -> list[int]:
 def to_unit_range(images: np.ndarray) -> torch.Tensor:
     """uint8 [N, H, W, C] as float [N, C, H, W] in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-# --- files ---------------------------------------------------------------------------------------------------------

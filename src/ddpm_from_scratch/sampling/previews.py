@@ -30,6 +30,11 @@ def image_grid(images: Sequence[Image.Image], columns: int | None = None, scale:
     return grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
 
 
+def to_pil(images: np.ndarray) -> list[Image.Image]:
+    """uint8 [N, H, W, 1 or 3] as pictures."""
+    return [Image.fromarray(image[..., 0] if image.shape[2] == 1 else image) for image in images]
+
+
 def _pictures(frame: Frame, part: str) -> list[Image.Image]:
     """The images of a frame, in any output type, as PIL images."""
     images = getattr(frame, part)
@@ -38,8 +43,7 @@ def _pictures(frame: Frame, part: str) -> list[Image.Image]:
     if isinstance(images, list):
         return images
     array = images if isinstance(images, np.ndarray) else images.cpu().permute(0, 2, 3, 1).float().numpy()
-    pixels = (array * 255).round().astype(np.uint8)
-    return [Image.fromarray(one[..., 0] if one.shape[-1] == 1 else one) for one in pixels]
+    return to_pil((array * 255).round().astype(np.uint8))
 
 
 def _checked(trajectory: Sequence[Frame] | None, part: str, scale: int) -> Sequence[Frame]:

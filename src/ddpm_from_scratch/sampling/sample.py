@@ -13,7 +13,7 @@ from PIL import Image
 from ..diffusion.checks import check_whole
 from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..runtime.atomic_files import replace_file
-from ..runtime.devices import PRECISIONS, computes_on_cpu, prepare_cpu, resolve_precision
+from ..runtime.devices import PRECISIONS, prepare_cpu, resolve_precision
 from ..runtime.random_streams import generator
 from .models import load_pipeline
 from .previews import image_grid
@@ -72,9 +72,7 @@ def main(arguments: Sequence[str]) -> None:
     """
     args = parse(arguments)
     check(args)
-    on_cpu = computes_on_cpu()
-    if on_cpu:
-        prepare_cpu()
+    on_cpu = prepare_cpu()
     device = torch.accelerator.current_accelerator() if not on_cpu else None
     device = device or torch.device("cpu")
     dtype = PRECISIONS[resolve_precision(args.mixed_precision, device)]

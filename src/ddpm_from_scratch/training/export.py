@@ -18,7 +18,7 @@ def export(checkpoint: Path, folder: Path) -> None:
     """Save the model that a checkpoint holds: the average of its weights, if there is one, and its scheduler.
 
     Raises FileNotFoundError if there is no such checkpoint; ValueError if it is damaged, or the folder exists already;
-    Raises CannotSave if the folder cannot be written; then it is not there.
+    CannotSave if the folder cannot be written; then it is not there.
     """
     if not (checkpoint / MANIFEST).is_file():
         raise FileNotFoundError(f"{checkpoint} is no checkpoint: it has no {MANIFEST}. They lie in RUN/checkpoints.")

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..diffusion.checks import check_choice, check_positive, check_range
 from ..diffusion.reverse_variance import LEARNED_VARIANCES
 from ..diffusion.scheduler import ScratchDDPMScheduler
-from ..diffusion.scheduler_config import make_betas
+from ..diffusion.scheduler_config import make_alpha_bar
 from ..diffusion.stock import altered
 from ..diffusion.tensors import as_tensor
 
@@ -99,7 +99,7 @@ class Objective:
             raise ValueError(f"loss={self.loss!r} is infinite at eta=0: pass a scheduler with eta=1.0.")
         plain = {"clip_sample": False, "thresholding": False, "optimal_variance": False}
         object.__setattr__(self, "_plain", altered(self.scheduler, **plain))
-        alpha_bar = np.cumprod(1 - make_betas(self.scheduler.config))
+        alpha_bar = make_alpha_bar(self.scheduler.config)
         object.__setattr__(self, "_snr", alpha_bar / (1 - alpha_bar))
 
     def __call__(self, model_output: Tensor, x_0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

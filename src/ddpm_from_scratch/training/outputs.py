@@ -14,7 +14,7 @@ from ..runtime.atomic_files import replace_file, replacing_files
 from ..runtime.errors import Diverged, Stopped, saving
 from ..runtime.results import write_json
 from ..sampling.generate import SampleSpec, generate
-from ..sampling.previews import image_grid
+from ..sampling.previews import image_grid, to_pil
 from ..sampling.samplers import SAMPLERS
 from .config import TrainingConfig, config_with_header
 from .run import Run, results
@@ -49,7 +49,7 @@ def draw_grid(run: Run) -> Image.Image:
     with accelerator.autocast():
         images = generate(pipeline, spec, accelerator, progress=False)
     unet.train(was_training)
-    return image_grid([Image.fromarray(image.squeeze()) for image in images])
+    return image_grid(to_pil(images))
 
 
 def save_grid(run: Run, grid: Image.Image) -> None:

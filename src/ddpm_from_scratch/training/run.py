@@ -20,7 +20,6 @@ from ..diffusion.unet import ScratchUNet2DModel
 from ..runtime.devices import (
     COMPILE_MODE,
     MEMORY_FORMAT,
-    computes_on_cpu,
     device_name,
     prepare_cpu,
     resolve_precision,
@@ -187,9 +186,7 @@ def build(config: TrainingConfig) -> Run:
 
 def build_accelerator(config: TrainingConfig) -> Accelerator:
     """The engine, on the device and in the precision of the run."""
-    on_cpu = computes_on_cpu()
-    if on_cpu:
-        prepare_cpu()
+    on_cpu = prepare_cpu()
     return Accelerator(
         cpu=on_cpu,
         # Said explicitly: `accelerate launch` without a config of its own would set "no".

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 class Upload:
     """The repository of a run.
 
-    PermissionError, ValueError, ConnectionError as `hub.open_repository`, which creates it.
+    PermissionError, ValueError, ConnectionError as `open_repository`, which creates it.
     """
 
     def __init__(self, config: TrainingConfig) -> None:
