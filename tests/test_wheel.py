@@ -73,6 +73,7 @@ def test_every_command_runs(run):
     assert "kernel distance" in (run.folder / "model" / "README.md").read_text().lower()
 
 
+@pytest.mark.full
 def test_without_data_named_it_takes_the_original_from_the_hub(run):
     done = run("train", "tiny.yaml", "--output_dir", "nothing", code=1)  # there is no Hub here; 1 is the launcher's
     assert "zalando-datasets/fashion_mnist" in done.stderr

@@ -126,6 +126,7 @@ def test_the_plan_alone_does_nothing(tmp_path, preset, commands, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 6
 
 
+@pytest.mark.full
 def test_data_sets_are_passed_on(tmp_path, preset, commands, reference):
     where = ["--dataset_name", str(EMBEDDED_DATA), "--test_set", str(EMBEDDED_TEST_SET)]
     folder = ["--output_dir", str(tmp_path / "out"), "--reference", str(reference), "--evaluation", EVALUATION]
@@ -152,6 +153,7 @@ def test_a_model_is_measured_again_and_stays_as_it_is(tmp_path, commands, refere
     assert "1.0 standard errors" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_nothing_comes_after_a_part_that_fails(tmp_path, preset, monkeypatch, capsys):
     done = []
 

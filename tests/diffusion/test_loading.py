@@ -44,6 +44,7 @@ def expected(folders):
     return {"own": images("own", batch_size=2), "conditional": images("conditional", class_labels=[1, 3])}
 
 
+@pytest.mark.full
 def test_without_the_package(folders, expected, tmp_path):
     own, conditional, stock = (str(folders / name) for name in ("own", "conditional", "stock"))
     trusted = {"trust_remote_code": True}

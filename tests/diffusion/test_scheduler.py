@@ -231,7 +231,8 @@ def test_stock_adds_noise_to_the_final_sample_under_fixed_large(options, timeste
     assert finals[1].std() == 0
 
 
-CHAINS = [(1000, "leading"), *((count, spacing) for count in (100, 50, 10) for spacing in SPACINGS)]
+CHAINS = [pytest.param(1000, "leading", marks=pytest.mark.full)]
+CHAINS += [(count, spacing) for count in (100, 50, 10) for spacing in SPACINGS]
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)

@@ -581,7 +581,7 @@ def test_few_held_out_images_leave_the_floor_to_training_images(inputs, whole, t
 def test_the_embedded_data_have_held_out_images(monkeypatch):
     asked = []
 
-    def load(config, channels, size, split="train"):
+    def load(config, channels, size, split=None):
         asked.append((config.dataset_name, split))
         images = torch.from_numpy(TRAINING if config.dataset_name is None else HELD_OUT)[:, None]
         assert not config.class_conditional
@@ -590,12 +590,12 @@ def test_the_embedded_data_have_held_out_images(monkeypatch):
 
     monkeypatch.setattr(evaluate, "load_data", load)
     real = evaluate.real_images(evaluate.parse(["model"]), 1, SIDE, [])
-    assert asked == [(None, "train"), (str(EMBEDDED_TEST_SET), "train")]
+    assert asked == [(None, None), (str(EMBEDDED_TEST_SET), "train")]
     assert Path(asked[1][0]).is_file()
     assert np.array_equal(real.held_out[..., 0], HELD_OUT)
     assert real.facts == {"training": {"name": "own"}, "held_out": {"name": "fashion_mnist_test.parquet"}}
     evaluate.real_images(evaluate.parse(["model", "--test_set", "user/other"]), 1, SIDE, [])
-    assert asked[2:] == [(None, "train"), ("user/other", "train")]
+    assert asked[2:] == [(None, None), ("user/other", None)]
 
 
 def test_of_too_large_sets_evenly_spaced_images_are_taken(monkeypatch):

@@ -280,6 +280,7 @@ def check_distances_grow(sets, reference):
         check_strict([distance(x, reference) for x in sets], 1)
 
 
+@pytest.mark.full
 def test_noise_adds_to_the_distances_and_takes_from_fidelity(images, features, real):
     sets = [features(noisy(images[0][N : 2 * N], deviation)) for deviation in (0, 4, 8, 16)]
     check_distances_grow(sets, real[:N])
@@ -287,6 +288,7 @@ def test_noise_adds_to_the_distances_and_takes_from_fidelity(images, features, r
     check_strict([density_coverage(x, real[:N]).density for x in sets], -1)
 
 
+@pytest.mark.full
 def test_blur_adds_to_the_distances_and_takes_from_fidelity(images, features, real):
     sets = [features(blurred(images[0][N : 2 * N], deviation)) for deviation in (0.1, 0.5, 0.75, 1, 1.5)]
     check_distances_grow(sets, real[:N])

@@ -105,6 +105,7 @@ def test_each_commit_is_one_consistent_model(published):
         assert (f"{step} of {STEPS} optimiser steps" in commit.files["README.md"].decode()) == (step < STEPS)
 
 
+@pytest.mark.full
 def test_everybody_loads_it_and_draws_the_same(published, tmp_path):
     jobs = {
         "stock": {"folder": NAME},

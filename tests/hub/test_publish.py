@@ -430,6 +430,7 @@ def test_the_page_alone(run_folder, tmp_path, capsys):
     assert str(tmp_path) in (run_folder / "training_config.yaml").read_text()  # at home it stays as it is
 
 
+@pytest.mark.full
 def test_without_a_name_the_folder_is_the_repository(run_folder, tmp_path):
     publish.main(["runs/clothes", "--page_only", "--license", "apache-2.0"])
     card = ModelCard.load(run_folder / "README.md")

@@ -117,6 +117,7 @@ def test_every_method_is_measured_and_sampled_once(run, benchmark, tmp_path):
     assert strip[0] == strip[1]
 
 
+@pytest.mark.full
 def test_cells_of_earlier_runs_are_kept_if_they_are_of_the_same_model(run, tmp_path):
     run("--steps", "3", "--methods", "ddim", "unipc")
     both = run("--steps", "2", "--methods", "ddim")

@@ -37,6 +37,7 @@ def test_the_results_keep_the_promise():
     assert results["in_memory"]["held"] <= 1.1 * results["in_memory"]["decoded"]
 
 
+@pytest.mark.full
 def test_a_peak_is_that_of_all_processes(benchmark):
     grow = "x = bytearray(60_000_000); x[::4096] = b'x' * len(x[::4096])"
     parent = f"import subprocess, sys, time; {grow}; subprocess.run([sys.executable, '-c', sys.argv[1]]); time.sleep(1)"
@@ -67,6 +68,7 @@ def test_the_set_and_the_runs(benchmark, tmp_path, monkeypatch):
     assert results["runs"][0]["streamed"]["together"] == 20
 
 
+@pytest.mark.full
 def test_variants_differ(benchmark):
     image = benchmark.load_data(benchmark.TrainingConfig(), 1, 28).images[0][0].numpy()
     assert len({benchmark.variant(image, number).tobytes() for number in range(56)}) > 40

@@ -148,6 +148,7 @@ def test_a_training_is_the_quick_presets_with_another_prediction(benchmark, tmp_
     assert len(commands) == 1  # it is there
 
 
+@pytest.mark.full
 def test_chains_of_any_length_are_measured(benchmark, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "LONG", 2)
     save(tmp_path / "model", "sample")

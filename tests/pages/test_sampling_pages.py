@@ -69,6 +69,7 @@ def test_the_page_holds_the_tables_of_the_results(script, name):
     assert script.fill(empty, script.PAGES[name], script.results_of(name)) == page
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["guidance", "editing"])
 def test_the_code_of_the_page_runs(script, models, name, monkeypatch):
     monkeypatch.chdir(models.parent)

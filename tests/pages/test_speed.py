@@ -114,6 +114,7 @@ def test_ours_is_measured_with_what_the_script_does(systems):
     assert optimizer.defaults["fused"]
 
 
+@pytest.mark.full
 def test_the_loader_delivers_and_the_peak_is_above_every_share(benchmark):
     rates = benchmark.loading_rates((0,))
     assert list(rates) == ["0"] and rates["0"] > 100

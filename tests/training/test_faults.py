@@ -188,6 +188,7 @@ def test_the_logged_losses_are_those_of_a_run_without_a_stop(inputs, tmp_path, m
     assert [step for step, _ in expected] == [3, 6, 9, 10]
 
 
+@pytest.mark.full
 def test_a_second_signal_has_its_usual_effect():
     code = (
         "import os, signal; from ddpm_from_scratch.training.faults import StopSignals\n"

@@ -785,6 +785,7 @@ def test_saved_configuration_repeats_the_run(inputs, whole_run, tmp_path):
     assert_equal(load_file(again / name), load_file(whole_run / name))
 
 
+@pytest.mark.full
 def test_accelerate_launch_prints_the_folder_last(inputs, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", str(TRAINING / "train.py"), inputs.preset]
     flags = ["--output_dir", "model", "--max_train_steps", "2", "--logger", "tensorboard", "--hub_token", TOKEN]

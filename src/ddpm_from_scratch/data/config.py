@@ -1,7 +1,10 @@
 """Which images: a data set, and how its images are read, cropped, flipped and labelled."""
 
+import glob
 from dataclasses import dataclass
 from pathlib import Path
+
+from PIL import ImageColor
 
 from ..runtime.privacy import looks_local
 from ..runtime.shipped import EMBEDDED_DATASET, shipped
@@ -10,6 +13,8 @@ from .fields import FRACTION, at_least, check_fields, knob
 EMBEDDED_DATA = shipped("training/data") / "fashion_mnist_train.parquet"
 EMBEDDED_TEST_SET = EMBEDDED_DATA.with_name("fashion_mnist_test.parquet")
 
+BACKGROUND = "white"  # behind transparent pixels
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -17,11 +22,15 @@ class DataConfig:
 
     # Data
     dataset_name: str | None = knob(
-        None, "Hub name, local parquet file, or folder that `datasets` reads; without it: the embedded Fashion-MNIST"
+        None,
+        "Hub name, or local folder, archive, table (Parquet, CSV, JSON ...) or glob of them; without it: the embedded "
+        "Fashion-MNIST",
     )
     dataset_config_name: str | None = knob(None, "the data set's configuration, where it has several")
     dataset_revision: str | None = knob(None, "commit, tag or branch of a Hub data set; its newest if left out")
     train_data_dir: str | None = knob(None, "folder of images, in place of dataset_name")
+    split: str | None = knob(None, "of the data set; train, or the only one of a folder, if left out")
+    image_column: str | None = knob(None, "the column of images; found by itself if left out and there is one")
     streaming: bool = knob(
         False, "read dataset_name while training, without a copy in the cache; for sets that do not fit elsewhere"
     )
@@ -32,6 +41,7 @@ class DataConfig:
     )
     cache_dir: str | None = knob(None, "where downloads are kept; the Hugging Face cache by default")
     resolution: int | None = knob(None, "image size in pixels; the images' own if left out (paper: 32)", at_least(1))
+    background: str = knob(BACKGROUND, "colour that transparent pixels show: a name, or #rrggbb")
     center_crop: bool = knob(False, "crop images that are not square at the centre; at a random place otherwise")
     random_flip: bool = knob(False, "mirror half of the images (paper: true)")
     dataloader_num_workers: int = knob(0, "processes that decode images; 0: the training process does it", at_least(0))
@@ -58,10 +68,10 @@ class DataConfig:
         """Hub name, file or folder of the images."""
         return self.dataset_name or self.train_data_dir or embedded_set()[0]
 
-    def held_out(self, test_set: str | None) -> tuple[str, str] | None:
+    def held_out(self, test_set: str | None) -> tuple[str, str | None] | None:
         """Name and split of held-out images: those named, or the embedded ones' own; None where nobody named any."""
         if test_set is not None:
-            return test_set, "train"
+            return test_set, None
         return embedded_set("test") if self.trains_on_embedded_data else None
 
     def validate(self) -> None:
@@ -90,6 +100,12 @@ def check_data(config: DataConfig) -> None:
     check_revision("dataset", config.dataset_revision, name)
     if config.streaming and folder is not None:
         raise ValueError("streaming is of a dataset_name; the files of a train_data_dir are read one by one as it is")
+    try:
+        ImageColor.getrgb(config.background)
+    except ValueError as error:
+        raise ValueError(
+            f"background must be a colour such as white, black or #ff8800, got {config.background!r}"
+        ) from error
     if folder is not None and not Path(folder).is_dir():
         raise FileNotFoundError(f"train_data_dir: no folder {folder}")
     check_local("dataset_name", name)
@@ -101,8 +117,14 @@ def check_data(config: DataConfig) -> None:
 
 def check_local(field: str, name: str | None) -> None:
     """Raise FileNotFoundError for a name that can only be a path, and leads to nothing."""
-    if name is not None and looks_local(name) and not Path(name).expanduser().exists():
+    if name is not None and looks_local(name) and not local_files(name):
         raise FileNotFoundError(f"{field}: no file or folder {name}")
+
+
+def local_files(name: str) -> list[Path]:
+    """The files or folders of this name on the disk; of a pattern with `*`, all that match, sorted."""
+    path = Path(name).expanduser()
+    return [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
 
 
 def check_revision(kind: str, revision: str | None, name: str | None) -> None:

@@ -58,6 +58,7 @@ class TrainingData:
             "resolution": self.resolution,
             "fingerprint": self.fingerprint,
             **({"streaming": True} if self.order else {}),
+            **({"split": config.split} if config.split else {}),
             **self.describe_labels(config),
         }
 
@@ -74,14 +75,16 @@ class TrainingData:
         }
 
 
-def load_data(config: DataConfig, channels: int | None, resolution: int | None, split: str = "train") -> TrainingData:
+def load_data(
+    config: DataConfig, channels: int | None, resolution: int | None, split: str | None = None
+) -> TrainingData:
     """Open and survey the training images, decode a small set that is not streamed, and read labels if they are used.
 
     Args:
         config: says where the images are.
         channels: what the network takes (1 or 3); the images' own if None.
         resolution: what the network takes; the images' own if None.
-        split: of the data set.
+        split: of the data set; that of the configuration if None.
 
     Raises:
         ValueError: the images or labels cannot be read, or not in this form.
@@ -89,17 +92,25 @@ def load_data(config: DataConfig, channels: int | None, resolution: int | None, 
     if config.trains_on_embedded_data and not EMBEDDED_DATA.is_file():
         logger.info("no images are named, and none came with the package: taking %s from the Hub", config.source)
     source = open_source(config, split)
+    logger.info("%s", source.about)
     labels = None
     if config.class_conditional:
         column = find_label_column(source.features, config.label_column)
         labels = read_labels(source.features[column], column, source.values(column))
     seen = survey(source, config.skip_bad_images)
+    if seen.transparent:
+        logger.info(
+            "%d of %d images looked at have transparent parts, which become %s (--background)",
+            seen.transparent,
+            len(source.surveyed),
+            config.background,
+        )
     if channels not in (None, *PIL_MODE):
         raise ValueError(f"the network takes {channels} channels, images have 1 or 3")
     if channels == 1 and seen.channels == 3:
         raise ValueError("the network takes 1 channel (grayscale), the images have colours")
     channels, resolution = channels or seen.channels, resolution or seen.own_resolution()
-    images = DecodedOnDemand(source.images, channels, resolution)
+    images = DecodedOnDemand(source.images, channels, resolution, config.background)
     # Images that are not square keep their longer side until they are cropped.
     elongation = max(max(size) / min(size) for size in seen.sizes)
     small = len(images) * channels * resolution**2 * elongation <= IN_MEMORY_BYTES

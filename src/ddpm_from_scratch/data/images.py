@@ -4,7 +4,6 @@ import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -13,6 +12,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..runtime.errors import BadImages
+from .config import BACKGROUND
+from .folders import read_file
 from .sources import Rows, Source
 
 GRAYSCALE_MODES = ("1", "L", "LA")
@@ -45,6 +46,7 @@ class Survey:
 
     channels: int  # 1 if all are grayscale, else 3
     sizes: frozenset[tuple[int, int]]  # (width, height)
+    transparent: int  # how many may have transparent pixels
     fingerprint: str  # hash of the encoded images
 
     def own_resolution(self) -> int:
@@ -62,11 +64,11 @@ class Survey:
 
 
 def encoded_image(row: Mapping[str, Any], index: int) -> bytes:
-    """The bytes of an image file, from the row itself or from the file it names; ValueError if the row has no image."""
+    """The bytes of an image, from the row itself or from the file that it names; ValueError if the row has none."""
     image = row["image"]
     if image is None:
         raise ValueError(f"row {index} of the data set has no image")
-    return cast(bytes, image["bytes"]) if image["bytes"] is not None else Path(image["path"]).read_bytes()
+    return cast(bytes, image["bytes"]) if image["bytes"] is not None else read_file(image["path"])
 
 
 def where(row: Mapping[str, Any], index: int) -> str:
@@ -86,7 +88,7 @@ def survey(source: Source, skip_bad_images: bool = False) -> Survey:
     Raises BadImages if an image cannot be read, and such ones are not to be passed over; or none can; ValueError if an
     image has more than 8 bits per channel.
     """
-    modes, sizes = set(), set()
+    gray, sizes, transparent = True, set(), 0
     digest = hashlib.blake2b(source.extent.encode(), digest_size=16)
     for index in source.surveyed:
         row = source.images[index]
@@ -95,6 +97,8 @@ def survey(source: Source, skip_bad_images: bool = False) -> Survey:
             digest.update(encoded)
             with Image.open(io.BytesIO(encoded)) as image:
                 mode, size = image.mode, image.size
+                gray = gray and is_gray(image)
+                transparent += image.has_transparency_data
         except BROKEN_IMAGE as error:
             if skip_bad_images:
                 continue
@@ -103,24 +107,41 @@ def survey(source: Source, skip_bad_images: bool = False) -> Survey:
             raise ValueError(
                 f"{where(row, index)} has more than 8 bits per channel (mode {mode}): convert it to 8 bits"
             )
-        modes.add(mode)
         sizes.add(size)
     if not sizes:
         raise BadImages(f"none of {len(source.images)} images can be read")
-    return Survey(1 if modes <= set(GRAYSCALE_MODES) else 3, frozenset(sizes), digest.hexdigest())
+    return Survey(1 if gray else 3, frozenset(sizes), transparent, digest.hexdigest())
 
 
-def decode(row: Mapping[str, Any], index: int, channels: int, resolution: int) -> Tensor:
+def is_gray(image: Image.Image) -> bool:
+    """Whether an image is gray by its mode, or all colours of its palette are."""
+    if image.mode not in ("P", "PA"):
+        return image.mode in GRAYSCALE_MODES
+    colours = np.array(image.getpalette("RGB")).reshape(-1, 3)
+    return bool((colours == colours[:, :1]).all())
+
+
+def flattened(image: Image.Image, background: str) -> Image.Image:
+    """An image as one sees it in front of a background; without transparent pixels, as it is."""
+    if not image.has_transparency_data:
+        return image
+    seen = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", seen.size, background), seen)
+
+
+def decode(row: Mapping[str, Any], index: int, channels: int, resolution: int, background: str = BACKGROUND) -> Tensor:
     """An image, resized so that its shorter side is the resolution: uint8 [channels, H, W].
+
+    Transparent pixels show the background, a colour as PIL names it.
 
     Raises BadImages if the image cannot be read, or it has colours where the network takes none.
     """
     try:
         with Image.open(io.BytesIO(encoded_image(row, index))) as opened:
             image = ImageOps.exif_transpose(opened)
-            if channels == 1 and image.mode not in GRAYSCALE_MODES:
+            if channels == 1 and not is_gray(image):
                 raise ValueError(f"it is of mode {image.mode}, the training is on grayscale images")
-            image = image.convert(PIL_MODE[channels])
+            image = flattened(image, background).convert(PIL_MODE[channels])
     except BROKEN_IMAGE as error:
         raise BadImages(f"{where(row, index)} cannot be read: {reason(error)}") from error
     if min(image.size) != resolution:
@@ -144,6 +165,7 @@ class DecodedOnDemand:
     rows: Rows
     channels: int
     resolution: int
+    background: str = BACKGROUND
 
     def __len__(self) -> int:
         """Number of images."""
@@ -151,7 +173,7 @@ class DecodedOnDemand:
 
     def __getitem__(self, index: int) -> Tensor:
         """Uint8 [C, H, W]."""
-        return decode(self.rows[index], index, self.channels, self.resolution)
+        return decode(self.rows[index], index, self.channels, self.resolution, self.background)
 
 
 def decode_all(images: DecodedOnDemand, skip_bad_images: bool = False) -> tuple[Images, list[int], list[str]]:

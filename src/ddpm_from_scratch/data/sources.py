@@ -16,14 +16,29 @@ import pyarrow
 import pyarrow.parquet
 from tqdm import tqdm
 
+from ..diffusion.checks import suggestion
+from ..runtime.privacy import public_name
 from ..runtime.random_streams import Block
-from .config import DataConfig
+from .config import DataConfig, local_files
+from .folders import files_of, has_configurations, holds_pictures, open_folder
 
 READ_WHOLE_BYTES = 2**30  # a single parquet file up to this size
 SURVEYED_ROWS = 20_000  # of larger sets, this many rows are looked at before the run
 SURVEYED_STREAM_ROWS, LEAST_BLOCKS = 2000, 4  # of a streamed one, fewer rows, from at least so many blocks
 FOOTERS_AT_ONCE = 16
 MIB = 2**20
+READERS: dict[str, tuple[str, dict[str, str]]] = {  # what reads files of a suffix, and how
+    ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".ndjson": ("json", {}),
+    ".tar": ("webdataset", {}),
+}
+PATH_COLUMNS = ("image", "file_name", "filename", "file", "path", "image_path", "filepath")
+TEXTS = (datasets.Value("string"), datasets.Value("large_string"))
 
 
 class Rows(Protocol):
@@ -43,6 +58,7 @@ class Source:
     values: Callable[[str], list[Any]]  # of a column, whole
     surveyed: Sequence[int]  # rows spread over the set, to look at before the run
     blocks: tuple[Block, ...] | None = None  # of a streamed set
+    about: str = ""  # how many images of how many files
 
     @property
     def extent(self) -> str:
@@ -50,60 +66,65 @@ class Source:
         return str(self.blocks or len(self.images))
 
 
-def open_source(config: DataConfig, split: str = "train") -> Source:
-    """A split of the data set; a single parquet file is the split "train".
+def open_source(config: DataConfig, split: str | None = None) -> Source:
+    """A split of the data set; a single file is the split "train".
 
     Raises ValueError if it is empty, there is no such split, or it has no images.
     """
-    return open_stream(config, split) if config.streaming else open_rows(config, split)
+    split, path = split or config.split, Path(config.source).expanduser()
+    # The files of a folder of pictures are read one by one as it is.
+    streamed = config.streaming and not (path.exists() and holds_pictures(path))
+    return open_stream(config, split or "train") if streamed else open_rows(config, split)
 
 
 # --- rows by index -------------------------------------------------------------------------------------------------
 
 
-def open_rows(config: DataConfig, split: str) -> Source:
+def open_rows(config: DataConfig, split: str | None) -> Source:
     """Rows in memory, or on the disk in a form of which any row can be read at once; errors as of `open_source`."""
-    rows = load_rows(config, split)
+    rows, about = load_rows(config, split)
     if len(rows) == 0:
         raise ValueError(f"{config.source} holds no images")
     return Source(
         rows.features,
-        image_column(rows),
+        image_column(rows, config),
         lambda column: rows.select_columns([column]).with_format("arrow")[:][column].to_pylist(),
         evenly(SURVEYED_ROWS, len(rows)).tolist(),
+        about=about or f"{len(rows)} images in {public_name(config.source)}",
     )
 
 
-def load_rows(config: DataConfig, split: str) -> datasets.Dataset:
-    """A split with all its columns; ValueError if there is none of this name."""
+def load_rows(config: DataConfig, split: str | None) -> tuple[datasets.Dataset, str]:
+    """A split with all its columns, and what was found where it is a folder; ValueError if there is none of this name.
+
+    Which folders and files are what: pictures by `folders`, a set that `datasets` saved, tables, and what else
+    `datasets` knows.
+    """
     if config.train_data_dir is not None:
-        return datasets.load_dataset(
-            "imagefolder", data_dir=config.train_data_dir, split=split, cache_dir=config.cache_dir
-        )
-    name, path = config.source, Path(config.source).expanduser()
-    if path.suffix == ".parquet" and path.stat().st_size > READ_WHOLE_BYTES:  # read from the disk row by row
-        files = {"train": str(path)}
-        return datasets.load_dataset("parquet", data_files=files, split=split, cache_dir=config.cache_dir)
-    if path.suffix == ".parquet":
+        return open_folder(Path(config.train_data_dir).expanduser(), split, config.cache_dir)
+    files = local_files(config.source)
+    path = files[0] if len(files) == 1 else None
+    wanted = split or "train"
+    if path and path.suffix == ".parquet" and path.is_file() and path.stat().st_size <= READ_WHOLE_BYTES:
         table = datasets.table.InMemoryTable(pyarrow.parquet.read_table(path))  # no copy in the cache
-        return pick_split({"train": datasets.Dataset(table)}, split, path)
-    if (path / "state.json").is_file():
-        return pick_split({"train": datasets.load_from_disk(str(path))}, split, path)
-    if (path / "dataset_dict.json").is_file():
-        return pick_split(datasets.load_from_disk(str(path)), split, path)
-    return datasets.load_dataset(
-        str(path) if path.exists() else name,
-        config.dataset_config_name,
-        split=split,
-        cache_dir=config.cache_dir,
-        revision=config.dataset_revision,
-    )
+        return pick_split({"train": datasets.Dataset(table)}, wanted, path), ""
+    if path and (path / "state.json").is_file():
+        return pick_split({"train": datasets.load_from_disk(str(path))}, wanted, path), ""
+    if path and (path / "dataset_dict.json").is_file():
+        return pick_split(datasets.load_from_disk(str(path)), wanted, path), ""
+    if path and holds_pictures(path):
+        return open_folder(path, split, config.cache_dir)
+    builder = table_builder(config)
+    builder.download_and_prepare()
+    if pick_split(builder.info.splits, wanted, config.source).num_examples == 0:
+        raise ValueError(f"{config.source} holds no images")
+    return builder.as_dataset(split=wanted), ""
 
 
 def pick_split(splits: Mapping[str, Any], split: str, name: object) -> Any:  # noqa: ANN401
     """The split of this name; ValueError if there is none."""
     if split not in splits:
-        raise ValueError(f"{name} has no split {split!r}; it has {', '.join(map(str, splits))}")
+        raise ValueError(f"{name} has no split {split!r}; it has {', '.join(map(str, splits))}: choose with --split")
     return splits[split]
 
 
@@ -185,38 +206,67 @@ def open_stream(config: DataConfig, split: str) -> Source:
     name, path = config.source, Path(config.source).expanduser()
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         raise ValueError(f"{name} was written by save_to_disk and is read row by row as it is: leave out --streaming")
-    builder = stream_builder(config, path)
+    builder = table_builder(config)
     files = [str(file) for file in pick_split(builder.config.data_files or {}, split, name)]
     is_parquet = all(file.endswith(".parquet") for file in files)
     stream = builder.as_streaming_dataset(split).reshard()
     if stream.features is None:
         raise ValueError(f"{name} does not say what its columns hold: convert it to Parquet to stream it")
-    images = image_column(stream)
+    images = image_column(stream, config)
     blocks = into_blocks(row_groups(files) if is_parquet else read_through(images))
     if not blocks or blocks[-1].stop == 0:
         raise ValueError(f"{name} holds no images")
 
     def values(column: str) -> list[Any]:
-        one = stream_builder(config, path, columns=[column]).as_streaming_dataset(split) if is_parquet else stream
+        one = table_builder(config, columns=[column]).as_streaming_dataset(split) if is_parquet else stream
         return pyarrow.concat_tables(tables(one.select_columns([column])))[column].to_pylist()
 
     rows = StreamedRows(images, blocks, config.shuffle_window_mb * MIB)
     return Source(stream.features, rows, values, rows.evenly(SURVEYED_STREAM_ROWS), blocks)
 
 
-def stream_builder(config: DataConfig, path: Path, **options: Any) -> datasets.DatasetBuilder:  # noqa: ANN401
-    """The builder with which `datasets` reads the set; only its description is downloaded."""
-    if path.suffix == ".parquet":
-        return datasets.load_dataset_builder(
-            "parquet", data_files={"train": str(path)}, cache_dir=config.cache_dir, **options
-        )
-    return datasets.load_dataset_builder(
-        str(path) if path.exists() else config.source,
+def table_builder(config: DataConfig, **options: Any) -> datasets.DatasetBuilder:  # noqa: ANN401
+    """The builder with which `datasets` reads the set; only its description is downloaded.
+
+    Raises ValueError for files of a kind that nobody reads, or files that the splits leave out.
+    """
+    files = local_files(config.source)
+    cached = {"cache_dir": config.cache_dir, **options}
+    if files and all(file.is_file() for file in files):
+        kinds = {file.name.lower()[file.name.find(".") :] for file in files}
+        suffix = next((suffix for suffix in READERS if all(kind.endswith(suffix) for kind in kinds)), None)
+        if suffix is None:
+            raise ValueError(
+                f"{config.source} is {' and '.join(sorted(kinds))}: files of one kind are read, "
+                f"{', '.join(READERS)} or .zip"
+            )
+        reader, how = READERS[suffix]
+        return datasets.load_dataset_builder(reader, data_files={"train": [*map(str, files)]}, **how, **cached)
+    if len(files) > 1:
+        raise ValueError(f"{config.source} leads to {len(files)} folders and files: name one folder, or files alone")
+    builder = datasets.load_dataset_builder(
+        str(files[0]) if files else config.source,
         config.dataset_config_name,
-        cache_dir=config.cache_dir,
         revision=config.dataset_revision,
-        **options,
+        **cached,
     )
+    if files:
+        check_all_in_splits(files[0], builder)
+    return builder
+
+
+def check_all_in_splits(folder: Path, builder: datasets.DatasetBuilder) -> None:
+    """Raise ValueError if files of a folder are in none of the splits that `datasets` made of words in their names."""
+    splits = builder.config.data_files or {}
+    known = {Path(str(file)).resolve() for files in splits.values() for file in files}
+    suffixes = {file.suffix for file in known}
+    lost = [file for file in files_of(folder) if file.suffix in suffixes and file.resolve() not in known]
+    if lost and not has_configurations(folder):
+        there = ", ".join(map(str, splits))
+        raise ValueError(
+            f"{len(lost)} files of {folder}, such as {lost[0].name}, are in none of its splits ({there}), "
+            f"which words in the files' names make: name the files that are meant, as in '{folder}/*{lost[0].suffix}'"
+        )
 
 
 def row_groups(files: Sequence[str]) -> list[tuple[int, int]]:
@@ -248,25 +298,58 @@ def into_blocks(sizes: Sequence[tuple[int, int]]) -> tuple[Block, ...]:
 # --- columns -------------------------------------------------------------------------------------------------------
 
 
-def image_column(rows: Any) -> Any:  # noqa: ANN401
+def image_column(rows: Any, config: DataConfig) -> Any:  # noqa: ANN401
     """The undecoded images alone, of a `Dataset` or an `IterableDataset`, in one column named `image`.
 
-    Raises ValueError if the data set has no image column.
+    Raises ValueError if the data set has no image column, or several and none is chosen.
     """
-    column = find_image_column(rows.features)
-    rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    return rows if column == "image" else rows.rename_column(column, "image")
+    column = find_image_column(rows.features, config.image_column)
+    rows = rows.select_columns([column])
+    if column != "image":
+        rows = rows.rename_column(column, "image")
+    if rows.features["image"] in TEXTS:
+        rows = rows.map(partial(beside, table_folder(config)))
+    return rows.cast_column("image", datasets.Image(decode=False))
 
 
-def find_image_column(features: Mapping[str, Any]) -> str:
-    """The first column of images: of `datasets`' Image type, or encoded bytes with or without a path.
+def find_image_column(features: Mapping[str, Any], wanted: str | None = None) -> str:
+    """The column of images: of `datasets`' Image type, else encoded bytes with or without a path, else paths of files.
 
-    Raises ValueError if there is none.
+    Raises ValueError if there is none, or several of the same kind and none is wanted; or the wanted one is none.
     """
-    for name, feature in features.items():
-        if isinstance(feature, datasets.Image):
-            return name
-    for name, feature in features.items():
-        if feature == datasets.Value("binary") or (isinstance(feature, dict) and set(feature) == {"bytes", "path"}):
-            return name
-    raise ValueError(f"no column of the data set holds images; its columns: {', '.join(features)}")
+    columns = f"its columns: {', '.join(features)}"
+    kinds = (
+        [name for name, feature in features.items() if isinstance(feature, datasets.Image)],
+        [name for name, feature in features.items() if holds_bytes(feature)],
+        [name for name in PATH_COLUMNS if features.get(name) in TEXTS],
+    )
+    if wanted is not None:
+        if wanted not in features:
+            raise ValueError(f"the data set has no image_column {wanted!r}{suggestion(wanted, features)}; {columns}")
+        if not (any(wanted in names for names in kinds) or features[wanted] in TEXTS):
+            raise ValueError(f"image_column {wanted!r} must hold images or paths of them, got {features[wanted]}")
+        return wanted
+    found = next((names for names in kinds if names), [])
+    if not found:
+        raise ValueError(f"no column of the data set holds images; {columns}")
+    if len(found) > 1:
+        raise ValueError(f"the columns {', '.join(found)} all hold images: choose one with --image_column")
+    return found[0]
+
+
+def holds_bytes(feature: Any) -> bool:  # noqa: ANN401
+    """Whether a column's type can be that of image files."""
+    return feature == datasets.Value("binary") or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+
+
+def table_folder(config: DataConfig) -> Path:
+    """The folder from which paths in a local table are meant; ValueError for paths in a table from the Hub."""
+    files = local_files(config.source)
+    if not files:
+        raise ValueError(f"{config.source} holds paths of images, not images: download it, and name its folder")
+    return files[0].parent if files[0].is_file() else files[0]
+
+
+def beside(folder: Path, row: Mapping[str, str]) -> dict[str, str]:
+    """A row whose path is seen from a folder."""
+    return {"image": str(folder / row["image"])}

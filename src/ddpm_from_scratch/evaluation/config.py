@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.config import DataConfig, check_local
+from ..data.config import BACKGROUND, DataConfig, check_local
 from ..data.fields import Allowed, at_least, check_fields, knob, one_of
 from ..runtime.devices import PRECISIONS
 from ..runtime.results import read_results
@@ -53,6 +53,9 @@ class EvaluationConfig:
     dataset_config_name: str | None = knob(None, "as for `ddpm train`")
     dataset_revision: str | None = knob(None, "as for `ddpm train`")
     train_data_dir: str | None = knob(None, "as for `ddpm train`")
+    split: str | None = knob(None, "as for `ddpm train`")
+    image_column: str | None = knob(None, "as for `ddpm train`")
+    background: str = knob(BACKGROUND, "as for `ddpm train`")
     streaming: bool = knob(False, "as for `ddpm train`")
     test_set: str | None = knob(
         None, "held-out images, like --dataset_name; default: the embedded ones, for the embedded data"
@@ -97,7 +100,10 @@ class EvaluationConfig:
     @property
     def data(self) -> DataConfig:
         """The training images, with their classes if some are to be judged."""
-        names = ("dataset_name", "dataset_config_name", "dataset_revision", "train_data_dir", "streaming")
+        names = (
+            *("dataset_name", "dataset_config_name", "dataset_revision", "train_data_dir", "split", "streaming"),
+            *("image_column", "background"),
+        )
         return DataConfig(**{name: getattr(self, name) for name in names}, **self.judged)
 
     @property

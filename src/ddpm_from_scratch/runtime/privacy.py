@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+FILES = "parquet|arrow|json|jsonl|ndjson|csv|tsv|zip|tar|tgz|gz|bz2|xz"  # suffixes of local files of data and networks
+
 
 def as_yaml(values: Mapping[str, Any]) -> str:
     """A configuration as a preset."""
@@ -16,7 +18,7 @@ def as_yaml(values: Mapping[str, Any]) -> str:
 
 def looks_local(name: str) -> bool:
     """Whether a data set or model name can only be a path: Hub names are `name` or `owner/name`."""
-    return bool(re.match(r"[./~]|.*\.(parquet|json)$", name)) or name.count("/") > 1
+    return bool(re.match(rf"[./~]|.*\*|.*\.({FILES})$", name)) or name.count("/") > 1
 
 
 def public_name(name: str) -> str:

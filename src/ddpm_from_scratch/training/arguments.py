@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
@@ -107,6 +108,16 @@ def unknown_name_hint(message: str) -> str:
     return next((suggestion(name, known) for name in names if name not in known), "")
 
 
+def choose_length(options: dict[str, Any], arguments: Sequence[str]) -> None:
+    """Let a flag for the length of the run replace the preset's other one; ValueError for two flags."""
+    flags = {argument.partition("=")[0] for argument in arguments}
+    if "--num_epochs" not in flags:
+        return
+    if "--max_train_steps" in flags and options["max_train_steps"] is not None:
+        raise ValueError("--num_epochs and --max_train_steps both say how long the run is: give one of them")
+    options["max_train_steps"] = None
+
+
 def parse(argv: Sequence[str] | None = None) -> tuple[TrainingConfig, bool]:
     """Read the command line into a checked configuration.
 
@@ -126,6 +137,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[TrainingConfig, bool]:
         options = parser.parse_args(split_preset(arguments)).as_dict()
         dry_run, print_config = options.pop("dry_run"), options.pop("print_config")
         options.pop("preset")
+        choose_length(options, arguments)
         config = TrainingConfig(**options)
         if config.model_config_name_or_path is not None:
             if any(argument.startswith("--model.") for argument in arguments):

@@ -83,7 +83,11 @@ class TrainingConfig(DataConfig):
     # Optimisation
     train_batch_size: int = knob(16, "images per process and backward pass (paper: 128)", at_least(1))
     gradient_accumulation_steps: int = knob(1, "backward passes per optimiser step (paper: 1)", at_least(1))
-    num_epochs: int = knob(100, "passes over the data; max_train_steps beats it", at_least(1))
+    num_epochs: int = knob(
+        100,
+        "passes over the data; as a flag it replaces a preset's max_train_steps, which otherwise counts",
+        at_least(1),
+    )
     step_images: int | None = knob(
         None,
         "what a step is in this configuration: so many images, whatever the batch and the number of processes; left "

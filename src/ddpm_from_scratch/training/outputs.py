@@ -80,9 +80,9 @@ def finish(run: Run) -> None:
 
 
 def log_to_stderr() -> None:
-    """Show what the run says, without every request of the HTTP libraries."""
+    """Show what the run says, without every request and archive of the libraries."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for library in ("httpx", "httpx2"):
+    for library in ("httpx", "httpx2", "fsspec"):
         logging.getLogger(library).setLevel(logging.WARNING)
 
 

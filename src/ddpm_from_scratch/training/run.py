@@ -13,6 +13,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
+from ..data.config import BACKGROUND
 from ..data.dataset import TrainingData, load_data
 from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..diffusion.scheduler import ScratchDDPMScheduler
@@ -119,6 +120,8 @@ class Run:
         same = ["seed", "center_crop", "random_flip", "use_ema", *PROCESS_FLAGS, *OBJECTIVE_FLAGS, "timestep_sampling"]
         if config.skip_bad_images:
             same.append("skip_bad_images")
+        if config.background != BACKGROUND:
+            same.append("background")
         if config.streaming:
             same += ["streaming", "shuffle_window_mb"]
         if config.loss != "simple":  # the bound is that of a variance

@@ -1,0 +1,206 @@
+"""Folders of pictures: all images in them and in their archives, by split.
+
+`datasets` guesses splits from words in the names of files, so that `photo_train.png` is a split of its own and
+`photo_1.png` is in none. Here a folder is all its images, unless all of them lie under folders that are called as
+splits are.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import fsspec
+from PIL import Image
+
+# The folders that are splits, by the names under which people have them.
+SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation"}
+SPLIT_FOLDERS |= {"test": "test"}
+ARCHIVES = {".zip": "zip", ".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", ".tar.bz2": "tar", ".tar.xz": "tar"}
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # columns of a folder, as `datasets` reads them
+TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl", ".ndjson")
+
+
+def image_suffixes() -> set[str]:
+    """The suffixes of the files that PIL opens."""
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The files of a folder of pictures, without hidden ones."""
+
+    path: Path
+    images: tuple[str, ...]  # paths, sorted; inside an archive `zip://cat/1.png::/pictures/images.zip`
+    metadata: tuple[str, ...]
+    others: Mapping[str, int]  # how many of each suffix are no images
+
+    def parts(self, image: str) -> tuple[str, ...]:
+        """The folders of an image and its name, seen from this folder; an archive counts as a folder."""
+        inner, _, archive = image.partition("::")
+        if not archive:
+            return Path(image).relative_to(self.path).parts
+        *outer, name = Path(archive).relative_to(self.path).parts or ("",)
+        stem = [name.removesuffix(suffix) for suffix in ARCHIVES if name.lower().endswith(suffix)][:1]
+        return (*outer, *stem, *Path(inner.partition("://")[2]).parts)
+
+    @cached_property
+    def splits(self) -> dict[str, list[str]]:
+        """The images by split; all of them as "train" unless each lies in a folder that is called as a split is."""
+        splits: dict[str, list[str]] = {}
+        for image in self.images:
+            top = SPLIT_FOLDERS.get(self.parts(image)[0].lower()) if len(self.parts(image)) > 1 else None
+            if top is None:
+                return {"train": list(self.images)}
+            splits.setdefault(top, []).append(image)
+        return splits
+
+    @property
+    def not_images(self) -> str:
+        """The other files in words."""
+        return ", ".join(f"{count} {suffix}" for suffix, count in sorted(self.others.items()))
+
+    def describe(self, used: int, split: str) -> str:
+        """How many images of how many files are used, and why not the others."""
+        remarks = [f"{len(images)} in split {name}" for name, images in self.splits.items() if name != split]
+        if used < len(self.splits[split]):
+            remarks.append(f"{len(self.splits[split]) - used} that no metadata name")
+        if self.others:
+            remarks.append(f"no images: {self.not_images}")
+        total = len(self.images) + len(self.metadata) + sum(self.others.values())
+        return f"{used} images of {total} files in {self.path}" + (f" ({'; '.join(remarks)})" if remarks else "")
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files in a folder, at any depth, but for hidden ones; of a file, itself."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sorted(file for file in files if not hidden(file.relative_to(path).parts))
+
+
+def read_folder(path: Path) -> Folder:
+    """List a folder, or a single archive, with what is in archives."""
+    names: list[str] = []
+    for file in files_of(path):
+        archive = archive_kind(file.name)
+        names += list_archive(file, archive) if archive else [str(file)]
+    suffixes = image_suffixes()
+    images = [name for name in names if suffix_of(name) in suffixes]
+    metadata = [name for name in names if Path(name).name in METADATA]
+    rest = Counter(suffix_of(name) or "without suffix" for name in set(names) - set(images) - set(metadata))
+    return Folder(path, tuple(sorted(images)), tuple(metadata), rest)
+
+
+def suffix_of(name: str) -> str:
+    """The suffix of a file, or of one inside an archive, in lower case."""
+    return Path(name.partition("::")[0]).suffix.lower()
+
+
+def hidden(parts: Iterable[str]) -> bool:
+    """Whether a file is of the system, not of the user: `.DS_Store`, `__MACOSX/...`."""
+    return any(part.startswith((".", "__")) for part in parts)
+
+
+def archive_kind(name: str) -> str | None:
+    """How fsspec opens a file, if it is an archive."""
+    return next((kind for suffix, kind in ARCHIVES.items() if name.lower().endswith(suffix)), None)
+
+
+def list_archive(path: Path, kind: str) -> list[str]:
+    """The files of an archive, as addresses that `read_file` reads; ValueError if it cannot be read."""
+    try:
+        inside = open_archive(kind, str(path), os.getpid()).find("")
+    except Exception as error:  # zipfile, tarfile and every codec have their own
+        raise ValueError(f"{path} cannot be read as an archive: {error}") from error
+    return [f"{kind}://{name.lstrip('/')}::{path}" for name in inside if not hidden(Path(name.lstrip("/")).parts)]
+
+
+@lru_cache(maxsize=4)
+def open_archive(kind: str, path: str, process: int) -> fsspec.AbstractFileSystem:
+    """An archive, listed once in every process: forked ones would read at each other's places."""
+    options = {"compression": "gzip"} if path.lower().endswith(".tgz") else {}  # fsspec knows .tar.gz by its name
+    return fsspec.filesystem(kind, fo=path, **options)
+
+
+def read_file(path: str) -> bytes:
+    """The bytes of a file, on the disk or in an archive."""
+    if "://" not in path:
+        return Path(path).read_bytes()
+    inner, _, archive = path.partition("::")
+    kind, _, name = inner.partition("://")
+    if archive and "://" not in archive:
+        return cast(bytes, open_archive(kind, archive, os.getpid()).cat_file(name))
+    with fsspec.open(path, "rb") as file:
+        return cast(bytes, file.read())
+
+
+def holds_pictures(path: Path) -> bool:
+    """Whether a folder or archive is pictures: no tables, no samples of several files, no card of what is what."""
+    if path.is_file():
+        kind = archive_kind(path.name)
+        return kind == "zip" or (kind == "tar" and not holds_samples(path))
+    files = files_of(path)
+    if has_configurations(path) or any(f.suffix in TABLES and f.name not in METADATA for f in files):
+        return False
+    kinds = {archive_kind(file.name) or suffix_of(file.name) for file in files}
+    return bool(kinds & {*image_suffixes(), "zip"}) or "tar" not in kinds
+
+
+def holds_samples(path: Path) -> bool:
+    """Whether files of a tar belong together, as `1.png` and `1.json` do in a webdataset."""
+    folder = read_folder(path)
+    keys = {image.partition("::")[0].partition(".")[0] for image in folder.images}
+    return bool(folder.others) or len(keys) < len(folder.images)
+
+
+def has_configurations(path: Path) -> bool:
+    """Whether the folder's card says which files are which split, as one of a Hub data set does."""
+    card = path / "README.md"
+    return card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace")
+
+
+def open_folder(path: Path, split: str | None, cache_dir: str | None) -> tuple[datasets.Dataset, str]:
+    """The images of a split, with their classes where every one lies in a folder of a class; and what was found.
+
+    Args:
+        path: of the folder, or of an archive.
+        split: train, validation or test; None for train, or the only one.
+        cache_dir: where `datasets` keeps what it makes of metadata.
+
+    Raises:
+        ValueError: there are no images, or no such split, or metadata name files that are not there.
+    """
+    folder = read_folder(path)
+    splits = folder.splits
+    if not splits:
+        found = f", but {folder.not_images}" if folder.others else ""
+        raise ValueError(
+            f"{path} holds no images{found}: images are files such as .png, .jpg, .webp or .tiff, or .zip and .tar "
+            "archives of them"
+        )
+    chosen = split or ("train" if "train" in splits else next(iter(splits)))
+    if chosen not in splits or (split is None and "train" not in splits and len(splits) > 1):
+        there = ", ".join(f"{name} ({len(images)} images)" for name, images in splits.items())
+        raise ValueError(f"{path} has no split {chosen if split else 'train'!r}; it has {there}: choose with --split")
+    if folder.metadata:
+        files = {chosen: [*splits[chosen], *folder.metadata]}
+        rows = datasets.load_dataset("imagefolder", data_files=files, split=chosen, cache_dir=cache_dir)
+    else:
+        rows = with_classes(folder, splits, chosen)
+    return rows, folder.describe(len(rows), chosen)
+
+
+def with_classes(folder: Folder, splits: Mapping[str, list[str]], chosen: str) -> datasets.Dataset:
+    """A row for each image; its class is the folder that it lies in, if there are several, all at one depth."""
+    by_folders = list(splits) != ["train"]
+    inside = {image: folder.parts(image)[by_folders:] for image in folder.images}
+    parents = {parts[-2] if len(parts) > 1 else "" for parts in inside.values()}
+    rows: dict[str, list[str]] = {"image": splits[chosen]}
+    features: dict[str, Any] = {"image": datasets.Image(decode=False)}
+    if len(parents) > 1 and len(set(map(len, inside.values()))) == 1:
+        rows["label"] = [inside[image][-2] for image in splits[chosen]]
+        features["label"] = datasets.ClassLabel(names=sorted(parents))
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
