@@ -183,6 +183,15 @@ def test_other_files_are_counted_and_hidden_ones_are_not(tmp_path, caplog):
     assert f"1 images of 5 files in {tmp_path} (no images: 1 .npy, 2 .txt, 1 without suffix)" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["notes.csv", "labels.json", "train.jsonl"])
+def test_a_table_beside_pictures_changes_nothing(tmp_path, name):
+    save(tmp_path / "photo_1.png", 1)
+    save(tmp_path / "photo_train_2.png", 2)
+    (tmp_path / name).write_text("{}")
+    config = DataConfig(dataset_name=str(tmp_path))
+    assert seeds_of(data.load_data(config, None, None), [1, 2]) == [1, 2]
+
+
 @pytest.mark.parametrize(("suffix", "said"), [(".npy", ", but 3 .npy"), (".txt", ", but 3 .txt"), ("", "3 without")])
 def test_a_folder_without_images_says_what_it_holds(tmp_path, suffix, said):
     for number in range(3):
@@ -298,7 +307,7 @@ def test_a_table_without_rows_or_a_file_of_no_known_kind(tmp_path):
     with pytest.raises(ValueError, match=r"one.csv holds no images"):
         load(tmp_path / "one.csv")
     (tmp_path / "one.npz").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"one.npz is .npz: files of one kind are read, .parquet"):
+    with pytest.raises(ValueError, match=r"one.npz is .npz, which nobody reads: images are in folders, .zip, .parquet"):
         load(tmp_path / "one.npz")
     with pytest.raises(FileNotFoundError, match=r"dataset_name: no file or folder .*\*.tar"):
         load(tmp_path / "*.tar")
@@ -319,6 +328,16 @@ def test_tables_that_no_split_holds_are_refused_and_a_pattern_takes_them(tmp_pat
     with pytest.raises(ValueError, match=r"1 files of .*, such as shoes.parquet, are in none of its splits \(train\)"):
         data.load_data(DataConfig(dataset_name=str(tmp_path)), None, None)
     assert seeds_of(load(tmp_path / "*.parquet"), range(3)) == [0, 1, 2]
+
+
+def test_a_part_of_a_split(tmp_path):
+    for name, seeds in (("train", [0, 1, 2]), ("test", [3])):
+        as_table(tmp_path / f"{name}-00000-of-00001.parquet", seeds)  # in a folder whose name has a split's, too
+    for split, seeds in {None: [0, 1, 2], "test": [3], "train[1:]": [1, 2], "train+test": [0, 1, 2, 3]}.items():
+        config = DataConfig(dataset_name=str(tmp_path), split=split)
+        assert seeds_of(data.load_data(config, None, None), range(4)) == seeds
+    with pytest.raises(ValueError, match=r"no split 'val'; it has .*train.*: choose with --split"):
+        data.load_data(DataConfig(dataset_name=str(tmp_path), split="val"), None, None)
 
 
 def test_the_column_of_images(tmp_path):

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tqdm
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel, UniPCMultistepScheduler
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
@@ -30,6 +31,9 @@ from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
 from ddpm_from_scratch.sampling.editing import ScratchDDPMInpaintPipeline
 from helpers.networks import TINY_NETWORK, randomised
 from helpers.paths import ROOT
+
+# Gradio changes tqdm's class; bars of earlier tests may be closed, as garbage, only after that.
+tqdm.tqdm._progress = None
 
 NAMES = {0: "Sneaker", 1: "Bag", 2: "Dress", 3: "T-shirt/top"}
 STEPS = 4

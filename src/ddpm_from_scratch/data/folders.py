@@ -1,13 +1,14 @@
 """Folders of pictures: all images in them and in their archives, by split.
 
-`datasets` guesses splits from words in the names of files, so that `photo_train.png` is a split of its own and
-`photo_1.png` is in none. Here a folder is all its images, unless all of them lie under folders that are called as
+`datasets` guesses splits from words in paths, so that `photo_train.png` is a split of its own, and `photo_1.png` is in
+none. Here a folder is all its images, unless all of them lie under folders that are called as
 splits are.
 """
 
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -17,12 +18,17 @@ import datasets
 import fsspec
 from PIL import Image
 
-# The folders that are splits, by the names under which people have them.
-SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation"}
-SPLIT_FOLDERS |= {"test": "test"}
+# The folders that are splits, by the names under which people have them; and the words in names of tables.
+SPLIT_FOLDERS = {
+    "train": "train",
+    **dict.fromkeys(("validation", "valid", "val"), "validation"),
+    "test": "test",
+}
+SPLIT_WORDS = {**SPLIT_FOLDERS, "training": "train", "dev": "validation", "testing": "test", "eval": "test"}
 ARCHIVES = {".zip": "zip", ".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", ".tar.bz2": "tar", ".tar.xz": "tar"}
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # columns of a folder, as `datasets` reads them
-TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl", ".ndjson")
+TABLES = {".parquet", ".arrow"}
+TEXT_TABLES = {".csv", ".tsv", ".json", ".jsonl", ".ndjson"}  # of paths, or notes beside pictures
 
 
 def image_suffixes() -> set[str]:
@@ -142,11 +148,12 @@ def holds_pictures(path: Path) -> bool:
     if path.is_file():
         kind = archive_kind(path.name)
         return kind == "zip" or (kind == "tar" and not holds_samples(path))
-    files = files_of(path)
-    if has_configurations(path) or any(f.suffix in TABLES and f.name not in METADATA for f in files):
+    names = [file.name for file in files_of(path) if file.name not in METADATA]
+    kinds = {archive_kind(name) or suffix_of(name) for name in names}
+    if has_configurations(path) or kinds & TABLES:
         return False
-    kinds = {archive_kind(file.name) or suffix_of(file.name) for file in files}
-    return bool(kinds & {*image_suffixes(), "zip"}) or "tar" not in kinds
+    # A folder of neither is for `open_folder` to refuse.
+    return bool(kinds & {*image_suffixes(), "zip"}) or not kinds & {*TEXT_TABLES, "tar"}
 
 
 def holds_samples(path: Path) -> bool:
@@ -160,6 +167,27 @@ def has_configurations(path: Path) -> bool:
     """Whether the folder's card says which files are which split, as one of a Hub data set does."""
     card = path / "README.md"
     return card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace")
+
+
+def splits_by_words(folder: Path, tables: Sequence[Path]) -> dict[str, list[str]]:
+    """Tables by the split that a word in their names or folders says, as in `train-00000-of-00002.parquet`.
+
+    All are "train" if no name says one. ValueError if some names do, and others do not, or say two.
+    """
+    splits: dict[str, list[str]] = {}
+    for table in tables:
+        words = re.split("[^a-z]+", str(table.relative_to(folder)).lower())
+        found = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
+        splits.setdefault(found.pop() if len(found) == 1 else "", []).append(str(table))
+    if list(splits) == [""]:
+        return {"train": splits[""]}
+    if lost := splits.get("", []):
+        there = ", ".join(sorted(name for name in splits if name))
+        raise ValueError(
+            f"{len(lost)} files of {folder}, such as {Path(lost[0]).name}, are in none of its splits ({there}), which "
+            f"words in the files' names make: name the files that are meant, as in '{folder}/*{Path(lost[0]).suffix}'"
+        )
+    return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
 
 
 def open_folder(path: Path, split: str | None, cache_dir: str | None) -> tuple[datasets.Dataset, str]:

@@ -1,5 +1,6 @@
 """The rows of a data set, undecoded: in memory, on the disk, or streamed a block at a time."""
 
+import re
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -19,24 +20,25 @@ from tqdm import tqdm
 from ..diffusion.checks import suggestion
 from ..runtime.privacy import public_name
 from ..runtime.random_streams import Block
-from .config import DataConfig, local_files
-from .folders import files_of, has_configurations, holds_pictures, open_folder
+from .config import DataConfig, check_local, local_files
+from .folders import files_of, has_configurations, holds_pictures, open_folder, splits_by_words
 
 READ_WHOLE_BYTES = 2**30  # a single parquet file up to this size
 SURVEYED_ROWS = 20_000  # of larger sets, this many rows are looked at before the run
 SURVEYED_STREAM_ROWS, LEAST_BLOCKS = 2000, 4  # of a streamed one, fewer rows, from at least so many blocks
 FOOTERS_AT_ONCE = 16
 MIB = 2**20
-READERS: dict[str, tuple[str, dict[str, str]]] = {  # what reads files of a suffix, and how
+READERS: dict[str, tuple[str, dict[str, str]]] = {  # what reads files of a suffix, and how; the first that is there
     ".parquet": ("parquet", {}),
     ".arrow": ("arrow", {}),
+    ".tar": ("webdataset", {}),
     ".csv": ("csv", {}),
     ".tsv": ("csv", {"sep": "\t"}),
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
     ".ndjson": ("json", {}),
-    ".tar": ("webdataset", {}),
 }
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")  # of a set, beside its files
 PATH_COLUMNS = ("image", "file_name", "filename", "file", "path", "image_path", "filepath")
 TEXTS = (datasets.Value("string"), datasets.Value("large_string"))
 
@@ -69,8 +71,10 @@ class Source:
 def open_source(config: DataConfig, split: str | None = None) -> Source:
     """A split of the data set; a single file is the split "train".
 
-    Raises ValueError if it is empty, there is no such split, or it has no images.
+    Raises ValueError if it is empty, there is no such split, or it has no images; FileNotFoundError for a path that
+    leads to nothing.
     """
+    check_local("dataset_name", config.dataset_name)
     split, path = split or config.split, Path(config.source).expanduser()
     # The files of a folder of pictures are read one by one as it is.
     streamed = config.streaming and not (path.exists() and holds_pictures(path))
@@ -116,7 +120,8 @@ def load_rows(config: DataConfig, split: str | None) -> tuple[datasets.Dataset, 
         return open_folder(path, split, config.cache_dir)
     builder = table_builder(config)
     builder.download_and_prepare()
-    if pick_split(builder.info.splits, wanted, config.source).num_examples == 0:
+    named = re.split(r"[\[+]", wanted)[0]  # `datasets` takes parts and sums too: train[:1000], train+test
+    if pick_split(builder.info.splits, named, config.source).num_examples == 0:
         raise ValueError(f"{config.source} holds no images")
     return builder.as_dataset(split=wanted), ""
 
@@ -232,41 +237,24 @@ def table_builder(config: DataConfig, **options: Any) -> datasets.DatasetBuilder
     """
     files = local_files(config.source)
     cached = {"cache_dir": config.cache_dir, **options}
-    if files and all(file.is_file() for file in files):
-        kinds = {file.name.lower()[file.name.find(".") :] for file in files}
-        suffix = next((suffix for suffix in READERS if all(kind.endswith(suffix) for kind in kinds)), None)
-        if suffix is None:
-            raise ValueError(
-                f"{config.source} is {' and '.join(sorted(kinds))}: files of one kind are read, "
-                f"{', '.join(READERS)} or .zip"
-            )
-        reader, how = READERS[suffix]
-        return datasets.load_dataset_builder(reader, data_files={"train": [*map(str, files)]}, **how, **cached)
-    if len(files) > 1:
-        raise ValueError(f"{config.source} leads to {len(files)} folders and files: name one folder, or files alone")
-    builder = datasets.load_dataset_builder(
-        str(files[0]) if files else config.source,
-        config.dataset_config_name,
-        revision=config.dataset_revision,
-        **cached,
-    )
-    if files:
-        check_all_in_splits(files[0], builder)
-    return builder
-
-
-def check_all_in_splits(folder: Path, builder: datasets.DatasetBuilder) -> None:
-    """Raise ValueError if files of a folder are in none of the splits that `datasets` made of words in their names."""
-    splits = builder.config.data_files or {}
-    known = {Path(str(file)).resolve() for files in splits.values() for file in files}
-    suffixes = {file.suffix for file in known}
-    lost = [file for file in files_of(folder) if file.suffix in suffixes and file.resolve() not in known]
-    if lost and not has_configurations(folder):
-        there = ", ".join(map(str, splits))
-        raise ValueError(
-            f"{len(lost)} files of {folder}, such as {lost[0].name}, are in none of its splits ({there}), "
-            f"which words in the files' names make: name the files that are meant, as in '{folder}/*{lost[0].suffix}'"
+    folder = files[0] if len(files) == 1 and files[0].is_dir() else None
+    if not files or (folder and (has_configurations(folder) or config.dataset_config_name)):
+        return datasets.load_dataset_builder(
+            str(folder or config.source), config.dataset_config_name, revision=config.dataset_revision, **cached
         )
+    suffix, tables = one_kind(config.source, files_of(folder) if folder else files)
+    splits = splits_by_words(folder, tables) if folder else {"train": [*map(str, tables)]}
+    reader, how = READERS[suffix]
+    return datasets.load_dataset_builder(reader, data_files=splits, **how, **cached)
+
+
+def one_kind(name: str, files: Sequence[Path]) -> tuple[str, list[Path]]:
+    """The files of the first suffix of READERS that there is, which it also gives; ValueError if there is none."""
+    for suffix in READERS:
+        if found := [file for file in files if file.name.lower().endswith(suffix) and file.name not in DESCRIPTIONS]:
+            return suffix, found
+    kinds = ", ".join(sorted({file.suffix or file.name for file in files}))
+    raise ValueError(f"{name} is {kinds}, which nobody reads: images are in folders, .zip, {', '.join(READERS)}")
 
 
 def row_groups(files: Sequence[str]) -> list[tuple[int, int]]:
