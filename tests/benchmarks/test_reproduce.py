@@ -120,6 +120,7 @@ def test_each_command_is_one_that_its_script_takes(tmp_path, preset, commands, r
     assert re.search(r"accuracy of the classes: .* 0\.0 standard errors", told)
 
 
+@pytest.mark.full
 def test_the_plan_alone_does_nothing(tmp_path, preset, commands, capsys):
     reproduce.main([str(preset), "--output_dir", str(tmp_path / "out"), "--plan_only"])
     assert commands == [] and not (tmp_path / "out").exists()

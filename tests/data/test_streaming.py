@@ -269,6 +269,7 @@ def test_a_run_resumes_exactly(inputs, shards, tmp_path, workers):
         run_main(inputs, tmp_path / "resumed", *flags, "--max_train_steps", STEPS + 1, "--shuffle_window_mb", 3)
 
 
+@pytest.mark.full
 def test_evaluations_on_the_way_read_the_stream(inputs, shards, tmp_path):
     flags = ("--dataset_name", shards, "--cache_dir", tmp_path / "cache", "--max_train_steps", 1)
     flags += ("--eval_steps", 1, "--eval_num_images", 20, "--log_steps", 1)

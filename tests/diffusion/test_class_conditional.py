@@ -336,6 +336,7 @@ def test_model_folder_and_results_tell_the_classes(whole_run):
     assert told["label_column"] == "kind" and told["label_dropout"] == DROPOUT
 
 
+@pytest.mark.full
 def test_fashion_mnist_end_to_end(tmp_path):
     preset = tmp_path / "tiny.yaml"
     preset.write_text(yaml.safe_dump({**TINY, "max_train_steps": 2}))
@@ -357,6 +358,7 @@ def test_fashion_mnist_end_to_end(tmp_path):
     assert not torch.equal(by_name, sample(["Sandal", "Bag"], guidance_scale=3.0))
 
 
+@pytest.mark.full
 def test_network_learns_what_the_labels_mean(inputs, tmp_path):
     """From noise alone it predicts the gray of the class that it is told, and of none the mean over all images."""
     flags = ("--prediction_type", "sample", "--max_train_steps", "120", "--train_batch_size", "16")

@@ -209,6 +209,7 @@ def test_the_loop_does_not_wait_for_a_gpu(setting):
 ONE_LEVEL = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("setting", "arguments", "graphs"),
     [

@@ -93,6 +93,7 @@ def misses(data, count, **settings):
     return abs(mean - data.mean), abs(variance - data.variance)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("data", "count"), [*itertools.product([OVERLAPPING], COUNTS), (SEPARATE, 2), (SEPARATE, 10)])
 def test_mixtures_come_nearer_than_with_either_fixed_variance(data, count):
     """One variance for every x_t is not exact for mixtures, and yet better.

@@ -203,6 +203,7 @@ def test_class_labels_reach_the_network(conditional):
     assert np.abs(by_list[1] - other[1]).max() > 1e-3
 
 
+@pytest.mark.full
 def test_a_compiled_network_samples(pipeline):
     expected = generate(pipeline)
     pipeline.unet = torch.compile(pipeline.unet, backend="eager")

@@ -217,6 +217,7 @@ def test_gradient_checkpointing_computes_blocks_twice_and_gives_the_same_gradien
         torch.testing.assert_close(plain, checkpointed)
 
 
+@pytest.mark.full
 def test_compiles_once_for_all_timesteps():
     _, own = pair(TINY_NETWORK)
     torch._dynamo.reset()

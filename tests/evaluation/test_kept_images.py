@@ -93,6 +93,7 @@ def draw(pipeline, path, accelerator=None, **changes):
 # --- again, and more of them ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_a_stopped_evaluation_goes_on(inputs, whole, tmp_path, drawn):
     def arguments(name, **changes):
         return flags(inputs, num_inference_steps=(2, STEPS), output_dir=tmp_path / name, **changes)

@@ -221,6 +221,7 @@ HUNDRED = {"num_train_timesteps": 100, "beta_start": 1e-4, "beta_end": 0.2}
 CHOSEN = {"timesteps": [99, 60, 30, 10, 3, 0]}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mean", [0.0, 0.1])
 @pytest.mark.parametrize(("chosen", "shape"), [({}, (64, 1024)), (CHOSEN, (64, 8192))], ids=["full", "respaced"])
 def test_with_the_optimal_variance_the_bound_is_the_entropy(chosen, shape, mean):
@@ -263,6 +264,7 @@ def curved(x, t):
     return torch.tanh(2 * x) * (1 + t / 6).reshape(-1, *(1,) * (x.ndim - 1))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("num_terms", [2, 4, 11])
 def test_fewer_terms_estimate_the_bound_without_bias(num_terms):
     scheduler = ScratchDDPMScheduler(**SHORT)
@@ -428,6 +430,7 @@ def test_clipping_can_be_overridden():
         assert torch.equal(measure(network_of(curved), scheduler, images, clip_sample=clip).total, totals[clip])
 
 
+@pytest.mark.full
 def test_class_labels():
     scheduler, images = ScratchDDPMScheduler(**SHORT), oracles.grid_data(3, 1, 8, 8)
     unet = tiny_unet(num_class_embeds=5)

@@ -96,6 +96,7 @@ def test_kernel_distance_against_the_sum_over_pairs():
     assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.full
 def test_kernel_distance_is_unbiased():
     """Its mean over small draws is the distance of the distributions: 0, or with a shift by m along an axis, in 1-D.
 
@@ -491,6 +492,7 @@ def test_sets_of_different_features_are_refused(wrong, message):
             measure(*sets)
 
 
+@pytest.mark.full
 def test_a_known_floor_is_not_computed_again(monkeypatch):
     first, calls = measure(*ENOUGH), []
 

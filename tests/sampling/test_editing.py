@@ -130,6 +130,7 @@ def test_the_path_of_repaint(steps, jump_length, jump_n_sample):
         assert moves.count(-1) + jump_length * jumps == 4570
 
 
+@pytest.mark.full
 def test_inpainting_draws_from_the_conditional_distribution(pipeline):
     """Two pixels, jointly Gaussian: given one, the other has mean ρ a and variance (1 - ρ²) s². Resampling helps."""
     correlation, deviation, given = 0.9, 0.4, 0.5
