@@ -16,6 +16,7 @@ from PIL import Image
 from ddpm_from_scratch.data import dataset as data
 from ddpm_from_scratch.data import folders
 from ddpm_from_scratch.data.config import DataConfig
+from ddpm_from_scratch.evaluation import evaluate
 from ddpm_from_scratch.training.arguments import parse
 from helpers.runs import encode
 
@@ -114,9 +115,7 @@ def test_greys_in_a_palette_are_gray(tmp_path):
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
 def test_deep_images_are_refused_by_name(tmp_path, mode):
-    Image.fromarray(pixels(0, 1)[..., 0]).convert("I" if mode == "I;16" else mode).convert(mode).save(
-        tmp_path / "deep.tiff"
-    )
+    Image.fromarray(pixels(0, 1)[..., 0]).convert("I").convert(mode).save(tmp_path / "deep.tiff")
     with pytest.raises(ValueError, match=r"deep.tiff\) has more than 8 bits per channel"):
         load(tmp_path)
 
@@ -229,6 +228,13 @@ def test_metadata_name_images_and_columns(tmp_path, caplog):
 # --- archives and single files -------------------------------------------------------------------------------------
 
 
+def add_file(archive, name, content):
+    """Put a file into a tar."""
+    about = tarfile.TarInfo(name)
+    about.size = len(content)
+    archive.addfile(about, io.BytesIO(content))
+
+
 def write_archive(path, names):
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".zip":
@@ -236,12 +242,9 @@ def write_archive(path, names):
             for seed, name in enumerate(names):
                 archive.writestr(name, encode(Image.fromarray(pixels(seed))))
         return path
-    with tarfile.open(path, "w:" + {"tar": "", "tgz": "gz"}.get(path.name.rpartition(".")[2], "gz")) as archive:
+    with tarfile.open(path, "w:" if path.suffix == ".tar" else "w:gz") as archive:
         for seed, name in enumerate(names):
-            content = encode(Image.fromarray(pixels(seed)))
-            about = tarfile.TarInfo(name)
-            about.size = len(content)
-            archive.addfile(about, io.BytesIO(content))
+            add_file(archive, name, encode(Image.fromarray(pixels(seed))))
     return path
 
 
@@ -279,10 +282,8 @@ def test_a_broken_archive_is_named(tmp_path):
 def test_a_webdataset_keeps_its_columns(tmp_path):
     with tarfile.open(tmp_path / "one.tar", "w") as archive:
         for seed in range(3):
-            for suffix, content in (("png", encode(Image.fromarray(pixels(seed)))), ("cls", str(seed % 2).encode())):
-                about = tarfile.TarInfo(f"{seed}.{suffix}")
-                about.size = len(content)
-                archive.addfile(about, io.BytesIO(content))
+            add_file(archive, f"{seed}.png", encode(Image.fromarray(pixels(seed))))
+            add_file(archive, f"{seed}.cls", str(seed % 2).encode())
     loaded = load(tmp_path / "one.tar", class_conditional=True, label_column="cls")
     assert seeds_of(loaded, range(3)) == [0, 1, 2] and loaded.labels.of_images.tolist() == [0, 1, 0]
 
@@ -347,6 +348,18 @@ def test_the_column_of_images(tmp_path):
     assert seeds_of(load(path, image_column="picture"), [0, 1]) == [0, 1]
     with pytest.raises(ValueError, match="no image_column 'pictur'; did you mean 'picture'"):
         load(path, image_column="pictur")
+
+
+def test_held_out_images_are_read_as_the_training_images_are(tmp_path):
+    """With the same column and background."""
+    white = Image.new("RGBA", (SIZE, SIZE), (255, 255, 255, 0))
+    rows = [{"bytes": encode(image), "path": None} for image in (white,) * 20]
+    for name in ("train", "test"):
+        pyarrow.parquet.write_table(pyarrow.table({"mask": rows, "picture": rows}), tmp_path / f"{name}.parquet")
+    flags = ["--dataset_name", tmp_path / "train.parquet", "--test_set", tmp_path / "test.parquet"]
+    flags += ["--image_column", "picture", "--background", "black"]
+    real = evaluate.real_images(evaluate.parse(["model", *map(str, flags)]), 3, SIZE, [])
+    assert (real.training == 0).all() and (real.held_out == 0).all()
 
 
 # --- the length of the run -----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ TINY_NETWORK = {
 
 
 def randomised(network, seed=0):
-    """The network with weights large enough that every layer matters for the output."""
+    """The network with weights large enough that every layer matters for the output; a function of the seed alone."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in network.parameters():
@@ -25,7 +25,7 @@ def randomised(network, seed=0):
             if weight.ndim > 1:
                 weight.copy_(noise * weight[0].numel() ** -0.5)
             else:
-                weight.add_(0.3 * noise)
+                weight.copy_(weight.round() + 0.3 * noise)  # around 1 for a norm's scale, 0 for what PyTorch drew
     return network
 
 

@@ -74,6 +74,10 @@ class DataConfig:
             return test_set, None
         return embedded_set("test") if self.trains_on_embedded_data else None
 
+    def of_another_set(self, name: str) -> "DataConfig":
+        """Another set, such as one of held-out images, read as this one is."""
+        return DataConfig(dataset_name=name, image_column=self.image_column, background=self.background)
+
     def validate(self) -> None:
         """Check what concerns the data; nothing is downloaded.
 

@@ -92,7 +92,7 @@ def load_data(
     if config.trains_on_embedded_data and not EMBEDDED_DATA.is_file():
         logger.info("no images are named, and none came with the package: taking %s from the Hub", config.source)
     source = open_source(config, split)
-    logger.info("%s", source.about)
+    logger.info("%s", source.about or f"{len(source.images)} images in {public_name(config.source)}")
     labels = None
     if config.class_conditional:
         column = find_label_column(source.features, config.label_column)

@@ -1,8 +1,7 @@
 """Folders of pictures: all images in them and in their archives, by split.
 
 `datasets` guesses splits from words in paths, so that `photo_train.png` is a split of its own, and `photo_1.png` is in
-none. Here a folder is all its images, unless all of them lie under folders that are called as
-splits are.
+none. Here a folder is all its images, unless all of them lie under folders that are called as splits are.
 """
 
 import os
@@ -21,14 +20,25 @@ from PIL import Image
 # The folders that are splits, by the names under which people have them; and the words in names of tables.
 SPLIT_FOLDERS = {
     "train": "train",
-    **dict.fromkeys(("validation", "valid", "val"), "validation"),
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
     "test": "test",
 }
 SPLIT_WORDS = {**SPLIT_FOLDERS, "training": "train", "dev": "validation", "testing": "test", "eval": "test"}
 ARCHIVES = {".zip": "zip", ".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", ".tar.bz2": "tar", ".tar.xz": "tar"}
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # columns of a folder, as `datasets` reads them
-TABLES = {".parquet", ".arrow"}
-TEXT_TABLES = {".csv", ".tsv", ".json", ".jsonl", ".ndjson"}  # of paths, or notes beside pictures
+TABLES = {".parquet", ".arrow"}  # never notes beside pictures, as other tables may be
+READERS: dict[str, tuple[str, dict[str, str]]] = {  # what reads files of a suffix, and how; the first that is there
+    ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
+    ".tar": ("webdataset", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".ndjson": ("json", {}),
+}
 
 
 def image_suffixes() -> set[str]:
@@ -153,7 +163,7 @@ def holds_pictures(path: Path) -> bool:
     if has_configurations(path) or kinds & TABLES:
         return False
     # A folder of neither is for `open_folder` to refuse.
-    return bool(kinds & {*image_suffixes(), "zip"}) or not kinds & {*TEXT_TABLES, "tar"}
+    return bool(kinds & {*image_suffixes(), "zip"}) or not kinds & {*READERS, "tar"}
 
 
 def holds_samples(path: Path) -> bool:
@@ -199,7 +209,7 @@ def open_folder(path: Path, split: str | None, cache_dir: str | None) -> tuple[d
         cache_dir: where `datasets` keeps what it makes of metadata.
 
     Raises:
-        ValueError: there are no images, or no such split, or metadata name files that are not there.
+        ValueError: there are no images, or no such split.
     """
     folder = read_folder(path)
     splits = folder.splits
@@ -217,18 +227,18 @@ def open_folder(path: Path, split: str | None, cache_dir: str | None) -> tuple[d
         files = {chosen: [*splits[chosen], *folder.metadata]}
         rows = datasets.load_dataset("imagefolder", data_files=files, split=chosen, cache_dir=cache_dir)
     else:
-        rows = with_classes(folder, splits, chosen)
+        rows = with_classes(folder, chosen)
     return rows, folder.describe(len(rows), chosen)
 
 
-def with_classes(folder: Folder, splits: Mapping[str, list[str]], chosen: str) -> datasets.Dataset:
+def with_classes(folder: Folder, split: str) -> datasets.Dataset:
     """A row for each image; its class is the folder that it lies in, if there are several, all at one depth."""
-    by_folders = list(splits) != ["train"]
+    by_folders = list(folder.splits) != ["train"]
     inside = {image: folder.parts(image)[by_folders:] for image in folder.images}
     parents = {parts[-2] if len(parts) > 1 else "" for parts in inside.values()}
-    rows: dict[str, list[str]] = {"image": splits[chosen]}
+    rows: dict[str, list[str]] = {"image": folder.splits[split]}
     features: dict[str, Any] = {"image": datasets.Image(decode=False)}
     if len(parents) > 1 and len(set(map(len, inside.values()))) == 1:
-        rows["label"] = [inside[image][-2] for image in splits[chosen]]
+        rows["label"] = [inside[image][-2] for image in folder.splits[split]]
         features["label"] = datasets.ClassLabel(names=sorted(parents))
     return datasets.Dataset.from_dict(rows, features=datasets.Features(features))

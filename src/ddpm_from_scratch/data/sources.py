@@ -18,26 +18,15 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from ..diffusion.checks import suggestion
-from ..runtime.privacy import public_name
 from ..runtime.random_streams import Block
 from .config import DataConfig, check_local, local_files
-from .folders import files_of, has_configurations, holds_pictures, open_folder, splits_by_words
+from .folders import READERS, files_of, has_configurations, holds_pictures, open_folder, splits_by_words
 
 READ_WHOLE_BYTES = 2**30  # a single parquet file up to this size
 SURVEYED_ROWS = 20_000  # of larger sets, this many rows are looked at before the run
 SURVEYED_STREAM_ROWS, LEAST_BLOCKS = 2000, 4  # of a streamed one, fewer rows, from at least so many blocks
 FOOTERS_AT_ONCE = 16
 MIB = 2**20
-READERS: dict[str, tuple[str, dict[str, str]]] = {  # what reads files of a suffix, and how; the first that is there
-    ".parquet": ("parquet", {}),
-    ".arrow": ("arrow", {}),
-    ".tar": ("webdataset", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".ndjson": ("json", {}),
-}
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")  # of a set, beside its files
 PATH_COLUMNS = ("image", "file_name", "filename", "file", "path", "image_path", "filepath")
 TEXTS = (datasets.Value("string"), datasets.Value("large_string"))
@@ -60,7 +49,7 @@ class Source:
     values: Callable[[str], list[Any]]  # of a column, whole
     surveyed: Sequence[int]  # rows spread over the set, to look at before the run
     blocks: tuple[Block, ...] | None = None  # of a streamed set
-    about: str = ""  # how many images of how many files
+    about: str = ""  # of a folder of pictures: how many images of how many files
 
     @property
     def extent(self) -> str:
@@ -94,7 +83,7 @@ def open_rows(config: DataConfig, split: str | None) -> Source:
         image_column(rows, config),
         lambda column: rows.select_columns([column]).with_format("arrow")[:][column].to_pylist(),
         evenly(SURVEYED_ROWS, len(rows)).tolist(),
-        about=about or f"{len(rows)} images in {public_name(config.source)}",
+        about=about,
     )
 
 

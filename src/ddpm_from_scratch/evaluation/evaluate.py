@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
-from ..data.config import DataConfig
 from ..data.dataset import TrainingData, load_data
 from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..diffusion.scheduler import ScratchDDPMScheduler
@@ -45,7 +45,7 @@ def real_images(config: EvaluationConfig, channels: int, size: int, names: list[
     if held_out is None:
         return RealImages(training, None, facts, labels)
     name, split = held_out
-    tests_config = DataConfig(dataset_name=name, **config.judged) if name else config.data
+    tests_config = replace(config.data.of_another_set(name), **config.judged) if name else config.data
     tests = load_data(tests_config, channels, size, split)
     facts["held_out"] = tests.describe(tests_config) | ({"split": config.test_split} if config.test_split else {})
     return RealImages(training, to_array(tests.images, size), facts, labels, labels_of_array(tests, size, names))

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from ..data.config import DataConfig
 from ..data.dataset import TrainingData, load_data
 from ..evaluation.features import Features, extract
 from ..evaluation.likelihood import bits_per_dim
@@ -46,7 +45,7 @@ def build_validation_set(config: TrainingConfig, data: TrainingData) -> Validati
     if (held_out := config.held_out(config.test_set)) is None:
         return ValidationSet(reference, None)
     name, split = held_out
-    tests = load_data(DataConfig(dataset_name=name), data.channels, data.resolution, split)
+    tests = load_data(config.of_another_set(name), data.channels, data.resolution, split)
     some = [tests.images[index] for index in tests.evenly(NUM_BOUND_IMAGES)]
     return ValidationSet(reference, torch.from_numpy(to_array(some, data.resolution)).permute(0, 3, 1, 2).contiguous())
 
