@@ -92,7 +92,7 @@ def plan(args: argparse.Namespace) -> list[Part]:
     held_out = flags(test_set=args.test_set) or (flags(test_split="test") if config.dataset_name else [])
     places = flags(images_dir=args.output_dir / "images", output_dir=args.output_dir / "again" if args.model else None)
     evaluation = shlex.split(args.evaluation)
-    calls = network_calls(parse_evaluation([str(model), *evaluation]), config.ddpm_num_steps)
+    calls = network_calls(parse_evaluation([str(model), *evaluation]), config.ddpm_num_steps or 1000)
     measuring = partial(command, *DDPM, "evaluate", model, *evaluation, *data, *held_out, *places)
     what = f"{calls:,} images through the network: {args.evaluation}"
     if args.model:

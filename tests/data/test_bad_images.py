@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from ddpm_from_scratch.data import dataset as data
 from ddpm_from_scratch.data import sources
 from ddpm_from_scratch.runtime.errors import BadImages
-from ddpm_from_scratch.training import checkpoint
+from ddpm_from_scratch.sampling import checkpoints
 from ddpm_from_scratch.training.config import TrainingConfig
 from helpers.runs import STEPS, assert_equal, encode, picture, run_main, write_parquet
 
@@ -103,7 +103,7 @@ def test_a_run_passes_over_them_and_resumes_exactly(inputs, spoilt, tmp_path, mo
         monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
     flags = ("--dataset_name", spoilt, "--skip_bad_images", "--dataloader_num_workers", workers)
     whole = run_main(inputs, tmp_path / "whole", *flags, "--checkpointing_steps", "5")
-    progress = checkpoint.read_state(whole / "checkpoints" / f"step_{STEPS:08d}")["progress"]
+    progress = checkpoints.read_state(whole / "checkpoints" / f"step_{STEPS:08d}")["progress"]
     assert sorted(message.split(" cannot")[0] for message in progress["bad_images"]) == ["image 3", "image 7"]
     start = whole / "checkpoints" / "step_00000005"
     resumed = run_main(inputs, tmp_path / "resumed", *flags, "--resume_from_checkpoint", start)

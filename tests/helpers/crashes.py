@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ddpm_from_scratch.training import checkpoint
+from ddpm_from_scratch.sampling import checkpoints
 
 WEIGHTS = Path("unet", "diffusion_pytorch_model.safetensors")
 
@@ -25,5 +25,5 @@ def assert_same_checkpoint(path, expected):
     for name, tensors in wanted.items():
         assert actual[name].keys() == tensors.keys()
         assert not [key for key in tensors if not torch.equal(actual[name][key], tensors[key])], f"{path.name}: {name}"
-    losses, wanted_losses = (checkpoint.read_state(p)["progress"]["losses"] for p in (path, expected))
+    losses, wanted_losses = (checkpoints.read_state(p)["progress"]["losses"] for p in (path, expected))
     assert losses == wanted_losses, f"{path.name}: the logged losses differ"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ddpm_from_scratch.runtime import atomic_files as durable
+from ddpm_from_scratch.sampling import checkpoints
 from ddpm_from_scratch.training import checkpoint
 
 
@@ -28,7 +29,7 @@ def names(folder):
 
 
 def weight(path):
-    return checkpoint.read_tensors(path, "unet")["weight"][0, 0].item()
+    return checkpoints.read_tensors(path, "unet")["weight"][0, 0].item()
 
 
 def test_a_checkpoint_says_what_is_in_it(tmp_path):
@@ -37,7 +38,7 @@ def test_a_checkpoint_says_what_is_in_it(tmp_path):
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["step"] == 3 and set(manifest["files"]) == set(names(path)) - {"manifest.json"}
     assert manifest["files"]["state.json"]["bytes"] == (path / "state.json").stat().st_size
-    assert checkpoint.damage(path) is None and checkpoint.read_state(path) == {"progress": {"step": 3}}
+    assert checkpoint.damage(path) is None and checkpoints.read_state(path) == {"progress": {"step": 3}}
     assert weight(path) == 3
 
 

@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from ddpm_from_scratch.training import checkpoint
+from ddpm_from_scratch.sampling import checkpoints
 from ddpm_from_scratch.training.objectives import HISTORY
 from helpers import elastic_run
 from helpers.paths import python_path
@@ -141,7 +141,7 @@ def largest_difference(tensors, others):
 
 
 def losses_of(folder):
-    return checkpoint.read_state(folder / "checkpoints" / f"step_{STEPS:08d}")["progress"]["losses"]
+    return checkpoints.read_state(folder / "checkpoints" / f"step_{STEPS:08d}")["progress"]["losses"]
 
 
 def check_weights(folder, undisturbed, then):

@@ -19,6 +19,7 @@ from torch import nn
 
 from ddpm_from_scratch.runtime import errors
 from ddpm_from_scratch.runtime.errors import CannotSave, Diverged, Refused, Stopped
+from ddpm_from_scratch.sampling import checkpoints
 from ddpm_from_scratch.training import checkpoint, run
 from ddpm_from_scratch.training import loop as train
 from ddpm_from_scratch.training.faults import FiniteGuard
@@ -51,7 +52,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(inputs, tmp_path, monk
     folder = run_main(inputs, tmp_path / "model", *flags)
     before, after = checkpoint_tensors_without_ema(folder, 3), checkpoint_tensors_without_ema(folder, 5)
     assert_equal(after, before)
-    progress = checkpoint.read_state(folder / "checkpoints" / f"step_{STEPS:08d}")["progress"]
+    progress = checkpoints.read_state(folder / "checkpoints" / f"step_{STEPS:08d}")["progress"]
     assert progress["skipped_steps"] == 2 and progress["skipped_in_a_row"] == 0
     assert [step for step, _ in progress["losses"]] == [1, 2, 3, 6, 7, 8, 9, 10]
     assert "1 steps were skipped" in caplog.text
@@ -171,7 +172,7 @@ def test_the_logged_losses_are_those_of_a_run_without_a_stop(inputs, tmp_path, m
     flags = ("--checkpointing_steps", "10")
 
     def losses(folder):
-        return checkpoint.read_state(folder / "checkpoints" / f"step_{STEPS:08d}")["progress"]["losses"]
+        return checkpoints.read_state(folder / "checkpoints" / f"step_{STEPS:08d}")["progress"]["losses"]
 
     expected = losses(run_main(inputs, tmp_path / "undisturbed", *flags))
     train_step = train.train_step

@@ -13,7 +13,7 @@ import yaml
 from ddpm_from_scratch.data import dataset as data
 from ddpm_from_scratch.data import sources
 from ddpm_from_scratch.runtime.errors import Stopped
-from ddpm_from_scratch.training import checkpoint
+from ddpm_from_scratch.sampling import checkpoints
 from ddpm_from_scratch.training import loop as train
 from helpers.runs import TINY, assert_equal, encode, picture, run_main
 
@@ -117,9 +117,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(preset, tmp_path, monkeypatch, case):
 def tensors_of(folder, ema):
     names = ("unet", "optimizer", "ema") if ema else ("unet", "optimizer")
     path = folder / "checkpoints" / f"step_{STEPS:08d}"
-    return {f"{name}/{key}": tensor for name in names for key, tensor in checkpoint.read_tensors(path, name).items()}
+    return {f"{name}/{key}": tensor for name in names for key, tensor in checkpoints.read_tensors(path, name).items()}
 
 
 def progress_of(folder):
-    progress = checkpoint.read_state(folder / "checkpoints" / f"step_{STEPS:08d}")["progress"]
+    progress = checkpoints.read_state(folder / "checkpoints" / f"step_{STEPS:08d}")["progress"]
     return {key: value for key, value in progress.items() if key != "seconds"}

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import datasets
 import diffusers.training_utils
@@ -28,6 +29,7 @@ from ddpm_from_scratch.data.config import EMBEDDED_DATA, EMBEDDED_TEST_SET
 from ddpm_from_scratch.evaluation.figures import smoothed
 from ddpm_from_scratch.runtime import devices
 from ddpm_from_scratch.runtime import random_streams as draws
+from ddpm_from_scratch.sampling import checkpoints
 from ddpm_from_scratch.sampling.previews import image_grid
 from ddpm_from_scratch.training import arguments as cli
 from ddpm_from_scratch.training import checkpoint
@@ -67,7 +69,7 @@ def test_resumed_run_equals_whole_run_bit_for_bit(inputs, whole_run, tmp_path, s
         load_file(whole_run / "unet" / "diffusion_pytorch_model.safetensors"),
     )
     losses = [
-        checkpoint.read_state(f / "checkpoints" / f"step_{STEPS:08d}")["progress"]["losses"]
+        checkpoints.read_state(f / "checkpoints" / f"step_{STEPS:08d}")["progress"]["losses"]
         for f in (resumed, whole_run)
     ]
     assert losses[0] == losses[1] and len(losses[0]) == STEPS
@@ -174,7 +176,7 @@ def test_steps_that_count_images_mean_the_same_for_every_batch(inputs, tmp_path,
         with monkeypatch.context() as patch:
             patch.setattr(train, "set_learning_rate", lambda _, rate, rates=rates: rates.append(rate))
             folder = run_main(inputs, tmp_path / str(batch), *flags, "--train_batch_size", batch)
-        progress = checkpoint.read_state(checkpoint.list_checkpoints(folder / "checkpoints")[-1])["progress"]
+        progress = checkpoints.read_state(checkpoint.list_checkpoints(folder / "checkpoints")[-1])["progress"]
         saved = [path.name for path in checkpoint.list_checkpoints(folder / "checkpoints")]
         results = json.loads((folder / "results.json").read_text())
         runs[batch] = (rates, saved, [step for step, _ in progress["losses"]], results["images_seen"])
@@ -240,7 +242,7 @@ def test_two_processes_equal_one_with_accumulation(inputs, tmp_path):
     for name, tensor in checkpoint_tensors(tmp_path / "two", 4).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=name)
     curves = [
-        checkpoint.read_state(folder / "checkpoints" / "step_00000004")["progress"]["losses"]
+        checkpoints.read_state(folder / "checkpoints" / "step_00000004")["progress"]["losses"]
         for folder in (one, tmp_path / "two")
     ]
     assert len(curves[0]) == 4 and np.asarray(curves[1]) == pytest.approx(np.asarray(curves[0]), rel=1e-5)
@@ -649,7 +651,10 @@ WRONG_CALLS = [
     (("--model.num_class_embeds", "10"), "class-conditional"),
     (("--model.out_channels", "2", "--model.in_channels", "1"), "a learned variance takes twice"),
     (("--model.in_channels", "2"), "2 channels"),
-    (("--model", "null"), "no network"),
+    (("--model_size", "small"), "--model null leaves out a preset's"),
+    (("--model", "null", "--model_size", "tiny"), "one of small, base, large"),
+    (("--max_train_minutes", "0"), "max_train_minutes must be above 0"),
+    (("--num_epochs", "3", "--max_train_minutes", "2"), "give one of them"),
     (("--dataset_name", "no/such/set.parquet"), "no file or folder"),
     (("--train_data_dir", "."), "both name the training data"),
     (("--dataset_name", "null", "--train_data_dir", "no_such_folder"), "no folder no_such_folder"),
@@ -735,8 +740,9 @@ def test_printed_config_is_a_preset_that_gives_itself(inputs, tmp_path, capsys):
 def test_presets_are_valid_and_build(preset, capsys):
     config, _ = cli.parse([str(preset)])
     resolution, channels = (32, 3) if preset.stem == "cifar10" else (28, 1)
+    images = SimpleNamespace(channels=channels, resolution=resolution, labels=None, images=range(10_000))
     with torch.device("meta"):
-        unet = networks.build_unet(networks.network_config(config), config, channels, resolution)
+        unet = networks.build_unet(networks.network_config(config), config, images)
     assert networks.build_scheduler(config).config.prediction_type == config.prediction_type
     if preset.stem == "cifar10":
         assert unet.num_parameters() == 35_746_307  # that of google/ddpm-cifar10-32
@@ -847,28 +853,13 @@ def test_gradient_checkpointing_changes_nothing(inputs, tmp_path):
         torch.testing.assert_close(tensor, load_file(saving / name)[key])
 
 
-def test_fine_tuning_starts_from_the_trained_weights(inputs, whole_run, tmp_path):
-    flags = ("--model_config_name_or_path", whole_run, "--learning_rate", "1e-30", "--max_train_steps", "1")
-    tuned = run_main(inputs, tmp_path / "tuned", *flags)
-    name = "unet/diffusion_pytorch_model.safetensors"
-    assert_equal(load_file(tuned / name), load_file(whole_run / name))
-    only_unet = run_main(inputs, tmp_path / "only_unet", "--model_config_name_or_path", whole_run / "unet", *flags[2:])
-    assert_equal(load_file(only_unet / name), load_file(whole_run / name))
-
-
-def test_fine_tuning_refuses_another_process(inputs, whole_run, tmp_path):
-    flags = ("--model_config_name_or_path", whole_run, "--prediction_type", "v_prediction", "--ddpm_num_steps", "500")
-    with pytest.raises(ValueError, match=r"--ddpm_num_steps 1000 --prediction_type epsilon"):
-        run_main(inputs, tmp_path / "model", *flags)
-    assert not (tmp_path / "model").exists()
-
-
 def test_a_config_file_describes_a_new_network(inputs, whole_run, tmp_path):
     config, _ = cli.parse([inputs.preset, "--model_config_name_or_path", str(whole_run / "unet" / "config.json")])
-    unet = networks.build_unet(networks.network_config(config), config, 1, SIZE)
+    images = SimpleNamespace(channels=1, resolution=SIZE, labels=None, images=range(10_000))
+    unet = networks.build_unet(networks.network_config(config), config, images)
     trained = ScratchUNet2DModel.from_pretrained(whole_run / "unet")
     assert unet.num_parameters() == trained.num_parameters()
-    assert networks.load_trained(config, networks.build_scheduler(config)) is None
+    assert networks.load_trained(config) is None
 
 
 # Report

@@ -20,6 +20,7 @@ from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
 from ddpm_from_scratch.data import dataset as data
 from ddpm_from_scratch.evaluation.likelihood import bits_per_dim
 from ddpm_from_scratch.runtime import random_streams as draws
+from ddpm_from_scratch.sampling import checkpoints
 from ddpm_from_scratch.training import arguments as cli
 from ddpm_from_scratch.training import checkpoint, outputs
 from ddpm_from_scratch.training import model as networks
@@ -497,7 +498,7 @@ def test_a_run_from_the_first_loss_to_samples(inputs, tmp_path, name):
     flags = (*RUNS[name], "--log_steps", "1", "--max_train_steps", "6", "--checkpointing_steps", "6")
     config, _ = cli.parse([inputs.preset, *flags])
     folder = run_main(inputs, tmp_path / "model", *flags)
-    losses = checkpoint.read_state(folder / "checkpoints" / "step_00000006")["progress"]["losses"]
+    losses = checkpoints.read_state(folder / "checkpoints" / "step_00000006")["progress"]["losses"]
     assert losses[0][1] == pytest.approx(first_losses(config)[1].mean(), rel=1e-5)
     assert all(math.isfinite(loss) for _, loss in losses)
 
@@ -581,7 +582,7 @@ def test_a_run_weights_the_losses_of_timesteps_that_are_not_uniform(loss_aware_r
     total = 0.0
     for t, (first, end) in enumerate(zip(before.counts.tolist(), after.counts.tolist(), strict=True)):
         total += weights[t] * sum(after.history[t, place % HISTORY] for place in range(first, end))
-    state = checkpoint.read_state(loss_aware_run / "checkpoints" / f"step_{step + 1:08d}")
+    state = checkpoints.read_state(loss_aware_run / "checkpoints" / f"step_{step + 1:08d}")
     assert dict(state["progress"]["losses"])[step + 1] == pytest.approx(float(total) / 8, rel=1e-5)
 
 

@@ -12,6 +12,7 @@ from ..data.config import BACKGROUND, DataConfig, check_local
 from ..data.fields import Allowed, at_least, check_fields, knob, one_of
 from ..runtime.devices import PRECISIONS
 from ..runtime.results import read_results
+from ..sampling.checkpoints import is_checkpoint
 from .features import CACHE_DIR, EXTRACTORS
 
 DESCRIPTION = """Measure a model: draw images, compare them with real ones, and compute the variational bound on
@@ -88,7 +89,9 @@ class EvaluationConfig:
     num_bound_images: int = knob(64, "held-out images; 0 leaves the bound out", at_least(0))
     num_terms: int | None = knob(None, "estimate it from so many of its T terms for each image", at_least(2))
 
-    output_dir: Path | None = knob(None, "default: the model's folder, or outputs/evaluation/<name>")
+    output_dir: Path | None = knob(
+        None, "default: the model's folder; RUN/evaluation/<step> of a checkpoint; else outputs/evaluation/<name>"
+    )
     seed: int = knob(0, "of the images and of the bound", at_least(0))
     batch_size: int = knob(64, "images in a call of the network", at_least(1))
     mixed_precision: str = knob("auto", "of our pipeline's network", one_of(("auto", *PRECISIONS)))
@@ -116,7 +119,10 @@ class EvaluationConfig:
         """Folder for the results."""
         if self.output_dir is not None:
             return self.output_dir
-        return Path(self.model) if Path(self.model).is_dir() else Path("outputs", "evaluation", self.model)
+        path = Path(self.model)
+        if is_checkpoint(path):  # the run drops old ones
+            return path.resolve().parent.parent / "evaluation" / path.name
+        return path if path.is_dir() else Path("outputs", "evaluation", self.model)
 
     def validate(self) -> None:
         """Refuse what cannot work, before anything is loaded.

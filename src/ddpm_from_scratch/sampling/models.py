@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 
 from ..diffusion.pipeline import ScratchDDPMPipeline
+from .checkpoints import is_checkpoint, load_checkpoint
 
 OWN_PIPELINES = ("DDPMPipeline", "ScratchDDPMPipeline")  # those that our class loads
 ARGUMENTS = {"batch_size", "generator", "num_inference_steps", "output_type"}  # that images are drawn with
@@ -21,7 +22,7 @@ def load_pipeline(
     """A pipeline that draws images from noise alone: ours for DDPM models, or the one that the model names.
 
     Args:
-        name: a folder or Hub name.
+        name: a folder or Hub name, or the checkpoint of a run.
         dtype: of our pipeline's network. Others are in float32, since they do not keep the chain in more than this.
         stock: take the one that the model names for DDPM models too.
         revision: of the repository.
@@ -31,6 +32,10 @@ def load_pipeline(
         ValueError: it needs more than noise, or gives no pixels.
         FileNotFoundError: there is no such model.
     """
+    if is_checkpoint(Path(name)):
+        if stock:
+            raise ValueError(f"{name} is a checkpoint, which diffusers cannot read: make a folder of it (ddpm export).")
+        return load_checkpoint(Path(name), dtype)
     index = read_index(name, revision)
     named = index["_class_name"][-1] if isinstance(index["_class_name"], list) else index["_class_name"]
     check_parts(name, named, index)

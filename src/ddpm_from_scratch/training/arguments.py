@@ -8,14 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from ..data.fields import add_flags
 from ..diffusion.checks import suggestion
+from ..sampling.checkpoints import PROCESS_FLAGS, SAMPLER_FLAGS
 from .config import PRESETS, TrainingConfig
+from .model import brings_scheduler
 
-DEFAULT_PRESET = "fashion_mnist_quick"
-USAGE = "ddpm train [preset] [--flag value ...]"
+DEFAULT_PRESET, PRESET_OF_OWN_DATA = "fashion_mnist_quick", "own_images"
+USAGE = "ddpm train [preset] [data] [--flag value ...]"
 OWN_FLAGS = ("preset", "dry_run", "print_config")
 
 # The flags by group, in the order of `--help`; each group goes on where the next one's first field begins.
@@ -42,7 +45,8 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="ddpm train",
         usage=USAGE,
-        description=f"Train a DDPM. Presets: {', '.join(preset_names())}; without one, {DEFAULT_PRESET}.",
+        description=f"Train a DDPM. Presets: {', '.join(preset_names())}; without one, {DEFAULT_PRESET}, and "
+        f"{PRESET_OF_OWN_DATA} for data of your own: a folder, archive, table or Hub data set (--dataset_name).",
         print_config=None,
         allow_abbrev=False,
         exit_on_error=False,
@@ -71,6 +75,11 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
+def is_preset(name: str) -> bool:
+    """Whether an argument names a preset and not data."""
+    return name.endswith((".yaml", ".yml")) or ("/" not in name and not Path(name).exists())
+
+
 def find_preset(name: str) -> Path:
     """A preset by its path, or one that comes with the package by its name, in whatever folder it is said to be.
 
@@ -85,18 +94,41 @@ def find_preset(name: str) -> Path:
     return shipped
 
 
+def flags_in(arguments: Sequence[str]) -> set[str]:
+    """The names of the flags that are given."""
+    return {argument.partition("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")}
+
+
 def split_preset(argv: Sequence[str]) -> list[str]:
-    """The arguments with the preset, positional or default, as a flag in front; FileNotFoundError if it is missing."""
+    """The arguments with the preset and the data, positional or default, as flags in front.
+
+    Raises FileNotFoundError if there is no such preset; ValueError if data are named twice.
+    """
     arguments = list(argv)
+    positional: list[str] = []
+    while arguments and not arguments[0].startswith("-") and len(positional) < 2:
+        positional.append(arguments.pop(0))
+    flags = flags_in(arguments)
+    named = [positional.pop(0)] if positional and is_preset(positional[0]) else []
+    if positional and flags & {"dataset_name", "train_data_dir"}:
+        raise ValueError(f"{positional[0]} and a flag both name the training data: give one")
+    data = [word for name in positional for word in ("--dataset_name", name)]
+    if "preset" in flags:
+        return with_found_preset([*data, *arguments])
+    own_data = data or flags & {"dataset_name", "train_data_dir"}
+    preset = find_preset(named[0] if named else PRESET_OF_OWN_DATA if own_data else DEFAULT_PRESET)
+    return ["--preset", str(preset), *data, *arguments]
+
+
+def with_found_preset(arguments: list[str]) -> list[str]:
+    """The arguments with the path of the preset that a flag among them names; FileNotFoundError if it is missing."""
     for index, argument in enumerate(arguments):
         flag, equals, name = argument.partition("=")
-        if flag == "--preset":
-            place = index if equals else index + 1
-            if place < len(arguments):
-                arguments[place] = f"{flag}{equals}" * bool(equals) + str(find_preset(name or arguments[place]))
-            return arguments
-    named = arguments and not arguments[0].startswith("-")
-    return ["--preset", str(find_preset(arguments.pop(0) if named else DEFAULT_PRESET)), *arguments]
+        place = index if equals else index + 1
+        if flag == "--preset" and place < len(arguments):
+            found = str(find_preset(name or arguments[place]))
+            return [*arguments[:place], f"{flag}={found}" if equals else found, *arguments[place + 1 :]]
+    return arguments
 
 
 def unknown_name_hint(message: str) -> str:
@@ -108,14 +140,28 @@ def unknown_name_hint(message: str) -> str:
     return next((suggestion(name, known) for name in names if name not in known), "")
 
 
-def choose_length(options: dict[str, Any], arguments: Sequence[str]) -> None:
-    """Let a flag for the length of the run replace the preset's other one; ValueError for two flags."""
-    flags = {argument.partition("=")[0] for argument in arguments}
-    if "--num_epochs" not in flags:
+LENGTHS = ("num_epochs", "max_train_steps", "max_train_minutes")
+
+
+def choose_length(options: dict[str, Any], flags: set[str]) -> None:
+    """Let flags for the length of the run replace all that the preset says of it; ValueError if they contradict."""
+    given = [name for name in LENGTHS if name in flags and options[name] is not None]
+    if "num_epochs" in given and len(given) > 1:
+        raise ValueError(f"--{' and --'.join(given)} both say how long the run is: give one of them")
+    if given:
+        options.update({name: None for name in LENGTHS[1:] if name not in given})
+
+
+def leave_process_to_model(options: dict[str, Any], flags: set[str], preset: str) -> None:
+    """Let a model to fine-tune keep its process and sampler, all but what a flag says of them.
+
+    A preset that names the model itself counts as a flag.
+    """
+    if not brings_scheduler(options["model_config_name_or_path"]):
         return
-    if "--max_train_steps" in flags and options["max_train_steps"] is not None:
-        raise ValueError("--num_epochs and --max_train_steps both say how long the run is: give one of them")
-    options["max_train_steps"] = None
+    of_preset = set(yaml.safe_load(Path(preset).read_text(encoding="utf-8")) or ())
+    said = flags | of_preset if "model_config_name_or_path" in of_preset - flags else flags
+    options.update({name: None for name in (*PROCESS_FLAGS, *SAMPLER_FLAGS) if name not in said})
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[TrainingConfig, bool]:
@@ -136,8 +182,9 @@ def parse(argv: Sequence[str] | None = None) -> tuple[TrainingConfig, bool]:
     try:
         options = parser.parse_args(split_preset(arguments)).as_dict()
         dry_run, print_config = options.pop("dry_run"), options.pop("print_config")
-        options.pop("preset")
-        choose_length(options, arguments)
+        preset, flags = str(options.pop("preset")[0]), flags_in(arguments)
+        choose_length(options, flags)
+        leave_process_to_model(options, flags, preset)
         config = TrainingConfig(**options)
         if config.model_config_name_or_path is not None:
             if any(argument.startswith("--model.") for argument in arguments):

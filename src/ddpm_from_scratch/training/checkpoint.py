@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from ..runtime.atomic_files import begin_folder, finish_folder, remove_folder, tidy, write_file
 from ..runtime.privacy import LATEST
+from ..sampling.checkpoints import MANIFEST, damage
 
 logger = logging.getLogger(__name__)
-
-MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -33,6 +32,8 @@ class Progress:
     bad_images: list[str] = field(default_factory=list)  # that could not be read and were passed over
     skipped_steps: int = 0  # since their gradients were not finite
     skipped_in_a_row: int = 0  # up to here
+    total_steps: int | None = None  # that a budget of time has become
+    planned_minutes: float | None = None  # that budget
     gradient_scaler: dict[str, float] = field(default_factory=dict)  # fp16's loss scale and its counters
 
 
@@ -110,20 +111,6 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_[0-9]*"), key=lambda path: int(path.name.removeprefix("step_")))
 
 
-def damage(checkpoint: Path) -> str | None:
-    """The first fault of a checkpoint; None if it is whole, every byte of it."""
-    try:
-        if not (checkpoint / MANIFEST).exists():  # of version 0.1.0, which kept the configuration elsewhere
-            return None if "config" in read_state(checkpoint) else f"it has no {MANIFEST}"
-        for name, known in json.loads((checkpoint / MANIFEST).read_bytes())["files"].items():
-            with open(checkpoint / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != known["sha256"]:
-                    return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
 def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
     """The checkpoint to resume from: the last whole one for `latest` (None if there is none yet), else the path itself.
 
@@ -145,18 +132,6 @@ def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
     if found:
         raise ValueError(f"all checkpoints in {folder} are damaged: move them away to start anew")
     return None
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint."""
-    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_bytes())
-    return state
-
-
-def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
-    """One of the tensor files of a checkpoint, on the CPU."""
-    tensors: dict[str, Tensor] = load_file(checkpoint / f"{name}.safetensors")
-    return tensors
 
 
 def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from ..diffusion.unet import ScratchUNet2DModel
 from ..runtime.privacy import LATEST, NOT_SAVED, as_yaml
 from ..runtime.results import versions
 from ..sampling.samplers import SAMPLERS
+from .network import SIZES
 from .objectives import LOSS_WEIGHTINGS, LOSSES, TIMESTEP_SAMPLERS, check_trains_variance
 from .optimizer import DECAYS
 
@@ -36,7 +37,14 @@ class TrainingConfig(DataConfig):
 
     # Network
     model: dict[str, Any] | None = dataclasses.field(
-        default=None, metadata={"help": "a new network: keys of UNet2DModel (sizes and channels may be left out)"}
+        default=None,
+        metadata={
+            "help": "a new network: keys of UNet2DModel (sizes and channels may be left out); without "
+            "block_out_channels they change the one that suits the data"
+        },
+    )
+    model_size: str | None = knob(
+        None, "size of the network that suits the data, where none is described; left out: small", one_of(SIZES)
     )
     model_config_name_or_path: str | None = knob(
         None, "a JSON file with a network's config, or a trained model (folder or Hub name) to fine-tune; beats `model`"
@@ -45,18 +53,20 @@ class TrainingConfig(DataConfig):
     compile: bool = knob(False, "compile the network: a minute or more at the start, less time for every step")
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, more time")
 
-    # Diffusion process
-    ddpm_num_steps: int = knob(1000, "T, the number of diffusion steps (paper: 1000)", at_least(2))
-    ddpm_beta_schedule: str = knob("linear", "the schedule of betas (paper: linear)", one_of(BETA_SCHEDULES))
-    ddpm_beta_start: float = knob(1e-4, "beta_1 of the linear schedules (paper: 1e-4)", POSITIVE)
-    ddpm_beta_end: float = knob(0.02, "beta_T of the linear schedules (paper: 0.02)")
-    rescale_betas_zero_snr: bool = knob(False, "rescale betas so that x_T holds no signal at all (paper: false)")
-    prediction_type: str = knob("epsilon", "what the network predicts (paper: epsilon)", one_of(PREDICTION_TYPES))
-    ddpm_variance_type: str = knob(
+    # Diffusion process; None: that of the model to fine-tune
+    ddpm_num_steps: int | None = knob(1000, "T, the number of diffusion steps (paper: 1000)", at_least(2))
+    ddpm_beta_schedule: str | None = knob("linear", "the schedule of betas (paper: linear)", one_of(BETA_SCHEDULES))
+    ddpm_beta_start: float | None = knob(1e-4, "beta_1 of the linear schedules (paper: 1e-4)", POSITIVE)
+    ddpm_beta_end: float | None = knob(0.02, "beta_T of the linear schedules (paper: 0.02)")
+    rescale_betas_zero_snr: bool | None = knob(False, "rescale betas so that x_T holds no signal at all (paper: false)")
+    prediction_type: str | None = knob(
+        "epsilon", "what the network predicts (paper: epsilon)", one_of(PREDICTION_TYPES)
+    )
+    ddpm_variance_type: str | None = knob(
         "fixed_large", "variance of the sampler (paper: fixed_large on CIFAR-10)", one_of(REVERSE_LOG_VARIANCES)
     )
-    ddpm_clip_sample: bool = knob(True, "clip the predicted x_0 to [-1, 1] in the sampler (paper: true)")
-    ddpm_timestep_spacing: str = knob(
+    ddpm_clip_sample: bool | None = knob(True, "clip the predicted x_0 to [-1, 1] in the sampler (paper: true)")
+    ddpm_timestep_spacing: str | None = knob(
         "leading", "how samplers with fewer steps choose their timesteps", one_of(TIMESTEP_SPACINGS)
     )
 
@@ -95,7 +105,15 @@ class TrainingConfig(DataConfig):
         at_least(1),
     )
     max_train_steps: int | None = knob(None, "optimiser steps (paper: 800000)", at_least(1))
-    learning_rate: float = knob(1e-4, "peak learning rate (paper: 2e-4)", POSITIVE)
+    max_train_minutes: float | None = knob(
+        None,
+        "train as many steps as these minutes take, at most max_train_steps; the first steps are timed, which fixes "
+        "the number for good: a run that is stopped goes on to the same one",
+        POSITIVE,
+    )
+    learning_rate: float | None = knob(
+        1e-4, "peak learning rate (paper: 2e-4); null: by the width of the network", POSITIVE
+    )
     lr_scheduler: str = knob(
         "cosine", "how the rate goes on after the warm-up (paper: constant_with_warmup)", one_of(DECAYS)
     )
@@ -180,8 +198,9 @@ class TrainingConfig(DataConfig):
 
 
 def check_diffusion(config: TrainingConfig) -> None:
-    """The process and the objective fit together."""
-    if not config.ddpm_beta_start <= config.ddpm_beta_end < 1:
+    """The process and the objective fit together, as far as they are not those of a model to fine-tune."""
+    betas = config.ddpm_beta_start, config.ddpm_beta_end
+    if betas[0] is not None and betas[1] is not None and not betas[0] <= betas[1] < 1:
         raise ValueError(
             f"betas must satisfy ddpm_beta_start <= ddpm_beta_end < 1, "
             f"got {config.ddpm_beta_start} and {config.ddpm_beta_end}"
@@ -191,7 +210,7 @@ def check_diffusion(config: TrainingConfig) -> None:
             "rescale_betas_zero_snr needs prediction_type v_prediction or sample: "
             "at zero signal the noise says nothing about x_0, and epsilon divides by zero"
         )
-    if config.ddpm_num_inference_steps > config.ddpm_num_steps:
+    if config.ddpm_num_steps is not None and config.ddpm_num_inference_steps > config.ddpm_num_steps:
         raise ValueError(
             f"ddpm_num_inference_steps ({config.ddpm_num_inference_steps}) exceeds ddpm_num_steps "
             f"({config.ddpm_num_steps})"
@@ -200,7 +219,8 @@ def check_diffusion(config: TrainingConfig) -> None:
 
 def check_objective(config: TrainingConfig) -> None:
     """The loss trains what there is to train, and its options belong to it."""
-    check_trains_variance(config.loss, config.ddpm_variance_type)
+    if config.ddpm_variance_type is not None:
+        check_trains_variance(config.loss, config.ddpm_variance_type)
     if config.loss == "vlb" and config.loss_weighting != "target":
         raise ValueError(
             f"loss_weighting {config.loss_weighting!r} is for the losses simple and hybrid: vlb has its own"
@@ -210,16 +230,21 @@ def check_objective(config: TrainingConfig) -> None:
 
 
 def check_network(config: TrainingConfig) -> None:
-    """There is a network, its keys are known, and it can halve the resolution."""
-    if config.model_config_name_or_path is not None:
+    """The network's keys are known, it can halve the resolution, and it is described once."""
+    model, described = config.model or {}, config.model_config_name_or_path
+    if config.model_size is not None and (described or "block_out_channels" in model):
+        raise ValueError(
+            f"model_size {config.model_size!r} chooses a network for the data, and "
+            f"{described or '`model:`'} describes one: leave one of them out (--model null leaves out a preset's)"
+        )
+    if described is not None:
         return
-    if config.model is None:
-        raise ValueError("no network: give `model:` in the preset, or model_config_name_or_path")
-    check_model_keys(config.model, config.class_conditional)
-    size = config.model.get("sample_size")
+    check_model_keys(model, config.class_conditional)
+    size = model.get("sample_size")
     if config.resolution is not None and size is not None and size != config.resolution:
         raise ValueError(f"model.sample_size is {size}, resolution is {config.resolution}: leave one of them out")
-    check_halvings(config.model, config.resolution or size)
+    if "block_out_channels" in model:
+        check_halvings(model, config.resolution or size)
 
 
 def check_model_keys(model: Mapping[str, Any], class_conditional: bool) -> None:

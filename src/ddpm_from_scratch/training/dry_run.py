@@ -1,7 +1,6 @@
 """Plan of a run, from a few timed steps; nothing is written."""
 
 import statistics
-import sys
 import time
 from datetime import timedelta
 
@@ -10,10 +9,10 @@ import torch
 from ..runtime.devices import device_name
 from ..runtime.results import versions
 from .loop import passes_from, train_step
+from .plan import fix_length, peak_memory, synchronize
 from .run import Run
 
 TIMED_STEPS = 4
-RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in the unit of ru_maxrss
 
 
 def dry_run(run: Run) -> None:
@@ -22,8 +21,10 @@ def dry_run(run: Run) -> None:
     Args:
         run: as built; its weights are changed by the timed steps.
     """
-    steps_left = run.total_steps - run.progress.step
-    step_seconds = seconds_per_step(run, min(TIMED_STEPS, steps_left))
+    progress = run.progress
+    step_seconds = seconds_per_step(run, min(TIMED_STEPS, run.total_steps - progress.step))
+    fix_length(run, step_seconds, progress.seconds)
+    steps_left = run.total_steps - progress.step
     grids = 1 + (steps_left // run.config.sample_steps if run.config.sample_steps else 0)
     grid_seconds = seconds_per_call(run) * run.config.ddpm_num_inference_steps
     facts = {
@@ -46,12 +47,6 @@ def dry_run(run: Run) -> None:
     if run.accelerator.is_main_process:
         print(run.config.to_yaml())
         print("\n".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def seconds_per_step(run: Run, count: int) -> float:
@@ -80,12 +75,3 @@ def seconds_per_call(run: Run) -> float:
         unet(x_t, t, class_labels=y)
         synchronize(device)
     return time.perf_counter() - start
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU, or of this process where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # absent on Windows, where only a dry run would miss it
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT

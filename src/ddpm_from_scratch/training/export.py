@@ -1,17 +1,13 @@
 """Make a model folder of a run's checkpoint: `ddpm export outputs/my-run/checkpoints/step_00001000 my-model`."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..diffusion.pipeline import ScratchDDPMPipeline
-from ..diffusion.unet import ScratchUNet2DModel
 from ..runtime.atomic_files import begin_folder, finish_folder
 from ..runtime.errors import saving
-from .checkpoint import MANIFEST, damage, read_state, read_tensors
+from ..sampling.checkpoints import load_checkpoint, read_manifest
 from .config import TrainingConfig, config_with_header
-from .model import build_scheduler
 
 
 def export(checkpoint: Path, folder: Path) -> None:
@@ -20,21 +16,13 @@ def export(checkpoint: Path, folder: Path) -> None:
     Raises FileNotFoundError if there is no such checkpoint; ValueError if it is damaged, or the folder exists already;
     CannotSave if the folder cannot be written; then it is not there.
     """
-    if not (checkpoint / MANIFEST).is_file():
-        raise FileNotFoundError(f"{checkpoint} is no checkpoint: it has no {MANIFEST}. They lie in RUN/checkpoints.")
-    if (wrong := damage(checkpoint)) is not None:
-        raise ValueError(f"{checkpoint} is damaged ({wrong}): take another one.")
+    pipeline = load_checkpoint(checkpoint)
     if folder.exists():
         raise ValueError(f"{folder} exists already: choose another folder.")
-    config = TrainingConfig(**json.loads((checkpoint / MANIFEST).read_bytes())["config"])
-    identity = read_state(checkpoint)["identity"]
-    keys = {name.removeprefix("model."): value for name, value in identity.items() if name.startswith("model.")}
-    unet = ScratchUNet2DModel(**keys)
-    unet.load_state_dict(read_tensors(checkpoint, "ema" if config.use_ema else "unet"))
-    names = dict(enumerate(identity["class_names"])) if config.class_conditional else None
+    config = TrainingConfig(**read_manifest(checkpoint)["config"])
     with saving("the model"):
         unfinished = begin_folder(folder)
-        ScratchDDPMPipeline(unet.eval(), build_scheduler(config), names).save_pretrained(unfinished)
+        pipeline.save_pretrained(unfinished)
         (unfinished / "training_config.yaml").write_text(config_with_header(config), encoding="utf-8")
         finish_folder(folder)
 

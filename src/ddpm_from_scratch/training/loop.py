@@ -19,6 +19,7 @@ from .faults import StopSignals
 from .objectives import LossAwareSampler
 from .optimizer import ema_decay, learning_rate, set_learning_rate
 from .outputs import draw_grid, save_grid
+from .plan import Stopwatch
 from .run import Run, save
 from .upload import Upload
 from .validation import ValidationSet, evaluate_run, is_best, keep_best
@@ -155,15 +156,18 @@ def train(run: Run, validation_set: ValidationSet | None, upload: Upload | None,
         Stopped: one did; a checkpoint is written.
         CannotSave, Diverged: see `save` and `log`.
     """
-    config, progress, total = run.config, run.progress, run.total_steps
+    config, progress = run.config, run.progress
     passes = passes_from(run, progress.step)
-    bar = tqdm(total=total, initial=progress.step, unit="step", disable=not run.accelerator.is_main_process)
+    bar = tqdm(total=run.total_steps, initial=progress.step, unit="step", disable=not run.accelerator.is_main_process)
     unread = [torch.tensor(loss, device=run.accelerator.device) for loss in progress.unread]
     progress.unread = []
     clock = time.perf_counter()
     run.unet.train()
-    while progress.step < total:
+    stopwatch = Stopwatch(run)
+    while progress.step < run.total_steps:
         unread.append(advance(run, passes))
+        stopwatch.lap()
+        bar.total = total = run.total_steps
         bar.update()
         step, last = progress.step, progress.step == total
         saves = due(step, config.checkpointing_steps, last)

@@ -1,33 +1,23 @@
 """The network and the diffusion process that a configuration asks for."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from ..data.dataset import TrainingData
 from ..data.labels import Labels
 from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..diffusion.reverse_variance import LEARNED_VARIANCES
 from ..diffusion.scheduler import ScratchDDPMScheduler
+from ..diffusion.stock import altered
 from ..diffusion.unet import ScratchUNet2DModel
-from .config import TrainingConfig, check_model_keys
+from ..sampling.checkpoints import PROCESS_FLAGS, SAMPLER_FLAGS, is_checkpoint, load_checkpoint
+from .config import TrainingConfig, check_diffusion, check_halvings, check_model_keys, check_objective
+from .network import SIZES, suited_network
 from .objectives import Objective
-
-# The default schedule's parameters, for the message that tells how to continue a trained model.
-PROCESS_FLAGS = {
-    "ddpm_num_steps": "num_train_timesteps",
-    "ddpm_beta_schedule": "beta_schedule",
-    "ddpm_beta_start": "beta_start",
-    "ddpm_beta_end": "beta_end",
-    "rescale_betas_zero_snr": "rescale_betas_zero_snr",
-    "prediction_type": "prediction_type",
-}
-SAMPLER_FLAGS = {
-    "ddpm_variance_type": "variance_type",
-    "ddpm_clip_sample": "clip_sample",
-    "ddpm_timestep_spacing": "timestep_spacing",
-}
 
 OBJECTIVE_FLAGS = {
     "loss": "loss",
@@ -39,10 +29,27 @@ OBJECTIVE_FLAGS = {
 }
 
 
-def build_scheduler(config: TrainingConfig) -> ScratchDDPMScheduler:
-    """The forward process, the objective and the sampler's variance."""
+def build_scheduler(config: TrainingConfig, trained: ScratchDDPMScheduler | None = None) -> ScratchDDPMScheduler:
+    """The forward process, the objective and the sampler's variance: those of a model to fine-tune, or of a new one.
+
+    Raises ValueError if the configuration says another process or objective than that of the model.
+    """
     keys = {**PROCESS_FLAGS, **SAMPLER_FLAGS}
-    return ScratchDDPMScheduler(**{key: getattr(config, flag) for flag, key in keys.items()})
+    said = {key: value for flag, key in keys.items() if (value := getattr(config, flag)) is not None}
+    if trained is None:
+        return ScratchDDPMScheduler(**said)
+    check_same_process(config, trained)
+    return ScratchDDPMScheduler.from_config(trained.config, **said)
+
+
+def with_process_of(scheduler: ScratchDDPMScheduler, config: TrainingConfig) -> TrainingConfig:
+    """The configuration with everything that was left to the model to fine-tune; ValueError if it does not fit."""
+    keys = {**PROCESS_FLAGS, **SAMPLER_FLAGS}
+    left = {flag: scheduler.config[key] for flag, key in keys.items() if getattr(config, flag) is None}
+    config = replace(config, **left)
+    check_diffusion(config)
+    check_objective(config)
+    return config
 
 
 def build_objective(config: TrainingConfig, scheduler: ScratchDDPMScheduler) -> Objective:
@@ -51,7 +58,7 @@ def build_objective(config: TrainingConfig, scheduler: ScratchDDPMScheduler) -> 
 
 
 def network_config(config: TrainingConfig) -> dict[str, Any]:
-    """The keys of a new network, from the preset or a JSON file.
+    """The keys of a new network that are described, by the preset or a JSON file.
 
     Raises ValueError if a key is unknown, the network is class-conditional and the run is not, or the network changes
     the number of channels.
@@ -88,51 +95,91 @@ class Trained(NamedTuple):
     """A model to fine-tune."""
 
     unet: ScratchUNet2DModel
+    scheduler: ScratchDDPMScheduler | None  # None where a network alone is given
     id2label: dict[int, str] | None  # the names of its classes, if it has any
 
 
-def load_trained(config: TrainingConfig, scheduler: ScratchDDPMScheduler) -> Trained | None:
-    """The network of the trained model to fine-tune; None if the configuration describes a new one.
+def brings_scheduler(model: str | None) -> bool:
+    """Whether the model to fine-tune, if there is one, is more than a network."""
+    path = Path(model or "").expanduser()
+    is_network = path.is_dir() and not (path / "model_index.json").is_file() and not is_checkpoint(path)
+    return model is not None and not model.endswith(".json") and not is_network
 
-    Raises ValueError if the model was trained on another process or objective, or it cannot be trained here.
+
+def load_trained(config: TrainingConfig) -> Trained | None:
+    """The trained model to fine-tune; None if the configuration describes a new one.
+
+    Raises ValueError if it is class-conditional and the run is not; OSError if it has no weights that are read here.
     """
     name = config.model_config_name_or_path
     if name is None or name.endswith(".json"):
         return None
     path = Path(name).expanduser()
     options = {"cache_dir": config.cache_dir, "token": config.hub_token}
-    id2label = None
-    if path.is_dir() and not (path / "model_index.json").is_file():  # the folder of a network alone
-        unet = ScratchUNet2DModel.from_pretrained(str(path), **options)
-    else:
-        options["revision"] = config.model_revision
-        pipeline = ScratchDDPMPipeline.from_pretrained(str(path) if path.is_dir() else name, **options)
-        check_same_process(ScratchDDPMScheduler.from_config(pipeline.scheduler.config), scheduler)
-        unet, id2label = pipeline.unet, pipeline.config.id2label
-    if unet.config.num_class_embeds is not None and not config.class_conditional:
+    try:
+        if is_checkpoint(path):
+            trained = trained_parts(load_checkpoint(path))
+        elif brings_scheduler(name):
+            options["revision"] = config.model_revision
+            pipeline = ScratchDDPMPipeline.from_pretrained(str(path) if path.is_dir() else name, **options)
+            trained = trained_parts(pipeline)
+        else:
+            trained = Trained(ScratchUNet2DModel.from_pretrained(str(path), **options), None, None)
+    except OSError as error:
+        if "use_safetensors=False" not in str(error):
+            raise
+        raise OSError(
+            f"{name} has pickled weights (.bin), which can run code as they are read, and none in safetensors. If you "
+            f'trust them, convert it once: python -c "from ddpm_from_scratch import ScratchDDPMPipeline as P; '
+            f"P.from_pretrained('{name}', use_safetensors=False).save_pretrained('converted')\""
+        ) from error
+    if trained.unet.config.num_class_embeds is not None and not config.class_conditional:
         raise ValueError(f"{name} is class-conditional: fine-tune it with --class_conditional")
-    if unet.config.num_class_embeds is None and config.class_conditional:
-        raise ValueError(f"{name} is not class-conditional: leave out --class_conditional, or train a new network")
-    check_outputs(name, unet.config.in_channels, unet.config.out_channels, config)
-    return Trained(unet.float().train().requires_grad_(True), id2label)
+    trained.unet.float().train().requires_grad_(True)
+    return trained
 
 
-def check_same_process(trained: ScratchDDPMScheduler, scheduler: ScratchDDPMScheduler) -> None:
+def trained_parts(pipeline: ScratchDDPMPipeline) -> Trained:
+    """A pipeline as a model to fine-tune."""
+    scheduler = ScratchDDPMScheduler.from_config(pipeline.scheduler.config)
+    return Trained(pipeline.unet, scheduler, pipeline.config.id2label)
+
+
+def check_same_process(config: TrainingConfig, trained: ScratchDDPMScheduler) -> None:
     """Refuse to fine-tune a network on a process or target other than its own: it would start from garbage.
 
-    Raises ValueError if they differ; the message names the flags that make them equal.
+    Raises ValueError if the configuration says another one; the message names the flags to leave out.
     """
-    same_betas = trained.alphas_cumprod.shape == scheduler.alphas_cumprod.shape and torch.allclose(
-        trained.alphas_cumprod, scheduler.alphas_cumprod, atol=1e-6
-    )
-    if same_betas and trained.config.prediction_type == scheduler.config.prediction_type:
-        return
-    flags = [
-        f"--{flag} {str(trained.config[key]).lower()}"
+    differing = {
+        flag: trained.config[key]
         for flag, key in PROCESS_FLAGS.items()
-        if trained.config[key] != scheduler.config[key]
-    ]
-    raise ValueError(f"the model was trained on another diffusion process; to fine-tune it add {' '.join(flags)}")
+        if getattr(config, flag) not in (None, trained.config[key])
+    }
+    if differing:
+        flags = ", ".join(f"--{flag} ({value})" for flag, value in differing.items())
+        raise ValueError(
+            f"the model was trained on another diffusion process, which it keeps if nothing is said: leave out {flags}"
+        )
+
+
+def with_classes(unet: ScratchUNet2DModel, num_class_embeds: int) -> ScratchUNet2DModel:
+    """An unconditional network made class-conditional: its classes start at zero, so it draws what it drew before."""
+    conditional = altered(unet, num_class_embeds=num_class_embeds)
+    conditional.load_state_dict(unet.state_dict(), strict=False)  # all but the new embedding
+    torch.nn.init.zeros_(conditional.class_embedding.weight)
+    return conditional.train()
+
+
+def trained_unet(trained: Trained, config: TrainingConfig, labels: Labels | None) -> ScratchUNet2DModel:
+    """The network to fine-tune, with the classes of the data; ValueError if it was made for others."""
+    unet = trained.unet
+    check_outputs(str(config.model_config_name_or_path), unet.config.in_channels, unet.config.out_channels, config)
+    if labels is None:
+        return unet
+    if unet.config.num_class_embeds is None:
+        return with_classes(unet, labels.num_class_embeds)
+    check_classes(unet.config.num_class_embeds, trained.id2label, labels)
+    return unet
 
 
 def check_classes(num_class_embeds: int | None, id2label: dict[int, str] | None, labels: Labels) -> None:
@@ -162,11 +209,23 @@ def check_classes(num_class_embeds: int | None, id2label: dict[int, str] | None,
         )
 
 
-def build_unet(keys: dict[str, Any], config: TrainingConfig, channels: int, resolution: int) -> ScratchUNet2DModel:
-    """A new network for images of this form, with the outputs that the variance needs.
+def rate_for(width: int) -> float:
+    """The learning rate for a network whose first level has so many channels: that of the nearest size."""
+    return min(SIZES.values(), key=lambda size: abs(size.width - width)).learning_rate
 
-    Raises ValueError if its keys contradict each other.
+
+def build_unet(keys: dict[str, Any], config: TrainingConfig, data: TrainingData) -> ScratchUNet2DModel:
+    """A new network for the data: as described, or one that suits them, changed by the keys that are described.
+
+    Raises ValueError if its keys contradict each other, the classes or the images' size.
     """
-    outputs = outputs_per_channel(config) * channels
-    form = {"in_channels": channels, "out_channels": outputs, "sample_size": resolution}
+    if "block_out_channels" not in keys:
+        size = (data.resolution, data.resolution)
+        keys = {**suited_network(size, len(data.images), config.model_size or "small"), **keys}
+    check_halvings(keys, data.resolution)
+    if data.labels:
+        check_classes(keys.get("num_class_embeds"), None, data.labels)
+        keys = {**keys, "num_class_embeds": data.labels.num_class_embeds}
+    outputs = outputs_per_channel(config) * data.channels
+    form = {"in_channels": data.channels, "out_channels": outputs, "sample_size": data.resolution}
     return ScratchUNet2DModel(**{**keys, **form})

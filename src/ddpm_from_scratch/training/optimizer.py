@@ -20,6 +20,7 @@ DECAYS: dict[str, Callable[[float], float]] = {
     "constant_with_warmup": lambda progress: 1.0,
 }
 NO_WARMUP = ("constant",)  # as in diffusers
+LONGEST_WARMUP = 0.1  # of a run whose number of steps follows from a budget of time
 
 # What a configuration counts in steps.
 STEP_FIELDS = (
@@ -61,10 +62,19 @@ def learning_rate(step: int, config: "TrainingConfig", total_steps: int) -> floa
     A function of the optimiser steps alone, so accumulation and the number of processes do not stretch it.
     """
     warmup = 0 if config.lr_scheduler in NO_WARMUP else config.lr_warmup_steps
+    if config.max_train_minutes is not None:
+        warmup = min(warmup, math.ceil(LONGEST_WARMUP * total_steps))
     if step < warmup:
-        return config.learning_rate * (step + 1) / warmup  # from 1, since a step at rate 0 is wasted
+        return peak_rate(config) * (step + 1) / warmup  # from 1, since a step at rate 0 is wasted
     progress = (step - warmup) / max(1, total_steps - warmup)
-    return config.learning_rate * DECAYS[config.lr_scheduler](progress)
+    return peak_rate(config) * DECAYS[config.lr_scheduler](progress)
+
+
+def peak_rate(config: "TrainingConfig") -> float:
+    """The peak learning rate; ValueError if it is still to be chosen by the network, which `build` does."""
+    if config.learning_rate is None:
+        raise ValueError("learning_rate is null, which stands for one that suits the network: a run chooses it")
+    return config.learning_rate
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -79,7 +89,7 @@ def build_optimizer(
     """AdamW, as one fused kernel where the device has it."""
     return torch.optim.AdamW(
         parameters,
-        lr=config.learning_rate,
+        lr=peak_rate(config),
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.adam_weight_decay,

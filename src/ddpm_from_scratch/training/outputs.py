@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
 
+from ..data.dataset import ImageStream
 from ..evaluation.figures import LOSS_LABELS, plot_losses
 from ..runtime.atomic_files import replace_file, replacing_files
 from ..runtime.errors import Diverged, Stopped, saving
@@ -19,6 +22,16 @@ from ..sampling.samplers import SAMPLERS
 from .config import TrainingConfig, config_with_header
 from .run import Run, results
 
+SHOWN_IMAGES = 64  # of the training images, in data.png
+FEW_IMAGES = 1000  # fewer are learned by heart
+IMAGE_TRACKERS = (
+    "wandb",
+    "clearml",
+    "swanlab",
+)  # of accelerate's, beside tensorboard: those that take lists of pictures
+
+logger = logging.getLogger("train")
+
 
 def start_output(run: Run, config: TrainingConfig) -> None:
     """Create the output folder with the configuration as it was given, and the trackers."""
@@ -26,9 +39,33 @@ def start_output(run: Run, config: TrainingConfig) -> None:
         folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / "training_config.yaml", config_with_header(config).encode())
+        if run.progress.step == 0:
+            save_picture(data_grid(run), folder / "data.png")
+            warn_of_few_images(run)
     # Trackers take plain values; a list, a mapping or None becomes text.
     plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in config.to_dict().items()}
     run.accelerator.init_trackers("ddpm", config=plain)
+
+
+def data_grid(run: Run) -> Image.Image:
+    """The first training images exactly as the network sees them: cropped, resized and mirrored."""
+    config = run.config
+    stream = ImageStream(
+        run.data, config.seed, config.center_crop, config.random_flip, skip_bad_images=config.skip_bad_images
+    )
+    images = [stream[position] for position in range(min(SHOWN_IMAGES, len(run.data.images)))]
+    return image_grid(to_pil(torch.stack(images).permute(0, 2, 3, 1).numpy()))
+
+
+def warn_of_few_images(run: Run) -> None:
+    """Say so where the network will learn its images by heart."""
+    count = len(run.data.images)
+    if count < FEW_IMAGES:
+        logger.warning(
+            "%d images are few: a long run learns them by heart. `ddpm evaluate` shows the nearest training image of "
+            "each sample (neighbors.png); fine-tuning a model (--model_config_name_or_path) needs fewer images",
+            count,
+        )
 
 
 def draw_grid(run: Run) -> Image.Image:
@@ -53,12 +90,27 @@ def draw_grid(run: Run) -> Image.Image:
 
 
 def save_grid(run: Run, grid: Image.Image) -> None:
-    """Keep a grid on the way; one process does; CannotSave if it cannot be written."""
+    """Keep a grid on the way, in a file and in the trackers; one process does; CannotSave if it cannot be written."""
     if run.accelerator.is_main_process:
-        path = Path(run.config.output_dir, "samples", f"step_{run.progress.step}.png")
-        with saving("a grid of samples"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            grid.save(path)
+        save_picture(grid, Path(run.config.output_dir, "samples", f"step_{run.progress.step}.png"))
+        track_grid(run, grid)
+
+
+def track_grid(run: Run, grid: Image.Image) -> None:
+    """Show a grid in the trackers that show images."""
+    for tracker in run.accelerator.trackers:
+        if tracker.name == "tensorboard":
+            pixels = np.asarray(grid.convert("RGB"))[None]
+            tracker.log_images({"samples": pixels}, step=run.progress.step, dataformats="NHWC")
+        elif tracker.name in IMAGE_TRACKERS:
+            tracker.log_images({"samples": [grid]}, step=run.progress.step)
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture; CannotSave if it cannot be written."""
+    with saving(path.name):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
 
 
 def finish(run: Run) -> None:
@@ -69,6 +121,7 @@ def finish(run: Run) -> None:
     grid = draw_grid(run)
     if not run.accelerator.is_main_process:
         return
+    track_grid(run, grid)
     folder = Path(run.config.output_dir)
     with saving("the model"), replacing_files(folder) as unfinished:
         run.pipeline.save_pretrained(unfinished)

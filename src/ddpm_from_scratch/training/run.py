@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -28,27 +28,27 @@ from ..runtime.devices import (
 from ..runtime.errors import saving
 from ..runtime.random_streams import derived_seed
 from ..runtime.results import versions
+from ..sampling.checkpoints import PROCESS_FLAGS, read_state, read_tensors
 from .checkpoint import (
     Progress,
     check_same_run,
     find_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
-    read_state,
-    read_tensors,
     save_checkpoint,
 )
 from .config import TrainingConfig, check_halvings
 from .faults import FiniteGuard
 from .model import (
     OBJECTIVE_FLAGS,
-    PROCESS_FLAGS,
     build_objective,
     build_scheduler,
     build_unet,
-    check_classes,
     load_trained,
     network_config,
+    rate_for,
+    trained_unet,
+    with_process_of,
 )
 from .objectives import TIMESTEP_SAMPLERS, LossAwareSampler, Objective, UniformSampler
 from .optimizer import EMA, build_optimizer, in_optimizer_steps, learning_rate
@@ -59,6 +59,8 @@ SPLITTING_ENGINES = {
     "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
     "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
 }
+
+UNLIMITED = 10**9  # steps, before a budget of time has become a number of them
 
 
 @dataclass
@@ -83,9 +85,13 @@ class Run:
         config = self.config
         return config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
 
-    @cached_property
+    @property
     def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Optimiser steps of the whole run; under a budget of time that is not fixed yet, the most that it can have."""
+        if self.progress.total_steps is not None:
+            return self.progress.total_steps
+        if self.config.max_train_minutes is not None:
+            return self.config.max_train_steps or UNLIMITED
         epochs = math.ceil(self.config.num_epochs * len(self.data.images) / self.global_batch_size)
         return self.config.max_train_steps or epochs
 
@@ -126,9 +132,11 @@ class Run:
             same += ["streaming", "shuffle_window_mb"]
         if config.loss != "simple":  # the bound is that of a variance
             same.append("ddpm_variance_type")
+        betas = self.scheduler.config.trained_betas  # of a model to fine-tune: no flag makes them
         model = {f"model.{k}": v for k, v in self.trained_unet.config.items() if not k.startswith("_")}
         return {
             **{name: getattr(config, name) for name in same},
+            **({"trained_betas": list(betas)} if betas is not None else {}),
             "global batch size (train_batch_size x gradient_accumulation_steps x processes)": self.global_batch_size,
             "training images (fingerprint)": self.data.fingerprint,
             **self.data.describe_labels(config),
@@ -158,8 +166,7 @@ def build(config: TrainingConfig) -> Run:
         config, config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     )
     torch.manual_seed(derived_seed(config.seed, "weights"))
-    scheduler = build_scheduler(config)
-    unet, data = build_inputs(config, scheduler, accelerator)
+    config, scheduler, unet, data = build_inputs(config, accelerator)
     device = accelerator.device
     unet.to(device, memory_format=MEMORY_FORMAT.get(device.type, torch.preserve_format))
     ema = EMA(unet, config.ema_inv_gamma, config.ema_power, config.ema_max_decay) if config.use_ema else None
@@ -177,7 +184,7 @@ def build(config: TrainingConfig) -> Run:
         ema,
         Progress(bad_images=list(data.unreadable)),
         build_objective(config, scheduler),
-        TIMESTEP_SAMPLERS[config.timestep_sampling](config.ddpm_num_steps),
+        TIMESTEP_SAMPLERS[config.timestep_sampling](scheduler.config.num_train_timesteps),
         FiniteGuard(optimizer.optimizer if accelerator.scaler is None else None, device),
     )
     with accelerator.main_process_first():  # it clears up what a killed run left, once
@@ -201,22 +208,26 @@ def build_accelerator(config: TrainingConfig) -> Accelerator:
 
 
 def build_inputs(
-    config: TrainingConfig, scheduler: ScratchDDPMScheduler, accelerator: Accelerator
-) -> tuple[ScratchUNet2DModel, TrainingData]:
-    """The network, new or trained before, and the images, which fit each other."""
+    config: TrainingConfig, accelerator: Accelerator
+) -> tuple[TrainingConfig, ScratchDDPMScheduler, ScratchUNet2DModel, TrainingData]:
+    """The configuration with all that was left open, the process, the network, new or trained, and the images."""
     with accelerator.main_process_first():  # downloads happen once
-        trained = load_trained(config, scheduler)
+        trained = load_trained(config)
+        scheduler = build_scheduler(config, trained.scheduler if trained else None)
+        config = with_process_of(scheduler, config)
         keys = dict(trained.unet.config) if trained else network_config(config)
         data = load_data(config, keys.get("in_channels"), config.resolution or keys.get("sample_size"))
-    check_halvings(keys, data.resolution)
-    if data.labels:
-        check_classes(keys.get("num_class_embeds"), trained.id2label if trained else None, data.labels)
-        keys["num_class_embeds"] = data.labels.num_class_embeds
-    unet = trained.unet if trained else build_unet(keys, config, data.channels, data.resolution)
+    if trained:
+        check_halvings(keys, data.resolution)
+        unet = trained_unet(trained, config, data.labels)
+    else:
+        unet = build_unet(keys, config, data)
     unet.register_to_config(sample_size=data.resolution)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    return unet, data
+    if config.learning_rate is None:
+        config = replace(config, learning_rate=rate_for(unet.config.block_out_channels[0]))
+    return config, scheduler, unet, data
 
 
 def save(run: Run) -> None:
@@ -237,6 +248,7 @@ def save(run: Run) -> None:
     }
     state = {"progress": vars(progress), "identity": run.identity()}
     about = {"step": progress.step, "config": run.config.to_dict(), "versions": versions()}
+    about["scheduler"] = dict(run.scheduler.config)
     folder = Path(run.config.output_dir, "checkpoints", f"step_{progress.step:08d}")
     with saving(f"the checkpoint of step {progress.step}"):
         save_checkpoint(folder, tensors, state, run.config.checkpoints_total_limit, about)
@@ -251,6 +263,8 @@ def load(run: Run, checkpoint: Path) -> None:
     older = {name: getattr(TrainingConfig(), name) for name in (*OBJECTIVE_FLAGS, "timestep_sampling")}
     check_same_run({**older, **state["identity"]}, run.identity())  # version 0.1.0 had no other objective
     run.progress = Progress(**state["progress"])
+    if run.progress.planned_minutes != run.config.max_train_minutes:  # a new budget, or none: another length
+        run.progress.total_steps = run.progress.planned_minutes = None
     if run.progress.step > run.total_steps:
         raise ValueError(f"{checkpoint} has done {run.progress.step} steps, the run has {run.total_steps}")
     run.guard.go_on(run.progress.skipped_steps, run.progress.skipped_in_a_row)

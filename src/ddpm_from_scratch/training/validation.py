@@ -74,7 +74,7 @@ def evaluate_run(run: Run, validation_set: ValidationSet) -> dict[str, float]:
                 unet,
                 run.scheduler,
                 validation_set.held_out,
-                num_terms=min(NUM_TERMS, config.ddpm_num_steps),
+                num_terms=min(NUM_TERMS, run.scheduler.config.num_train_timesteps),
                 seed=config.seed,
                 progress=False,
                 accelerator=run.accelerator,

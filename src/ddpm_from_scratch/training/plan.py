@@ -1,0 +1,97 @@
+"""Plan of a run: what it will take, told from its first steps, and the length that a budget of time gives it."""
+
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+
+from .run import Run
+
+logger = logging.getLogger("train")
+
+TIMED_STEPS, SETTLING_STEPS = 12, 4  # timed from the start on; the first of them, which set things up, do not count
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in the unit of ru_maxrss
+
+
+class Stopwatch:
+    """The seconds of a run's first steps, from which its plan follows."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.seconds: list[float] = []
+        self.start = time.perf_counter()
+
+    def lap(self) -> None:
+        """Note the end of a step; after the last one that is timed, fix the length of the run and tell the plan."""
+        if len(self.seconds) == TIMED_STEPS:
+            return
+        synchronize(self.run.accelerator.device)
+        now = time.perf_counter()
+        self.seconds.append(now - self.start)
+        self.start = now
+        if len(self.seconds) == TIMED_STEPS:
+            each = typical(self.run, self.seconds)
+            fix_length(self.run, each, sum(self.seconds))
+            tell_plan(self.run, each)
+
+
+def typical(run: Run, seconds: Sequence[float]) -> float:
+    """Seconds of a step that nothing disturbs: the median, the same for all processes."""
+    each = torch.tensor(statistics.median(seconds[SETTLING_STEPS:]), device=run.accelerator.device)
+    return float(run.accelerator.reduce(each, reduction="mean"))
+
+
+def fix_length(run: Run, step_seconds: float, spent: float) -> None:
+    """Turn a budget of time, if there is one, into a number of steps, which is part of the run from now on."""
+    budget, progress = run.config.max_train_minutes, run.progress
+    if budget is None or progress.total_steps is not None:
+        return
+    left = max(0.0, 60 * budget - max(spent, progress.seconds))
+    most = run.total_steps  # as long as it is not fixed
+    progress.total_steps = min(most, progress.step + round(left / step_seconds))
+    progress.planned_minutes = budget
+
+
+def tell_plan(run: Run, step_seconds: float) -> None:
+    """Log how fast the run is, what it will see, and when to expect pictures."""
+    if not run.accelerator.is_main_process:
+        return
+    config, step, total = run.config, run.progress.step, run.total_steps
+    images = total * run.global_batch_size
+    logger.info(
+        "%.0f images/s, %.2f GiB of memory; %d steps of %d images, which is each image %.1f times; the end in %s",
+        run.global_batch_size / step_seconds,
+        peak_memory(run.accelerator.device) / 2**30,
+        total,
+        run.global_batch_size,
+        images / len(run.data.images),
+        in_words((total - step) * step_seconds),
+    )
+    if config.sample_steps and (first := config.sample_steps - step % config.sample_steps) < total - step:
+        logger.info("the next sample grid in %s, after step %d", in_words(first * step_seconds), step + first)
+
+
+def in_words(seconds: float) -> str:
+    """A time from now on, without the pictures on the way: 1:02:03."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU, or of this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # absent on Windows
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
