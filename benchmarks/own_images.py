@@ -2,9 +2,9 @@
 
     python benchmarks/own_images.py FOLDER     # half an hour for each and an hour to measure, on 2 cores
 
-FOLDER holds pictures, CIFAR-10 for instance. The example is that of diffusers for unconditional image generation, rebuilt
-here of diffusers' own parts with its default values, stopped by the clock: as it is, it keeps nothing before the end of its
-first epoch. Both models draw by the same sampler. Results go to docs/results/own_images.json, from which
+FOLDER holds pictures, CIFAR-10 for instance. The example is that of diffusers for unconditional image generation,
+rebuilt here of diffusers' own parts with its default values and stopped by the clock: as it is, it keeps nothing before
+the end of its first epoch. Both models draw by the same sampler. Results go to docs/results/own_images.json, from which
 `python docs/make_own_images.py` fills docs/your-images.md.
 """
 
