@@ -26,7 +26,7 @@ from ddpm_from_scratch.training.validation import build_validation_set
 
 IMPORTS = {
     "diffusers": "from diffusers import UNet2DModel, DDPMScheduler, DDPMPipeline",
-    "ours": "import ddpm_from_scratch",
+    "ours": "from ddpm_from_scratch import ScratchDDPMPipeline",
 }
 # Import, load a model's folder, draw one image in ten steps.
 FIRST_IMAGES = {

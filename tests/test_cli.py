@@ -1,11 +1,13 @@
 """The command `ddpm`: its commands, the launcher's flags, and the processes that it starts."""
 
 import importlib
+import subprocess
 import sys
 
 import pytest
 import torch
 
+import ddpm_from_scratch
 from ddpm_from_scratch import cli
 from ddpm_from_scratch.runtime.errors import CannotSave
 
@@ -17,6 +19,22 @@ def test_help_lists_every_command(capsys):
     for name, command in cli.COMMANDS.items():
         assert name in shown and command.help in shown
         assert callable(importlib.import_module(command.module).main)
+
+
+def test_help_waits_for_nothing():
+    """torch and diffusers take seconds to import; so does whatever needs them."""
+    code = "import sys; from ddpm_from_scratch import cli; cli.build_parser(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "ddpm_from_scratch.cli" in done.stdout.split()
+    assert not {"torch", "diffusers", "numpy"} & set(done.stdout.split())
+
+
+def test_public_names_are_imported_on_first_use():
+    assert set(ddpm_from_scratch.__all__) <= set(dir(ddpm_from_scratch))
+    for name in ddpm_from_scratch.__all__:
+        assert getattr(ddpm_from_scratch, name) is getattr(ddpm_from_scratch.diffusion, name)
+    with pytest.raises(AttributeError, match="'ddpm_from_scratch' has no attribute 'Scheduler'"):
+        ddpm_from_scratch.Scheduler  # noqa: B018
 
 
 def test_an_unknown_command_is_refused(capsys):

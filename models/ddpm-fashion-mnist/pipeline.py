@@ -54,7 +54,7 @@ def suggestion(wrong: str, allowed: Collection[str]) -> str:
 
 
 def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
-    """Value is one of allowed; if not, the nearest one is proposed."""
+    """Check that value is one of allowed; the error suggests the nearest one."""
     allowed = tuple(allowed)
     if value not in allowed:
         hint = suggestion(str(value), allowed)
@@ -62,42 +62,42 @@ def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """A real number, and not a truth value."""
+    """Whether value is a real number; True and False are not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_range(name: str, value: object, least: float, most: float) -> None:
-    """Value is a finite number from least to most."""
+    """Check that value is a finite number from least to most."""
     if not (is_number(value) and least <= value <= most and abs(value) < float("inf")):
         span = f"lie in [{least:g}, {most:g}]" if most < float("inf") else f"be at least {least:g} and finite"
         raise ValueError(f"{name}={value!r} must be a number and {span}.")
 
 
 def check_positive(name: str, value: object) -> None:
-    """Value is a finite number above 0."""
+    """Check that value is a finite number above 0."""
     if not (is_number(value) and 0 < value < float("inf")):
         raise ValueError(f"{name}={value!r} must be a number, above 0 and finite.")
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """A whole number, and not a truth value."""
+    """Whether value is a whole number; True and False are not."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def check_whole(name: str, value: object, least: int = 1) -> None:
-    """Value is a whole number, at least `least`."""
+    """Check that value is a whole number, at least `least`."""
     if not (is_whole(value) and value >= least):
         raise ValueError(f"{name}={value!r} must be a whole number, at least {least}.")
 
 
 def check_count(name: str, value: object, most: int) -> None:
-    """Value is a whole number from 1 to most."""
+    """Check that value is a whole number from 1 to most."""
     if not (is_whole(value) and 1 <= value <= most):
         raise ValueError(f"{name}={value!r} must be a whole number from 1 to {most}.")
 
 
 def check_generator(generator: object, batch_size: int) -> None:
-    """Generator is one for the batch, a list of one per image, or None."""
+    """Check that generator is a torch.Generator, a list of one for each image, or None."""
     each = generator if isinstance(generator, list) else [] if generator is None else [generator]
     if not all(isinstance(g, torch.Generator) for g in each):
         raise ValueError(f"generator={generator!r} must be a torch.Generator, or a list of them.")
@@ -110,11 +110,11 @@ NO_SAFETENSORS = re.compile(r"(no|have a) file named \S+\.safetensors|necessary 
 
 
 def altered(part: ConfigMixin, kind: type[ConfigMixin] | None = None, /, **changes: object) -> Any:  # noqa: ANN401
-    """A new scheduler or network with the configuration of part and some changes, of its class or of `kind`.
+    """A new scheduler or network with the configuration of part and some changes, of class `kind` or that of part.
 
-    It is `kind.from_config(part.config, **changes)`, but that takes arguments that were passed by position for left out
-    and drops their values: `from_config` of DDPMScheduler(12) has 1000 steps. Here they stay. What was really left out
-    counts so in the new one too.
+    Like `kind.from_config(part.config, **changes)`, except that arguments which were passed by position are kept:
+    `from_config` takes them for left out and drops their values, so that it makes 1000 steps of DDPMScheduler(12).
+    Arguments that were really left out count as left out in the new object too.
     """
     config, parameters = part.config, inspect.signature(type(part).__init__).parameters
     # The value of an argument that was left out is the very object in the signature.
@@ -124,7 +124,7 @@ def altered(part: ConfigMixin, kind: type[ConfigMixin] | None = None, /, **chang
 
 @contextmanager
 def safe_weights(name: str | os.PathLike[str], options: dict[str, Any]) -> Iterator[None]:
-    """Load a model by `options`, which get `use_safetensors=True` unless they say otherwise: a pickle can run code."""
+    """Set `use_safetensors=True` in options unless they say otherwise: unpickling can run code. Explain a failure."""
     asked = options.get("use_safetensors") is not None
     options["use_safetensors"] = options["use_safetensors"] if asked else True
     try:
@@ -140,7 +140,7 @@ def safe_weights(name: str | os.PathLike[str], options: dict[str, Any]) -> Itera
 
 
 def write_config(json_text: str, path: str | os.PathLike[str], without: Collection[str] = (), **names: object) -> None:
-    """Write a configuration with some entries replaced, some left out, and not the folder that it was loaded from."""
+    """Write a configuration with `names` replaced, leaving out `without` and the folder that it was loaded from."""
     config = json.loads(json_text) | names
     for name in ("_name_or_path", *without):
         config.pop(name, None)
@@ -152,13 +152,13 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 
 class Gaussian(NamedTuple):
-    """N(mean, exp(log_variance) I): the one type of every distribution here. log_variance broadcasts over mean."""
+    """The distribution N(mean, exp(log_variance) I). log_variance broadcasts over mean."""
 
     mean: Tensor
     log_variance: Tensor
 
     def sample(self, generator: Generators = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Mean + standard deviation * noise, shaped like mean. The noise is drawn in `dtype`, or in the mean's."""
+        """Draw a sample, shaped like mean. The noise is drawn in `dtype`, by default that of the mean."""
         return self.mean + torch.exp(0.5 * self.log_variance) * noise_like(self.mean, generator, dtype)
 
     def kl(self, other: "Gaussian") -> Tensor:
@@ -186,7 +186,7 @@ class Gaussian(NamedTuple):
 
 
 def noise_like(x: Tensor, generator: Generators = None, dtype: torch.dtype | None = None) -> Tensor:
-    """Standard normal noise of the shape and on the device of x, in `dtype` or in that of x.
+    """Standard normal noise with the shape and device of x, in `dtype`, by default that of x.
 
     Raises:
         ValueError: for a list of generators that is not as long as the batch.
@@ -197,7 +197,7 @@ def noise_like(x: Tensor, generator: Generators = None, dtype: torch.dtype | Non
 
 
 def _log_ndtr(z: Tensor) -> Tensor:
-    """log Φ(z), as `torch.special.log_ndtr`, whose gradient loses its digits in the far left tail, and at last is 0."""
+    """log Φ(z), with an exact gradient in the far left tail, where that of `torch.special.log_ndtr` decays to 0."""
     left = z.clamp(max=0)
     tail = torch.log(torch.special.erfcx(-left * 0.5**0.5) / 2) - left**2 / 2
     return torch.where(z < 0, tail, torch.special.log_ndtr(z.clamp(min=0)))
@@ -207,14 +207,14 @@ Coefficient = np.ndarray  # on the host in float64: a scalar, or [B]
 
 
 def upcast(x: Tensor) -> Tensor:
-    """16-bit floats as float32; float32 and float64 as they are."""
+    """Convert 16-bit floats to float32; float32 and float64 stay as they are. ValueError for other dtypes."""
     if not x.is_floating_point():
         raise ValueError(f"A tensor of dtype {x.dtype} is not allowed: pass floats (scale images to [-1, 1] first).")
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def broadcast(value: Coefficient, x: Tensor) -> float | Tensor:
-    """A host coefficient so that it multiplies x: a float, or a tensor [B, 1, ...] of x's dtype and device."""
+    """Bring a host coefficient into a form that multiplies x: a float, or [B, 1, ...] in x's dtype on its device."""
     if np.ndim(value) == 0:
         return float(value)
     if len(value) != x.shape[0]:
@@ -224,12 +224,12 @@ def broadcast(value: Coefficient, x: Tensor) -> float | Tensor:
 
 
 def plus(x: Tensor, factor: float | Tensor, y: Tensor) -> Tensor:
-    """x + factor * y; in one pass where the factor is a number."""
+    """Compute x + factor * y, in one pass over memory if the factor is a number."""
     return x + factor * y if isinstance(factor, Tensor) else torch.add(x, y, alpha=factor)
 
 
 def as_tensor(value: Coefficient | Tensor, x: Tensor) -> Tensor:
-    """A coefficient, or a tensor, as a tensor that broadcasts over x. A scalar stays on the host, which is free."""
+    """Turn a coefficient or tensor into a tensor that broadcasts over x. A scalar stays on the host, at no cost."""
     return value if isinstance(value, Tensor) else torch.as_tensor(broadcast(value, x), dtype=x.dtype)
 
 
@@ -240,18 +240,18 @@ def check_shapes(name: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def is_entry(scalar: Tensor, vector: Tensor) -> bool:
-    """Whether scalar is a view of an entry of vector, such as iterating over it gives: they share a storage."""
+    """Whether scalar is a view of an entry of vector, as one gets by iterating over it: they share their storage."""
     same = scalar.dtype == vector.dtype and scalar.numel() == 1
     return same and scalar.untyped_storage() is vector.untyped_storage()
 
 
 def mean_of_sample(x: Tensor) -> Tensor:
-    """[B, ...] -> [B]."""
+    """The mean over all dimensions but the first: [B, ...] -> [B]."""
     return x.flatten(1).mean(1) if x.ndim > 1 else x
 
 
 def split_channels(model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The prediction, shaped like x, and the second half of the channels if there is one; both upcast.
+    """Split a network's output into the prediction, shaped like x, and the second half of its channels or None; upcast.
 
     Raises:
         ValueError: for a shape that is neither x's nor has twice its channels.
@@ -296,7 +296,7 @@ def _laplace(start: float, end: float, steps: int) -> np.ndarray:
 
 
 def _betas_of(alpha_bar: np.ndarray) -> np.ndarray:
-    """[T + 1] values of ᾱ, the data's first -> [T] betas, at most 0.999 (iDDPM section 3.2)."""
+    """Betas [T] from T + 1 values of ᾱ, of which the first is the data's; at most 0.999 (iDDPM section 3.2)."""
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
 
@@ -344,10 +344,10 @@ def log_snr(alpha_bar: np.ndarray) -> np.ndarray:
 
 
 def interpolate_moments(moments: Sequence[tuple[int, float]], alpha_bar: np.ndarray) -> np.ndarray:
-    """[T] values from pairs [t, value] in ascending order; their logarithm is linear in log SNR, constant outside.
+    """Interpolate pairs [t, value] to all T timesteps: linearly in log value over log SNR, constant outside the pairs.
 
     Raises:
-        ValueError: the pairs are not that.
+        ValueError: values that are not positive, or timesteps that do not ascend within 0..T-1.
     """
     try:
         pairs = np.asarray(moments, dtype=np.float64)
@@ -363,7 +363,7 @@ def interpolate_moments(moments: Sequence[tuple[int, float]], alpha_bar: np.ndar
 
 
 def nearest_distinct(positions: np.ndarray, steps: int) -> np.ndarray:
-    """Whole numbers near the ascending positions, each above the one before, within 0..steps-1."""
+    """Round ascending positions to strictly ascending whole numbers within 0..steps-1."""
     i = np.arange(len(positions))
     ascending = np.maximum.accumulate(positions.round() - i) + i
     return np.minimum(ascending, steps - len(positions) + i).astype(np.int64)
@@ -376,7 +376,7 @@ def _quadratic(alpha_bar: np.ndarray, variance: np.ndarray | None, count: int) -
 
 
 def evenly_in_log_snr(alpha_bar: np.ndarray, variance: np.ndarray | None, count: int) -> np.ndarray:
-    """T - 1, and even steps of log SNR down to where x_t tells next to nothing of x_0."""
+    """Timesteps evenly spaced in log SNR, as far as x_t still tells something about x_0; and T - 1."""
     last = len(alpha_bar) - 1
     noise = -log_snr(alpha_bar)
     targets = np.linspace(noise[0], min(noise[-1], -FLAT), count - 1)
@@ -384,7 +384,7 @@ def evenly_in_log_snr(alpha_bar: np.ndarray, variance: np.ndarray | None, count:
 
 
 def bound_costs(alpha_bar: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """[T, T]: at [s, t], KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in nats per dimension; infinite unless s < t.
+    """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in nats per dimension at [s, t] of [T, T]; infinite unless s < t.
 
     p has the variance σ² that is optimal for E‖x_0 - x̂_0‖² / d = variance, so that the divergence is ½ log(σ²/β̃)
     (Analytic-DPM theorem 3).
@@ -398,7 +398,7 @@ def bound_costs(alpha_bar: np.ndarray, variance: np.ndarray) -> np.ndarray:
 
 
 def _likelihood(alpha_bar: np.ndarray, variance: np.ndarray | None, count: int) -> np.ndarray:
-    """The least sum of costs over all chains of K timesteps from T - 1 to 0, by dynamic programming (Watson et al.)."""
+    """The chain of K timesteps from T - 1 to 0 with the least sum of costs, by dynamic programming (Watson et al.)."""
     assert variance is not None  # checked by the scheduler
     last = len(alpha_bar) - 1
     if count == 1:
@@ -453,7 +453,7 @@ LEARNED_VARIANCES = ("learned", "learned_range")
 
 
 def check_variance_values(variance_type: str, values: Tensor | None) -> None:
-    """Raise ValueError for a learned variance of which the network says nothing."""
+    """Raise ValueError if the variance is learned but the network has no output for it."""
     if variance_type in LEARNED_VARIANCES and values is None:
         raise ValueError(
             f"variance_type={variance_type!r} needs a network with twice the channels of its input, half of them for "
@@ -473,7 +473,7 @@ Config = Mapping[str, Any]
 
 
 def with_present_keys(config: Any) -> Any:  # noqa: ANN401
-    """A configuration whose keys have the names that they have today; anything but a mapping as it is."""
+    """Rename keys of earlier versions to their present names; anything but a mapping is returned unchanged."""
     if not isinstance(config, Mapping) or not set(FORMER_KEYS) & set(config):
         return config
     return {FORMER_KEYS.get(name, name): value for name, value in config.items()}
@@ -519,7 +519,7 @@ def _check_own_keys(c: Config) -> None:
 
 
 def own_keys_at_their_defaults(c: Config) -> list[str]:
-    """The keys that stock schedulers do not have and files leave out."""
+    """The keys unknown to diffusers' schedulers that have their default value, so that files leave them out."""
     return [name for name, default in OWN_KEYS.items() if not isinstance(c[name], np.ndarray) and c[name] == default]
 
 
@@ -529,7 +529,7 @@ def limits_x_0(c: Config) -> bool:
 
 
 def limit_x_0(x_0: Tensor, c: Config) -> Tensor:
-    """The predicted x_0 as configured: dynamically thresholded (Imagen section 2.3), clipped, or as it is."""
+    """Threshold the predicted x_0 dynamically (Imagen section 2.3), clip it, or leave it, as configured."""
     if c["thresholding"]:
         level = torch.quantile(x_0.reshape(len(x_0), -1).abs(), c["dynamic_thresholding_ratio"], dim=1)
         level = level.clamp(1, c["sample_max_value"]).reshape(-1, *(1,) * (x_0.ndim - 1))
@@ -538,7 +538,7 @@ def limit_x_0(x_0: Tensor, c: Config) -> Tensor:
 
 
 def make_betas(c: Config) -> np.ndarray:
-    """[T] betas in float64, checked."""
+    """Compute the betas, [T] in float64, and check them."""
     steps = c["num_train_timesteps"]
     if c["trained_betas"] is not None:
         betas = np.asarray(c["trained_betas"], dtype=np.float64)
@@ -565,12 +565,12 @@ def make_betas(c: Config) -> np.ndarray:
 
 
 def make_alpha_bar(c: Config) -> np.ndarray:
-    """[T] ᾱ in float64."""
+    """Compute ᾱ, [T] in float64."""
     return np.cumprod(1 - make_betas(c))
 
 
 def make_x_0_variance(c: Config, alpha_bar: np.ndarray) -> np.ndarray | None:
-    """[T] E‖x_0 - x̂_0‖² / d at every timestep in float64, from some; within what an exact x̂_0 could have."""
+    """E‖x_0 - x̂_0‖² / d at every timestep, [T] in float64: interpolated, and at most what an exact x̂_0 can have."""
     moments = c["x_0_mse"]
     if moments is None:
         return None
@@ -587,7 +587,7 @@ Index = np.ndarray  # timesteps as whole numbers: a scalar, or [B]
 
 
 class Transition(NamedTuple):
-    """A step t -> s of a chain; u is the timestep above t in it, T above the first."""
+    """A step t -> s of a chain. u is the timestep before t in the chain, or T if t is its first."""
 
     t: Index
     s: Index
@@ -597,7 +597,7 @@ class Transition(NamedTuple):
 
 
 class StepPlan(NamedTuple):
-    """The numbers of a step t -> s that do not depend on what is sampled."""
+    """Coefficients of a step t -> s. They do not depend on the samples, so they are computed once."""
 
     transition: Transition
     signal: float  # √ᾱ_t
@@ -612,7 +612,7 @@ def posterior_coefficients(
 ) -> tuple[Coefficient, Coefficient, Coefficient]:
     """q(x_s | x_t, x_0) = N(on_x_0 x_0 + on_x_t x_t, variance I) between ᾱ_t and ᾱ_s: DDIM eqs. 7 and 16.
 
-    The variance is η²β̃. The share of x_s's noise that is not drawn anew is the noise of x_t, scaled.
+    The variance is η²β̃. The part of x_s's noise that is not newly drawn is the noise of x_t, scaled.
     """
     fresh = eta**2 * (1 - a_t / a_s) / (1 - a_t)
     on_x_t = np.sqrt((1 - fresh) * (1 - a_s) / (1 - a_t))
@@ -620,12 +620,12 @@ def posterior_coefficients(
 
 
 def log_square(x: float) -> float:
-    """Log x², -∞ at 0."""
+    """log x², which is -∞ at 0."""
     return 2 * math.log(x) if x > 0 else -math.inf
 
 
 def posterior_log_variance(alpha_bar: np.ndarray, step: Transition) -> Coefficient:
-    """Log β̃ of t -> s. At s = -1, where β̃ is 0, that of u -> t, one step up the chain, as in DDPM and iDDPM."""
+    """log β̃ of t -> s. At s = -1, where β̃ is 0: log β̃ of u -> t, one step up the chain, as in DDPM and iDDPM."""
     last = step.s < 0
     a_t = alpha_bar[np.where(last, step.u, step.t)]
     a_s = alpha_bar[np.where(last, step.t, step.s)]
@@ -635,7 +635,7 @@ def posterior_log_variance(alpha_bar: np.ndarray, step: Transition) -> Coefficie
 
 
 class Chain:
-    """Timesteps in descending order, as pairs: t -> s on the way down, t -> u on the way up.
+    """The timesteps of a chain in descending order, with the next (s) and the previous one (u) of each t.
 
     Args:
         timesteps: [K], strictly descending within T-1..0.
@@ -661,11 +661,11 @@ class Chain:
         self._above[timesteps[1:]] = timesteps[:-1]
 
     def transition(self, t: Index, s: Index) -> Transition:
-        """The step t -> s, with what is above t in this chain."""
+        """The step t -> s, with the timestep before t in this chain and the chain's eta."""
         return Transition(t, s, self._above[t], self.eta, self.optimal)
 
     def previous(self, timestep: Timestep) -> tuple[int, int]:
-        """(t, s) for a timestep of the chain, s = -1 after its last one; a device is never asked for the value.
+        """(t, s) for a timestep t of the chain; s = -1 for its last one. Never waits for a device to read the value.
 
         Raises:
             ValueError: it is not one of them, or more than one.
@@ -693,7 +693,7 @@ class Chain:
 
 
 def to_index(t: Timestep, steps: int, least: int = 0) -> Index:
-    """Timesteps on the host; ValueError outside least..steps-1."""
+    """Timesteps as a numpy array on the host; ValueError for values outside least..steps-1."""
     index = np.asarray(t.cpu() if isinstance(t, Tensor) else t)
     whole = np.issubdtype(index.dtype, np.integer)
     if not whole or index.size == 0 or index.min() < least or index.max() >= steps:
@@ -704,7 +704,7 @@ def to_index(t: Timestep, steps: int, least: int = 0) -> Index:
 def spaced_timesteps(
     config: Mapping[str, Any], alpha_bar: np.ndarray, x_0_variance: np.ndarray | None, count: int
 ) -> np.ndarray:
-    """[K] timesteps, descending, by the configuration's `timestep_choice` or `timestep_spacing`.
+    """The K timesteps of a chain, in descending order, by the configuration's `timestep_choice` or `timestep_spacing`.
 
     Args:
         config: of the scheduler.
@@ -728,7 +728,7 @@ def spaced_timesteps(
 
 
 def listed_timesteps(timesteps: list[int], steps: int) -> np.ndarray:
-    """[K] timesteps as given; ValueError unless they descend strictly within steps-1..0."""
+    """The given timesteps as an array [K]; ValueError unless they descend strictly within steps-1..0."""
     chain = np.asarray(timesteps)
     if chain.ndim != 1 or len(chain) == 0 or not np.issubdtype(chain.dtype, np.integer):
         raise ValueError(f"timesteps={timesteps!r} must be a non-empty list of whole numbers.")
@@ -743,10 +743,10 @@ LAST_NOISE = 2 * (2 / 255) * math.sqrt(math.pi / 2)
 
 
 class Prediction(NamedTuple):
-    """x_0 and the noise as a network's output gives them, in consistent pairs: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) epsilon.
+    """x_0 and the noise predicted by a network, consistent with each other: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) epsilon.
 
-    `variance_values` is the output's second half of channels as it came (v of iDDPM eq. 15 under "learned_range", the
-    log-variance under "learned"); None if the network has no such half.
+    `variance_values` is the second half of the output's channels, unchanged: v of iDDPM eq. 15 under "learned_range",
+    the log-variance under "learned". None if the network has no such half.
     """
 
     x_0: Tensor
@@ -755,7 +755,7 @@ class Prediction(NamedTuple):
 
 
 class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
-    r"""DDPM's forward process, posterior, bound, losses and sampler, with the surface of `diffusers.DDPMScheduler`.
+    r"""DDPM's forward process, posterior, bound, losses and sampler, with the interface of `diffusers.DDPMScheduler`.
 
     It never calls the network: tensors in, tensors out. Configuration keys, their defaults and their meaning are those
     of `diffusers.DDPMScheduler`, with which configurations can be exchanged in both directions. Where the two differ,
@@ -839,16 +839,16 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         self._set_chain(np.arange(num_train_timesteps)[::-1], eta)
 
     def __len__(self) -> int:
-        """T."""
+        """The number of training timesteps, T."""
         return int(self.config["num_train_timesteps"])
 
     @classmethod
     def from_config(cls, config: Any = None, **kwargs: Any) -> Any:  # noqa: ANN401
-        """As in diffusers; keys under names that they had in earlier versions of this package are understood."""
+        """As in diffusers, but key names of earlier versions of this package are accepted too."""
         return super().from_config(with_present_keys(config), **kwargs)
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
-        """Write the configuration under the name of the stock class, whose keys these are: either class loads it."""
+        """Write the configuration under the name of diffusers' class, so that both classes can load it."""
         own = own_keys_at_their_defaults(self.config)
         write_config(self.to_json_string(), json_file_path, without=own, _class_name=DDPMScheduler.__name__)
 
@@ -901,7 +901,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     # --- reverse process (DDPM section 3.2) -------------------------------------------------------------------------
 
     def predict(self, model_output: Tensor, x_t: Tensor, t: Timestep) -> Prediction:
-        """x_0 and epsilon from the network's output, whatever it predicts: DDPM eq. 15 and its like.
+        """x_0 and epsilon from the network's output, whichever `prediction_type` it has (for epsilon, DDPM eq. 15).
 
         x_0 is clipped or thresholded as configured, and epsilon then follows from it.
 
@@ -924,9 +924,9 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return Prediction(x_0, epsilon, variance_values)
 
     def p_reverse(self, model_output: Tensor, x_t: Tensor, t: Timestep, s: Timestep | None = None) -> Gaussian:
-        """p(x_s | x_t), DDPM eq. 1: the posterior's mean at the predicted x_0, with the variance of `variance_type`.
+        """p(x_s | x_t), DDPM eq. 1: the posterior's mean at the predicted x_0, and the variance of `variance_type`.
 
-        Where the optimal variance is used (see the class), it takes the place of that one. s is understood as in
+        Where the optimal variance is in use (see the class), it replaces the latter. s has the meaning that it has in
         `q_posterior`.
         """
         prediction = self.predict(model_output, x_t, t)
@@ -935,7 +935,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return Gaussian(mean, as_tensor(log_variance, mean))
 
     def _reverse_log_variance(self, values: Tensor | None, step: Transition) -> Coefficient | Tensor:
-        """The optimal one, or by `variance_type`, from the network's values if it says so."""
+        """log σ² of p(x_s | x_t): the optimal one, or that of `variance_type`, which may need the network's values."""
         if step.optimal:
             return self._optimal_log_variance(step)
         check_variance_values(self.variance_type, values)
@@ -945,7 +945,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return log_variance + log_square(step.eta)
 
     def _optimal_log_variance(self, step: Transition) -> Coefficient:
-        """The σ² that minimises the bound: q's own, and what of x_0 is not known from x_t (Analytic-DPM theorem 1)."""
+        """log of the σ² that minimises the bound, from the mean squared error of x̂_0 (Analytic-DPM theorem 1)."""
         assert self._x_0_variance is not None  # checked on construction
         a_t, a_s = self._alpha_bar[step.t], self._alpha_bar[step.s]
         on_x_0, _, variance = posterior_coefficients(a_t, a_s, step.eta)
@@ -954,7 +954,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     # --- objectives (DDPM section 3) --------------------------------------------------------------------------------
 
     def training_target(self, x_0: Tensor, noise: Tensor, t: Timestep) -> Tensor:
-        """Target of the network's regression: noise, x_0 or v, by `prediction_type`."""
+        """The regression target of the network: noise, x_0 or v, depending on `prediction_type`."""
         if self.config["prediction_type"] == "epsilon":
             return noise
         if self.config["prediction_type"] == "sample":
@@ -962,7 +962,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return self.get_velocity(x_0, noise, t)
 
     def simple_loss(self, model_output: Tensor, x_0: Tensor, noise: Tensor, t: Timestep) -> Tensor:
-        """L_simple, DDPM eq. 14: [B], the squared error of the training target, mean over the dimensions."""
+        """L_simple, DDPM eq. 14: [B], the squared error of the training target, averaged over the dimensions."""
         check_shapes("noise", noise, x_0)
         output, _ = split_channels(model_output, x_0)
         target = upcast(self.training_target(upcast(x_0), upcast(noise), t))
@@ -1038,7 +1038,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return self._chain.previous(timestep)[1]
 
     def scale_model_input(self, sample: Tensor, timestep: Timestep | None = None) -> Tensor:
-        """The sample as it is: the network of DDPM takes x_t itself."""
+        """Return the sample unchanged: DDPM's network takes x_t itself."""
         return sample
 
     def step(
@@ -1051,7 +1051,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         """One step of DDPM algorithm 2: draw x_s from p(x_s | x_t), s being next in `timesteps`; no noise at s = -1.
 
-        Where x_0 is clipped, LAST_NOISE bounds what an optimal variance adds to the posterior's at s = 0.
+        Where x_0 is clipped, LAST_NOISE limits the noise of an optimal variance at s = 0.
 
         Args:
             model_output: [B, C, ...], or [B, 2 C, ...] (see `predict`).
@@ -1084,7 +1084,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return DDPMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
 
     def _plan(self, t: int, s: int) -> StepPlan:
-        """The numbers of `p_reverse` at t -> s, computed once for all chains that have this step."""
+        """The coefficients of `p_reverse` at t -> s, computed once and kept for every chain with this step."""
         key = t, s, self._chain.eta, self._chain.optimal, self.variance_type
         if key not in self._plans:
             step = self._transition(t, s)
@@ -1095,7 +1095,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return self._plans[key]
 
     def _step_noise(self, step: Transition, variance: float) -> float | None:
-        """Standard deviation of the noise that `step` draws, None where the network gives it; see LAST_NOISE."""
+        """Standard deviation of the noise that `step` adds; None if the network predicts it. See LAST_NOISE."""
         if step.s < 0 or (step.eta == 0 and not step.optimal):
             return 0.0
         if self.variance_type in LEARNED_VARIANCES and not step.optimal:
@@ -1108,7 +1108,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     # --- inner workings: tensors upcast, timesteps as host indices ---------------------------------------------------
 
     def _x_0(self, output: Tensor, x_t: Tensor, signal: float | Tensor, sigma: float | Tensor) -> Tensor:
-        """The predicted x_0, clipped or thresholded as configured; all upcast."""
+        """The predicted x_0, clipped or thresholded as configured. All tensors are upcast."""
         kind = self.config["prediction_type"]
         if kind == "epsilon":
             x_0 = plus(x_t, -sigma, output) / signal
@@ -1119,7 +1119,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return limit_x_0(x_0, self.config)
 
     def _signal_and_sigma(self, t: Timestep, x: Tensor) -> tuple[float | Tensor, float | Tensor]:
-        """√ᾱ_t and √(1 - ᾱ_t), to multiply x, which is upcast."""
+        """√ᾱ_t and √(1 - ᾱ_t), broadcast over x, which is upcast."""
         alpha_bar = self._alpha_bar[to_index(t, len(self))]
         return broadcast(np.sqrt(alpha_bar), x), broadcast(np.sqrt(1 - alpha_bar), x)
 
@@ -1150,7 +1150,7 @@ UP_BLOCKS = {"UpBlock2D": False, "AttnUpBlock2D": True}
 
 
 def check_network(config: dict[str, Any]) -> None:
-    """Raise ValueError for a configuration that is not implemented, or cannot be built, before anything is."""
+    """Raise ValueError for a configuration that is not implemented or cannot be built."""
     for key, allowed in SUPPORTED.items():
         if config[key] not in allowed:
             raise ValueError(f"{key}={config[key]!r} is not supported. Allowed: {', '.join(map(repr, allowed))}.")
@@ -1201,7 +1201,7 @@ FEW_TOKENS = 256
 
 
 def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
-    """Sinusoids of the timestep: [B] -> [B, dim] in float32, the sines first unless flipped (Ho et al., appendix B)."""
+    """Sinusoidal embedding [B] -> [B, dim] of timesteps, in float32; sines first unless flipped (Ho et al., app. B)."""
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
     angles = t[:, None].float() * torch.exp(-math.log(10000) * steps / (half - freq_shift))
@@ -1232,7 +1232,7 @@ class TimeEmbedding(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation, with 16-bit values in the layout in which a CPU normalises them fast."""
+    """Group normalisation that converts 16-bit values to the memory layout in which a CPU is fast."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
@@ -1243,7 +1243,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class ResnetBlock(nn.Module):
-    """norm, SiLU, convolution, twice, the time embedding entering before or in the second norm; plus the shortcut."""
+    """Twice norm, SiLU and convolution, plus the shortcut. The time embedding enters before or in the second norm."""
 
     def __init__(self, in_channels: int, out_channels: int, config: dict[str, Any], scale_factor: float = 1.0) -> None:
         super().__init__()
@@ -1328,10 +1328,10 @@ class Upsample(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Residual blocks, each with attention or not, then halving unless it is the last level."""
+    """Residual blocks with or without attention, then downsampling except on the last level."""
 
     def __init__(self, channels: Sequence[int], attention: bool, halve: bool, config: dict[str, Any]) -> None:
-        """`channels`: of the input, then of each residual block's output."""
+        """`channels` has those of the input, then those of each residual block's output."""
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(a, b, config) for a, b in itertools.pairwise(channels))
         groups = config["norm_num_groups"]
@@ -1340,7 +1340,7 @@ class DownBlock(nn.Module):
         self.downsamplers = nn.ModuleList(halving)
 
     def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
-        """Every intermediate result that the way up will see again; the last one goes on down."""
+        """All intermediate results, which the up blocks take as skips; the last one is the input of the next level."""
         results: tuple[Tensor, ...] = ()
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, emb)
@@ -1372,7 +1372,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Residual blocks that each take a result of the way down as well, then doubling unless it is the first level."""
+    """Residual blocks that also take the skips from the down blocks, then upsampling except on the top level."""
 
     def __init__(
         self,
@@ -1383,7 +1383,7 @@ class UpBlock(nn.Module):
         double: bool,
         config: dict[str, Any],
     ) -> None:
-        """`channels` of the input; `skips`: those of the results from the way down, in the order of their use."""
+        """`channels` are those of the input, `skips` those of the skips in the order of their use."""
         super().__init__()
         inputs = [channels, *[out_channels] * (len(skips) - 1)]
         self.resnets = nn.ModuleList(
@@ -1468,7 +1468,7 @@ class ScratchUNet2DModel(UNet2DModel):
         self._initialise()
 
     def _build_levels(self, config: dict[str, Any]) -> None:
-        """The blocks of the way down, the middle, and the way up."""
+        """Build the down blocks, the middle block and the up blocks."""
         all_channels, layers = config["block_out_channels"], config["layers_per_block"]
         last = len(all_channels) - 1
         self.down_blocks = nn.ModuleList()
@@ -1488,7 +1488,7 @@ class ScratchUNet2DModel(UNet2DModel):
             below = channels
 
     def _initialise(self) -> None:
-        """Weights as in the code of Ho et al.: Xavier-uniform, biases 0, and last layers 0."""
+        """Initialise as the code of Ho et al. does: Xavier-uniform weights, zero biases, and zeros in last layers."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -1500,7 +1500,7 @@ class ScratchUNet2DModel(UNet2DModel):
 
     @classmethod
     def from_stock(cls, unet: UNet2DModel) -> Self:
-        """This class around the very tensors of a stock network (no copy), in the same mode.
+        """Wrap the tensors of a stock network in this class, without a copy and in the same mode.
 
         Raises:
             ValueError: if its configuration is one that this class refuses.
@@ -1532,7 +1532,7 @@ class ScratchUNet2DModel(UNet2DModel):
         return (model, info) if wants_info else model
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
-        """Write the configuration in the name of `UNet2DModel`, whose keys these are: either class loads it."""
+        """Write the configuration under the name of `UNet2DModel`, so that both classes can load it."""
         write_config(self.to_json_string(), json_file_path, _class_name=UNet2DModel.__name__)
 
     def forward(
@@ -1575,13 +1575,13 @@ class ScratchUNet2DModel(UNet2DModel):
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
     def _run(self, block: nn.Module, *inputs: Any) -> Any:  # noqa: ANN401
-        """A block; under gradient checkpointing, its inner results are computed again in the backward pass."""
+        """Run a block; with gradient checkpointing, the backward pass computes its inner results again."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, *inputs)
         return block(*inputs)
 
     def _embed(self, timestep: Tensor | float | int, class_labels: Tensor | None, x: Tensor) -> Tensor:
-        """Timesteps, and class labels, as [B, embed_dim]."""
+        """Embed timesteps and, if the network is class-conditional, class labels: [B, embed_dim]."""
         t = torch.as_tensor(timestep, device=x.device).reshape(-1)
         if len(t) not in (1, x.shape[0]):
             raise ValueError(f"{len(t)} timesteps for a batch of {x.shape[0]}: pass one, or one per sample.")
@@ -1620,7 +1620,7 @@ def _shortened(keys: Sequence[object]) -> str:
 
 
 class Guidance(NamedTuple):
-    """Strength of guidance, and the share of the chain in which it acts."""
+    """Strength of classifier-free guidance, and the part of the chain in which it acts."""
 
     scale: float = 1.0  # 1: the conditional prediction as it is
     rescale: float = 0.0  # share of the rescaled prediction, 0 to 1
@@ -1637,12 +1637,12 @@ class Guidance(NamedTuple):
         check_range("guidance_interval", interval[1], interval[0], 1)
 
     def acts(self, time: float) -> bool:
-        """At t / T = time."""
+        """Whether guidance changes the prediction at t / T = time."""
         return self.scale != 1 and self.interval[0] <= time <= self.interval[1]
 
 
 class Condition(NamedTuple):
-    """The labels of a batch; they and, after them, as many null labels, for one call with both; and the guidance."""
+    """Labels of a batch and their guidance; labels_and_null serves one call of the network with and without labels."""
 
     labels: Tensor  # [B]
     labels_and_null: Tensor  # [2 B]
@@ -1650,11 +1650,11 @@ class Condition(NamedTuple):
 
 
 def guide(conditional: Tensor, unconditional: Tensor, guidance: Guidance) -> Tensor:
-    """Extrapolate from the unconditional to the conditional prediction: [B, C, H, W] each, and back.
+    """Extrapolate from the unconditional to the conditional prediction. All are [B, C, H, W].
 
-    Ho & Salimans eq. 6 with scale = 1 + w; then, in the share `rescale`, with the standard deviation that each
-    conditional prediction has (Lin et al. eqs. 15-16). Epsilon, x_0 and v are all linear in one another, so either may
-    be guided.
+    Ho & Salimans eq. 6 with scale = 1 + w. The result is then mixed, with weight `rescale`, with itself rescaled to the
+    standard deviation of the conditional prediction (Lin et al. eqs. 15-16). Epsilon, x_0 and v are linear in one
+    another, so guidance may act on any of them.
     """
     guided = unconditional + guidance.scale * (conditional - unconditional)
     if guidance.rescale == 0:
@@ -1665,14 +1665,14 @@ def guide(conditional: Tensor, unconditional: Tensor, guidance: Guidance) -> Ten
 
 
 def null_label(num_class_embeds: int | None, id2label: Mapping[Any, str] | None = None) -> int | None:
-    """The label that stands for no class: the last one, unless it has a name; None where there is none."""
+    """The label that stands for no class: the last one, unless it has a name. None if the network has no such label."""
     if num_class_embeds is None or num_class_embeds - 1 in map(int, id2label or {}):  # JSON's keys are text
         return None
     return num_class_embeds - 1
 
 
 def label_numbers(class_labels: Any, classes: int, id2label: Mapping[int, str] | None) -> Tensor:  # noqa: ANN401
-    """Labels, as numbers or names in any mixture, as a LongTensor [B].
+    """Convert labels, given as numbers, names or a mixture of both, to a LongTensor [B].
 
     Raises:
         ValueError: a number outside 0..classes-1, an unknown name, or not a list.

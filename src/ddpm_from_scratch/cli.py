@@ -1,4 +1,4 @@
-"""The command `ddpm`: what can be done with a model, each part with flags of its own."""
+"""The `ddpm` command and its subcommands; each subcommand parses its own flags."""
 
 import argparse
 import importlib
@@ -15,7 +15,7 @@ PACKAGE = "ddpm_from_scratch"
 
 
 class Command(NamedTuple):
-    """A part of the command line: a module whose `main` takes the arguments."""
+    """A subcommand: a module whose `main` takes the arguments."""
 
     help: str
     module: str
@@ -56,7 +56,7 @@ QUIET = ("--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The names of the commands; each reads its own flags."""
+    """The parser of the subcommand's name; the subcommand parses its own flags."""
     width = max(map(len, COMMANDS))
     listed = "\n".join(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def split_launcher_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The launcher's flags, and all other arguments in their order."""
+    """Separate the flags of accelerate's launcher from all other arguments, which keep their order."""
     parser = argparse.ArgumentParser(prog="ddpm", add_help=False, allow_abbrev=False)
     for name in LAUNCHER_FLAGS:
         parser.add_argument(f"--{name}")
@@ -90,7 +90,7 @@ def launch_command(flags: argparse.Namespace, program: Sequence[str], several_on
 
 
 def starts_several_on_cpu(flags: argparse.Namespace) -> bool:
-    """Whether several processes are asked for, and no GPU or other accelerator is there, or is to be used."""
+    """Whether several processes are asked for and they are to compute on the CPU, by choice or for want of a GPU."""
     if flags.num_processes in (None, "1"):
         return False
     import torch  # here, since it takes seconds

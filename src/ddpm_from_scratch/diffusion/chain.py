@@ -20,7 +20,7 @@ Index = np.ndarray  # timesteps as whole numbers: a scalar, or [B]
 
 
 class Transition(NamedTuple):
-    """A step t -> s of a chain; u is the timestep above t in it, T above the first."""
+    """A step t -> s of a chain. u is the timestep before t in the chain, or T if t is its first."""
 
     t: Index
     s: Index
@@ -30,7 +30,7 @@ class Transition(NamedTuple):
 
 
 class StepPlan(NamedTuple):
-    """The numbers of a step t -> s that do not depend on what is sampled."""
+    """Coefficients of a step t -> s. They do not depend on the samples, so they are computed once."""
 
     transition: Transition
     signal: float  # √ᾱ_t
@@ -45,7 +45,7 @@ def posterior_coefficients(
 ) -> tuple[Coefficient, Coefficient, Coefficient]:
     """q(x_s | x_t, x_0) = N(on_x_0 x_0 + on_x_t x_t, variance I) between ᾱ_t and ᾱ_s: DDIM eqs. 7 and 16.
 
-    The variance is η²β̃. The share of x_s's noise that is not drawn anew is the noise of x_t, scaled.
+    The variance is η²β̃. The part of x_s's noise that is not newly drawn is the noise of x_t, scaled.
     """
     fresh = eta**2 * (1 - a_t / a_s) / (1 - a_t)
     on_x_t = np.sqrt((1 - fresh) * (1 - a_s) / (1 - a_t))
@@ -53,12 +53,12 @@ def posterior_coefficients(
 
 
 def log_square(x: float) -> float:
-    """Log x², -∞ at 0."""
+    """log x², which is -∞ at 0."""
     return 2 * math.log(x) if x > 0 else -math.inf
 
 
 def posterior_log_variance(alpha_bar: np.ndarray, step: Transition) -> Coefficient:
-    """Log β̃ of t -> s. At s = -1, where β̃ is 0, that of u -> t, one step up the chain, as in DDPM and iDDPM."""
+    """log β̃ of t -> s. At s = -1, where β̃ is 0: log β̃ of u -> t, one step up the chain, as in DDPM and iDDPM."""
     last = step.s < 0
     a_t = alpha_bar[np.where(last, step.u, step.t)]
     a_s = alpha_bar[np.where(last, step.t, step.s)]
@@ -68,7 +68,7 @@ def posterior_log_variance(alpha_bar: np.ndarray, step: Transition) -> Coefficie
 
 
 class Chain:
-    """Timesteps in descending order, as pairs: t -> s on the way down, t -> u on the way up.
+    """The timesteps of a chain in descending order, with the next (s) and the previous one (u) of each t.
 
     Args:
         timesteps: [K], strictly descending within T-1..0.
@@ -94,11 +94,11 @@ class Chain:
         self._above[timesteps[1:]] = timesteps[:-1]
 
     def transition(self, t: Index, s: Index) -> Transition:
-        """The step t -> s, with what is above t in this chain."""
+        """The step t -> s, with the timestep before t in this chain and the chain's eta."""
         return Transition(t, s, self._above[t], self.eta, self.optimal)
 
     def previous(self, timestep: Timestep) -> tuple[int, int]:
-        """(t, s) for a timestep of the chain, s = -1 after its last one; a device is never asked for the value.
+        """(t, s) for a timestep t of the chain; s = -1 for its last one. Never waits for a device to read the value.
 
         Raises:
             ValueError: it is not one of them, or more than one.
@@ -126,7 +126,7 @@ class Chain:
 
 
 def to_index(t: Timestep, steps: int, least: int = 0) -> Index:
-    """Timesteps on the host; ValueError outside least..steps-1."""
+    """Timesteps as a numpy array on the host; ValueError for values outside least..steps-1."""
     index = np.asarray(t.cpu() if isinstance(t, Tensor) else t)
     whole = np.issubdtype(index.dtype, np.integer)
     if not whole or index.size == 0 or index.min() < least or index.max() >= steps:
@@ -137,7 +137,7 @@ def to_index(t: Timestep, steps: int, least: int = 0) -> Index:
 def spaced_timesteps(
     config: Mapping[str, Any], alpha_bar: np.ndarray, x_0_variance: np.ndarray | None, count: int
 ) -> np.ndarray:
-    """[K] timesteps, descending, by the configuration's `timestep_choice` or `timestep_spacing`.
+    """The K timesteps of a chain, in descending order, by the configuration's `timestep_choice` or `timestep_spacing`.
 
     Args:
         config: of the scheduler.
@@ -161,7 +161,7 @@ def spaced_timesteps(
 
 
 def listed_timesteps(timesteps: list[int], steps: int) -> np.ndarray:
-    """[K] timesteps as given; ValueError unless they descend strictly within steps-1..0."""
+    """The given timesteps as an array [K]; ValueError unless they descend strictly within steps-1..0."""
     chain = np.asarray(timesteps)
     if chain.ndim != 1 or len(chain) == 0 or not np.issubdtype(chain.dtype, np.integer):
         raise ValueError(f"timesteps={timesteps!r} must be a non-empty list of whole numbers.")

@@ -16,7 +16,7 @@ def suggestion(wrong: str, allowed: Collection[str]) -> str:
 
 
 def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
-    """Value is one of allowed; if not, the nearest one is proposed."""
+    """Check that value is one of allowed; the error suggests the nearest one."""
     allowed = tuple(allowed)
     if value not in allowed:
         hint = suggestion(str(value), allowed)
@@ -24,42 +24,42 @@ def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """A real number, and not a truth value."""
+    """Whether value is a real number; True and False are not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_range(name: str, value: object, least: float, most: float) -> None:
-    """Value is a finite number from least to most."""
+    """Check that value is a finite number from least to most."""
     if not (is_number(value) and least <= value <= most and abs(value) < float("inf")):
         span = f"lie in [{least:g}, {most:g}]" if most < float("inf") else f"be at least {least:g} and finite"
         raise ValueError(f"{name}={value!r} must be a number and {span}.")
 
 
 def check_positive(name: str, value: object) -> None:
-    """Value is a finite number above 0."""
+    """Check that value is a finite number above 0."""
     if not (is_number(value) and 0 < value < float("inf")):
         raise ValueError(f"{name}={value!r} must be a number, above 0 and finite.")
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """A whole number, and not a truth value."""
+    """Whether value is a whole number; True and False are not."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def check_whole(name: str, value: object, least: int = 1) -> None:
-    """Value is a whole number, at least `least`."""
+    """Check that value is a whole number, at least `least`."""
     if not (is_whole(value) and value >= least):
         raise ValueError(f"{name}={value!r} must be a whole number, at least {least}.")
 
 
 def check_count(name: str, value: object, most: int) -> None:
-    """Value is a whole number from 1 to most."""
+    """Check that value is a whole number from 1 to most."""
     if not (is_whole(value) and 1 <= value <= most):
         raise ValueError(f"{name}={value!r} must be a whole number from 1 to {most}.")
 
 
 def check_generator(generator: object, batch_size: int) -> None:
-    """Generator is one for the batch, a list of one per image, or None."""
+    """Check that generator is a torch.Generator, a list of one for each image, or None."""
     each = generator if isinstance(generator, list) else [] if generator is None else [generator]
     if not all(isinstance(g, torch.Generator) for g in each):
         raise ValueError(f"generator={generator!r} must be a torch.Generator, or a list of them.")

@@ -1,4 +1,4 @@
-"""The one type of every distribution here: a Gaussian with a mean and a log-variance.
+"""Gaussian distributions with a mean and a log-variance: the type of every distribution in this package.
 
 Reference: DDPM (Ho, Jain, Abbeel 2020, https://arxiv.org/abs/2006.11239).
 """
@@ -13,13 +13,13 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 
 class Gaussian(NamedTuple):
-    """N(mean, exp(log_variance) I): the one type of every distribution here. log_variance broadcasts over mean."""
+    """The distribution N(mean, exp(log_variance) I). log_variance broadcasts over mean."""
 
     mean: Tensor
     log_variance: Tensor
 
     def sample(self, generator: Generators = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Mean + standard deviation * noise, shaped like mean. The noise is drawn in `dtype`, or in the mean's."""
+        """Draw a sample, shaped like mean. The noise is drawn in `dtype`, by default that of the mean."""
         return self.mean + torch.exp(0.5 * self.log_variance) * noise_like(self.mean, generator, dtype)
 
     def kl(self, other: "Gaussian") -> Tensor:
@@ -47,7 +47,7 @@ class Gaussian(NamedTuple):
 
 
 def noise_like(x: Tensor, generator: Generators = None, dtype: torch.dtype | None = None) -> Tensor:
-    """Standard normal noise of the shape and on the device of x, in `dtype` or in that of x.
+    """Standard normal noise with the shape and device of x, in `dtype`, by default that of x.
 
     Raises:
         ValueError: for a list of generators that is not as long as the batch.
@@ -58,7 +58,7 @@ def noise_like(x: Tensor, generator: Generators = None, dtype: torch.dtype | Non
 
 
 def _log_ndtr(z: Tensor) -> Tensor:
-    """log Φ(z), as `torch.special.log_ndtr`, whose gradient loses its digits in the far left tail, and at last is 0."""
+    """log Φ(z), with an exact gradient in the far left tail, where that of `torch.special.log_ndtr` decays to 0."""
     left = z.clamp(max=0)
     tail = torch.log(torch.special.erfcx(-left * 0.5**0.5) / 2) - left**2 / 2
     return torch.where(z < 0, tail, torch.special.log_ndtr(z.clamp(min=0)))

@@ -1,4 +1,4 @@
-"""Class labels and classifier-free guidance: what a class-conditional network is told, and how far it is to follow.
+"""Class labels of a class-conditional network, and classifier-free guidance towards them.
 
 References: Ho, Salimans 2022, "Classifier-Free Diffusion Guidance" (https://arxiv.org/abs/2207.12598); Lin et al. 2023,
 "Common Diffusion Noise Schedules and Sample Steps are Flawed" (https://arxiv.org/abs/2305.08891) for rescaling;
@@ -16,7 +16,7 @@ from .checks import check_choice, check_range, is_whole
 
 
 class Guidance(NamedTuple):
-    """Strength of guidance, and the share of the chain in which it acts."""
+    """Strength of classifier-free guidance, and the part of the chain in which it acts."""
 
     scale: float = 1.0  # 1: the conditional prediction as it is
     rescale: float = 0.0  # share of the rescaled prediction, 0 to 1
@@ -33,12 +33,12 @@ class Guidance(NamedTuple):
         check_range("guidance_interval", interval[1], interval[0], 1)
 
     def acts(self, time: float) -> bool:
-        """At t / T = time."""
+        """Whether guidance changes the prediction at t / T = time."""
         return self.scale != 1 and self.interval[0] <= time <= self.interval[1]
 
 
 class Condition(NamedTuple):
-    """The labels of a batch; they and, after them, as many null labels, for one call with both; and the guidance."""
+    """Labels of a batch and their guidance; labels_and_null serves one call of the network with and without labels."""
 
     labels: Tensor  # [B]
     labels_and_null: Tensor  # [2 B]
@@ -46,11 +46,11 @@ class Condition(NamedTuple):
 
 
 def guide(conditional: Tensor, unconditional: Tensor, guidance: Guidance) -> Tensor:
-    """Extrapolate from the unconditional to the conditional prediction: [B, C, H, W] each, and back.
+    """Extrapolate from the unconditional to the conditional prediction. All are [B, C, H, W].
 
-    Ho & Salimans eq. 6 with scale = 1 + w; then, in the share `rescale`, with the standard deviation that each
-    conditional prediction has (Lin et al. eqs. 15-16). Epsilon, x_0 and v are all linear in one another, so either may
-    be guided.
+    Ho & Salimans eq. 6 with scale = 1 + w. The result is then mixed, with weight `rescale`, with itself rescaled to the
+    standard deviation of the conditional prediction (Lin et al. eqs. 15-16). Epsilon, x_0 and v are linear in one
+    another, so guidance may act on any of them.
     """
     guided = unconditional + guidance.scale * (conditional - unconditional)
     if guidance.rescale == 0:
@@ -61,14 +61,14 @@ def guide(conditional: Tensor, unconditional: Tensor, guidance: Guidance) -> Ten
 
 
 def null_label(num_class_embeds: int | None, id2label: Mapping[Any, str] | None = None) -> int | None:
-    """The label that stands for no class: the last one, unless it has a name; None where there is none."""
+    """The label that stands for no class: the last one, unless it has a name. None if the network has no such label."""
     if num_class_embeds is None or num_class_embeds - 1 in map(int, id2label or {}):  # JSON's keys are text
         return None
     return num_class_embeds - 1
 
 
 def label_numbers(class_labels: Any, classes: int, id2label: Mapping[int, str] | None) -> Tensor:  # noqa: ANN401
-    """Labels, as numbers or names in any mixture, as a LongTensor [B].
+    """Convert labels, given as numbers, names or a mixture of both, to a LongTensor [B].
 
     Raises:
         ValueError: a number outside 0..classes-1, an unknown name, or not a list.

@@ -1,8 +1,9 @@
 """The variance of p(x_s | x_t) by name, as a table of small functions.
 
-Each gives log σ² from the log-variances of the posterior (small, β̃) and of the step (large, β), from where the chain
-ends (s = -1) and from the network's values. At the end β̃ is 0 and `small` is that of the next step up the chain; DDPM
-takes it for fixed_large there too. iDDPM: Nichol, Dhariwal 2021, https://arxiv.org/abs/2102.09672.
+Each function returns log σ². Its arguments are the log-variances of the posterior (small, β̃) and of the step (large,
+β), whether the step is the last one (s = -1), and the network's values. At the last step β̃ is 0, and `small` is that
+of the next step up the chain; DDPM uses it for fixed_large there too. iDDPM: Nichol, Dhariwal 2021,
+https://arxiv.org/abs/2102.09672.
 """
 
 from collections.abc import Callable
@@ -43,7 +44,7 @@ LEARNED_VARIANCES = ("learned", "learned_range")
 
 
 def check_variance_values(variance_type: str, values: Tensor | None) -> None:
-    """Raise ValueError for a learned variance of which the network says nothing."""
+    """Raise ValueError if the variance is learned but the network has no output for it."""
     if variance_type in LEARNED_VARIANCES and values is None:
         raise ValueError(
             f"variance_type={variance_type!r} needs a network with twice the channels of its input, half of them for "

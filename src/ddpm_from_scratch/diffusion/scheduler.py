@@ -59,10 +59,10 @@ LAST_NOISE = 2 * (2 / 255) * math.sqrt(math.pi / 2)
 
 
 class Prediction(NamedTuple):
-    """x_0 and the noise as a network's output gives them, in consistent pairs: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) epsilon.
+    """x_0 and the noise predicted by a network, consistent with each other: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) epsilon.
 
-    `variance_values` is the output's second half of channels as it came (v of iDDPM eq. 15 under "learned_range", the
-    log-variance under "learned"); None if the network has no such half.
+    `variance_values` is the second half of the output's channels, unchanged: v of iDDPM eq. 15 under "learned_range",
+    the log-variance under "learned". None if the network has no such half.
     """
 
     x_0: Tensor
@@ -71,7 +71,7 @@ class Prediction(NamedTuple):
 
 
 class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
-    r"""DDPM's forward process, posterior, bound, losses and sampler, with the surface of `diffusers.DDPMScheduler`.
+    r"""DDPM's forward process, posterior, bound, losses and sampler, with the interface of `diffusers.DDPMScheduler`.
 
     It never calls the network: tensors in, tensors out. Configuration keys, their defaults and their meaning are those
     of `diffusers.DDPMScheduler`, with which configurations can be exchanged in both directions. Where the two differ,
@@ -155,16 +155,16 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         self._set_chain(np.arange(num_train_timesteps)[::-1], eta)
 
     def __len__(self) -> int:
-        """T."""
+        """The number of training timesteps, T."""
         return int(self.config["num_train_timesteps"])
 
     @classmethod
     def from_config(cls, config: Any = None, **kwargs: Any) -> Any:  # noqa: ANN401
-        """As in diffusers; keys under names that they had in earlier versions of this package are understood."""
+        """As in diffusers, but key names of earlier versions of this package are accepted too."""
         return super().from_config(with_present_keys(config), **kwargs)
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
-        """Write the configuration under the name of the stock class, whose keys these are: either class loads it."""
+        """Write the configuration under the name of diffusers' class, so that both classes can load it."""
         own = own_keys_at_their_defaults(self.config)
         write_config(self.to_json_string(), json_file_path, without=own, _class_name=DDPMScheduler.__name__)
 
@@ -217,7 +217,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     # --- reverse process (DDPM section 3.2) -------------------------------------------------------------------------
 
     def predict(self, model_output: Tensor, x_t: Tensor, t: Timestep) -> Prediction:
-        """x_0 and epsilon from the network's output, whatever it predicts: DDPM eq. 15 and its like.
+        """x_0 and epsilon from the network's output, whichever `prediction_type` it has (for epsilon, DDPM eq. 15).
 
         x_0 is clipped or thresholded as configured, and epsilon then follows from it.
 
@@ -240,9 +240,9 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return Prediction(x_0, epsilon, variance_values)
 
     def p_reverse(self, model_output: Tensor, x_t: Tensor, t: Timestep, s: Timestep | None = None) -> Gaussian:
-        """p(x_s | x_t), DDPM eq. 1: the posterior's mean at the predicted x_0, with the variance of `variance_type`.
+        """p(x_s | x_t), DDPM eq. 1: the posterior's mean at the predicted x_0, and the variance of `variance_type`.
 
-        Where the optimal variance is used (see the class), it takes the place of that one. s is understood as in
+        Where the optimal variance is in use (see the class), it replaces the latter. s has the meaning that it has in
         `q_posterior`.
         """
         prediction = self.predict(model_output, x_t, t)
@@ -251,7 +251,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return Gaussian(mean, as_tensor(log_variance, mean))
 
     def _reverse_log_variance(self, values: Tensor | None, step: Transition) -> Coefficient | Tensor:
-        """The optimal one, or by `variance_type`, from the network's values if it says so."""
+        """log σ² of p(x_s | x_t): the optimal one, or that of `variance_type`, which may need the network's values."""
         if step.optimal:
             return self._optimal_log_variance(step)
         check_variance_values(self.variance_type, values)
@@ -261,7 +261,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return log_variance + log_square(step.eta)
 
     def _optimal_log_variance(self, step: Transition) -> Coefficient:
-        """The σ² that minimises the bound: q's own, and what of x_0 is not known from x_t (Analytic-DPM theorem 1)."""
+        """log of the σ² that minimises the bound, from the mean squared error of x̂_0 (Analytic-DPM theorem 1)."""
         assert self._x_0_variance is not None  # checked on construction
         a_t, a_s = self._alpha_bar[step.t], self._alpha_bar[step.s]
         on_x_0, _, variance = posterior_coefficients(a_t, a_s, step.eta)
@@ -270,7 +270,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     # --- objectives (DDPM section 3) --------------------------------------------------------------------------------
 
     def training_target(self, x_0: Tensor, noise: Tensor, t: Timestep) -> Tensor:
-        """Target of the network's regression: noise, x_0 or v, by `prediction_type`."""
+        """The regression target of the network: noise, x_0 or v, depending on `prediction_type`."""
         if self.config["prediction_type"] == "epsilon":
             return noise
         if self.config["prediction_type"] == "sample":
@@ -278,7 +278,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return self.get_velocity(x_0, noise, t)
 
     def simple_loss(self, model_output: Tensor, x_0: Tensor, noise: Tensor, t: Timestep) -> Tensor:
-        """L_simple, DDPM eq. 14: [B], the squared error of the training target, mean over the dimensions."""
+        """L_simple, DDPM eq. 14: [B], the squared error of the training target, averaged over the dimensions."""
         check_shapes("noise", noise, x_0)
         output, _ = split_channels(model_output, x_0)
         target = upcast(self.training_target(upcast(x_0), upcast(noise), t))
@@ -354,7 +354,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return self._chain.previous(timestep)[1]
 
     def scale_model_input(self, sample: Tensor, timestep: Timestep | None = None) -> Tensor:
-        """The sample as it is: the network of DDPM takes x_t itself."""
+        """Return the sample unchanged: DDPM's network takes x_t itself."""
         return sample
 
     def step(
@@ -367,7 +367,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         """One step of DDPM algorithm 2: draw x_s from p(x_s | x_t), s being next in `timesteps`; no noise at s = -1.
 
-        Where x_0 is clipped, LAST_NOISE bounds what an optimal variance adds to the posterior's at s = 0.
+        Where x_0 is clipped, LAST_NOISE limits the noise of an optimal variance at s = 0.
 
         Args:
             model_output: [B, C, ...], or [B, 2 C, ...] (see `predict`).
@@ -400,7 +400,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return DDPMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
 
     def _plan(self, t: int, s: int) -> StepPlan:
-        """The numbers of `p_reverse` at t -> s, computed once for all chains that have this step."""
+        """The coefficients of `p_reverse` at t -> s, computed once and kept for every chain with this step."""
         key = t, s, self._chain.eta, self._chain.optimal, self.variance_type
         if key not in self._plans:
             step = self._transition(t, s)
@@ -411,7 +411,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return self._plans[key]
 
     def _step_noise(self, step: Transition, variance: float) -> float | None:
-        """Standard deviation of the noise that `step` draws, None where the network gives it; see LAST_NOISE."""
+        """Standard deviation of the noise that `step` adds; None if the network predicts it. See LAST_NOISE."""
         if step.s < 0 or (step.eta == 0 and not step.optimal):
             return 0.0
         if self.variance_type in LEARNED_VARIANCES and not step.optimal:
@@ -424,7 +424,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     # --- inner workings: tensors upcast, timesteps as host indices ---------------------------------------------------
 
     def _x_0(self, output: Tensor, x_t: Tensor, signal: float | Tensor, sigma: float | Tensor) -> Tensor:
-        """The predicted x_0, clipped or thresholded as configured; all upcast."""
+        """The predicted x_0, clipped or thresholded as configured. All tensors are upcast."""
         kind = self.config["prediction_type"]
         if kind == "epsilon":
             x_0 = plus(x_t, -sigma, output) / signal
@@ -435,7 +435,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return limit_x_0(x_0, self.config)
 
     def _signal_and_sigma(self, t: Timestep, x: Tensor) -> tuple[float | Tensor, float | Tensor]:
-        """√ᾱ_t and √(1 - ᾱ_t), to multiply x, which is upcast."""
+        """√ᾱ_t and √(1 - ᾱ_t), broadcast over x, which is upcast."""
         alpha_bar = self._alpha_bar[to_index(t, len(self))]
         return broadcast(np.sqrt(alpha_bar), x), broadcast(np.sqrt(1 - alpha_bar), x)
 

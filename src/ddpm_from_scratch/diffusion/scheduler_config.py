@@ -27,7 +27,7 @@ Config = Mapping[str, Any]
 
 
 def with_present_keys(config: Any) -> Any:  # noqa: ANN401
-    """A configuration whose keys have the names that they have today; anything but a mapping as it is."""
+    """Rename keys of earlier versions to their present names; anything but a mapping is returned unchanged."""
     if not isinstance(config, Mapping) or not set(FORMER_KEYS) & set(config):
         return config
     return {FORMER_KEYS.get(name, name): value for name, value in config.items()}
@@ -73,7 +73,7 @@ def _check_own_keys(c: Config) -> None:
 
 
 def own_keys_at_their_defaults(c: Config) -> list[str]:
-    """The keys that stock schedulers do not have and files leave out."""
+    """The keys unknown to diffusers' schedulers that have their default value, so that files leave them out."""
     return [name for name, default in OWN_KEYS.items() if not isinstance(c[name], np.ndarray) and c[name] == default]
 
 
@@ -83,7 +83,7 @@ def limits_x_0(c: Config) -> bool:
 
 
 def limit_x_0(x_0: Tensor, c: Config) -> Tensor:
-    """The predicted x_0 as configured: dynamically thresholded (Imagen section 2.3), clipped, or as it is."""
+    """Threshold the predicted x_0 dynamically (Imagen section 2.3), clip it, or leave it, as configured."""
     if c["thresholding"]:
         level = torch.quantile(x_0.reshape(len(x_0), -1).abs(), c["dynamic_thresholding_ratio"], dim=1)
         level = level.clamp(1, c["sample_max_value"]).reshape(-1, *(1,) * (x_0.ndim - 1))
@@ -92,7 +92,7 @@ def limit_x_0(x_0: Tensor, c: Config) -> Tensor:
 
 
 def make_betas(c: Config) -> np.ndarray:
-    """[T] betas in float64, checked."""
+    """Compute the betas, [T] in float64, and check them."""
     steps = c["num_train_timesteps"]
     if c["trained_betas"] is not None:
         betas = np.asarray(c["trained_betas"], dtype=np.float64)
@@ -119,12 +119,12 @@ def make_betas(c: Config) -> np.ndarray:
 
 
 def make_alpha_bar(c: Config) -> np.ndarray:
-    """[T] ᾱ in float64."""
+    """Compute ᾱ, [T] in float64."""
     return np.cumprod(1 - make_betas(c))
 
 
 def make_x_0_variance(c: Config, alpha_bar: np.ndarray) -> np.ndarray | None:
-    """[T] E‖x_0 - x̂_0‖² / d at every timestep in float64, from some; within what an exact x̂_0 could have."""
+    """E‖x_0 - x̂_0‖² / d at every timestep, [T] in float64: interpolated, and at most what an exact x̂_0 can have."""
     moments = c["x_0_mse"]
     if moments is None:
         return None

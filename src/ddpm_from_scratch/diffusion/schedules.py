@@ -38,7 +38,7 @@ def _laplace(start: float, end: float, steps: int) -> np.ndarray:
 
 
 def _betas_of(alpha_bar: np.ndarray) -> np.ndarray:
-    """[T + 1] values of ᾱ, the data's first -> [T] betas, at most 0.999 (iDDPM section 3.2)."""
+    """Betas [T] from T + 1 values of ᾱ, of which the first is the data's; at most 0.999 (iDDPM section 3.2)."""
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
 

@@ -1,6 +1,6 @@
-"""Configurations and weights between this package and diffusers: rebuilt in another class, with changes, on disk.
+"""Exchange of configurations and weights with diffusers: in memory from class to class, and on disk.
 
-On disk they bear the names of the stock classes, so that diffusers alone can read what this package saves.
+Files carry the names of diffusers' classes, so that diffusers alone can read what this package saves.
 """
 
 import inspect
@@ -18,11 +18,11 @@ NO_SAFETENSORS = re.compile(r"(no|have a) file named \S+\.safetensors|necessary 
 
 
 def altered(part: ConfigMixin, kind: type[ConfigMixin] | None = None, /, **changes: object) -> Any:  # noqa: ANN401
-    """A new scheduler or network with the configuration of part and some changes, of its class or of `kind`.
+    """A new scheduler or network with the configuration of part and some changes, of class `kind` or that of part.
 
-    It is `kind.from_config(part.config, **changes)`, but that takes arguments that were passed by position for left out
-    and drops their values: `from_config` of DDPMScheduler(12) has 1000 steps. Here they stay. What was really left out
-    counts so in the new one too.
+    Like `kind.from_config(part.config, **changes)`, except that arguments which were passed by position are kept:
+    `from_config` takes them for left out and drops their values, so that it makes 1000 steps of DDPMScheduler(12).
+    Arguments that were really left out count as left out in the new object too.
     """
     config, parameters = part.config, inspect.signature(type(part).__init__).parameters
     # The value of an argument that was left out is the very object in the signature.
@@ -32,7 +32,7 @@ def altered(part: ConfigMixin, kind: type[ConfigMixin] | None = None, /, **chang
 
 @contextmanager
 def safe_weights(name: str | os.PathLike[str], options: dict[str, Any]) -> Iterator[None]:
-    """Load a model by `options`, which get `use_safetensors=True` unless they say otherwise: a pickle can run code."""
+    """Set `use_safetensors=True` in options unless they say otherwise: unpickling can run code. Explain a failure."""
     asked = options.get("use_safetensors") is not None
     options["use_safetensors"] = options["use_safetensors"] if asked else True
     try:
@@ -48,7 +48,7 @@ def safe_weights(name: str | os.PathLike[str], options: dict[str, Any]) -> Itera
 
 
 def write_config(json_text: str, path: str | os.PathLike[str], without: Collection[str] = (), **names: object) -> None:
-    """Write a configuration with some entries replaced, some left out, and not the folder that it was loaded from."""
+    """Write a configuration with `names` replaced, leaving out `without` and the folder that it was loaded from."""
     config = json.loads(json_text) | names
     for name in ("_name_or_path", *without):
         config.pop(name, None)

@@ -8,14 +8,14 @@ Coefficient = np.ndarray  # on the host in float64: a scalar, or [B]
 
 
 def upcast(x: Tensor) -> Tensor:
-    """16-bit floats as float32; float32 and float64 as they are."""
+    """Convert 16-bit floats to float32; float32 and float64 stay as they are. ValueError for other dtypes."""
     if not x.is_floating_point():
         raise ValueError(f"A tensor of dtype {x.dtype} is not allowed: pass floats (scale images to [-1, 1] first).")
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def broadcast(value: Coefficient, x: Tensor) -> float | Tensor:
-    """A host coefficient so that it multiplies x: a float, or a tensor [B, 1, ...] of x's dtype and device."""
+    """Bring a host coefficient into a form that multiplies x: a float, or [B, 1, ...] in x's dtype on its device."""
     if np.ndim(value) == 0:
         return float(value)
     if len(value) != x.shape[0]:
@@ -25,12 +25,12 @@ def broadcast(value: Coefficient, x: Tensor) -> float | Tensor:
 
 
 def plus(x: Tensor, factor: float | Tensor, y: Tensor) -> Tensor:
-    """x + factor * y; in one pass where the factor is a number."""
+    """Compute x + factor * y, in one pass over memory if the factor is a number."""
     return x + factor * y if isinstance(factor, Tensor) else torch.add(x, y, alpha=factor)
 
 
 def as_tensor(value: Coefficient | Tensor, x: Tensor) -> Tensor:
-    """A coefficient, or a tensor, as a tensor that broadcasts over x. A scalar stays on the host, which is free."""
+    """Turn a coefficient or tensor into a tensor that broadcasts over x. A scalar stays on the host, at no cost."""
     return value if isinstance(value, Tensor) else torch.as_tensor(broadcast(value, x), dtype=x.dtype)
 
 
@@ -41,18 +41,18 @@ def check_shapes(name: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def is_entry(scalar: Tensor, vector: Tensor) -> bool:
-    """Whether scalar is a view of an entry of vector, such as iterating over it gives: they share a storage."""
+    """Whether scalar is a view of an entry of vector, as one gets by iterating over it: they share their storage."""
     same = scalar.dtype == vector.dtype and scalar.numel() == 1
     return same and scalar.untyped_storage() is vector.untyped_storage()
 
 
 def mean_of_sample(x: Tensor) -> Tensor:
-    """[B, ...] -> [B]."""
+    """The mean over all dimensions but the first: [B, ...] -> [B]."""
     return x.flatten(1).mean(1) if x.ndim > 1 else x
 
 
 def split_channels(model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The prediction, shaped like x, and the second half of the channels if there is one; both upcast.
+    """Split a network's output into the prediction, shaped like x, and the second half of its channels or None; upcast.
 
     Raises:
         ValueError: for a shape that is neither x's nor has twice its channels.

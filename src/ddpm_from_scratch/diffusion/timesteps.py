@@ -38,10 +38,10 @@ def log_snr(alpha_bar: np.ndarray) -> np.ndarray:
 
 
 def interpolate_moments(moments: Sequence[tuple[int, float]], alpha_bar: np.ndarray) -> np.ndarray:
-    """[T] values from pairs [t, value] in ascending order; their logarithm is linear in log SNR, constant outside.
+    """Interpolate pairs [t, value] to all T timesteps: linearly in log value over log SNR, constant outside the pairs.
 
     Raises:
-        ValueError: the pairs are not that.
+        ValueError: values that are not positive, or timesteps that do not ascend within 0..T-1.
     """
     try:
         pairs = np.asarray(moments, dtype=np.float64)
@@ -57,7 +57,7 @@ def interpolate_moments(moments: Sequence[tuple[int, float]], alpha_bar: np.ndar
 
 
 def nearest_distinct(positions: np.ndarray, steps: int) -> np.ndarray:
-    """Whole numbers near the ascending positions, each above the one before, within 0..steps-1."""
+    """Round ascending positions to strictly ascending whole numbers within 0..steps-1."""
     i = np.arange(len(positions))
     ascending = np.maximum.accumulate(positions.round() - i) + i
     return np.minimum(ascending, steps - len(positions) + i).astype(np.int64)
@@ -70,7 +70,7 @@ def _quadratic(alpha_bar: np.ndarray, variance: np.ndarray | None, count: int) -
 
 
 def evenly_in_log_snr(alpha_bar: np.ndarray, variance: np.ndarray | None, count: int) -> np.ndarray:
-    """T - 1, and even steps of log SNR down to where x_t tells next to nothing of x_0."""
+    """Timesteps evenly spaced in log SNR, as far as x_t still tells something about x_0; and T - 1."""
     last = len(alpha_bar) - 1
     noise = -log_snr(alpha_bar)
     targets = np.linspace(noise[0], min(noise[-1], -FLAT), count - 1)
@@ -78,7 +78,7 @@ def evenly_in_log_snr(alpha_bar: np.ndarray, variance: np.ndarray | None, count:
 
 
 def bound_costs(alpha_bar: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """[T, T]: at [s, t], KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in nats per dimension; infinite unless s < t.
+    """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in nats per dimension at [s, t] of [T, T]; infinite unless s < t.
 
     p has the variance σ² that is optimal for E‖x_0 - x̂_0‖² / d = variance, so that the divergence is ½ log(σ²/β̃)
     (Analytic-DPM theorem 3).
@@ -92,7 +92,7 @@ def bound_costs(alpha_bar: np.ndarray, variance: np.ndarray) -> np.ndarray:
 
 
 def _likelihood(alpha_bar: np.ndarray, variance: np.ndarray | None, count: int) -> np.ndarray:
-    """The least sum of costs over all chains of K timesteps from T - 1 to 0, by dynamic programming (Watson et al.)."""
+    """The chain of K timesteps from T - 1 to 0 with the least sum of costs, by dynamic programming (Watson et al.)."""
     assert variance is not None  # checked by the scheduler
     last = len(alpha_bar) - 1
     if count == 1:

@@ -27,7 +27,7 @@ FEW_TOKENS = 256
 
 
 def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
-    """Sinusoids of the timestep: [B] -> [B, dim] in float32, the sines first unless flipped (Ho et al., appendix B)."""
+    """Sinusoidal embedding [B] -> [B, dim] of timesteps, in float32; sines first unless flipped (Ho et al., app. B)."""
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
     angles = t[:, None].float() * torch.exp(-math.log(10000) * steps / (half - freq_shift))
@@ -58,7 +58,7 @@ class TimeEmbedding(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation, with 16-bit values in the layout in which a CPU normalises them fast."""
+    """Group normalisation that converts 16-bit values to the memory layout in which a CPU is fast."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
@@ -69,7 +69,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class ResnetBlock(nn.Module):
-    """norm, SiLU, convolution, twice, the time embedding entering before or in the second norm; plus the shortcut."""
+    """Twice norm, SiLU and convolution, plus the shortcut. The time embedding enters before or in the second norm."""
 
     def __init__(self, in_channels: int, out_channels: int, config: dict[str, Any], scale_factor: float = 1.0) -> None:
         super().__init__()
@@ -154,10 +154,10 @@ class Upsample(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Residual blocks, each with attention or not, then halving unless it is the last level."""
+    """Residual blocks with or without attention, then downsampling except on the last level."""
 
     def __init__(self, channels: Sequence[int], attention: bool, halve: bool, config: dict[str, Any]) -> None:
-        """`channels`: of the input, then of each residual block's output."""
+        """`channels` has those of the input, then those of each residual block's output."""
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(a, b, config) for a, b in itertools.pairwise(channels))
         groups = config["norm_num_groups"]
@@ -166,7 +166,7 @@ class DownBlock(nn.Module):
         self.downsamplers = nn.ModuleList(halving)
 
     def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
-        """Every intermediate result that the way up will see again; the last one goes on down."""
+        """All intermediate results, which the up blocks take as skips; the last one is the input of the next level."""
         results: tuple[Tensor, ...] = ()
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, emb)
@@ -198,7 +198,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Residual blocks that each take a result of the way down as well, then doubling unless it is the first level."""
+    """Residual blocks that also take the skips from the down blocks, then upsampling except on the top level."""
 
     def __init__(
         self,
@@ -209,7 +209,7 @@ class UpBlock(nn.Module):
         double: bool,
         config: dict[str, Any],
     ) -> None:
-        """`channels` of the input; `skips`: those of the results from the way down, in the order of their use."""
+        """`channels` are those of the input, `skips` those of the skips in the order of their use."""
         super().__init__()
         inputs = [channels, *[out_channels] * (len(skips) - 1)]
         self.resnets = nn.ModuleList(
@@ -294,7 +294,7 @@ class ScratchUNet2DModel(UNet2DModel):
         self._initialise()
 
     def _build_levels(self, config: dict[str, Any]) -> None:
-        """The blocks of the way down, the middle, and the way up."""
+        """Build the down blocks, the middle block and the up blocks."""
         all_channels, layers = config["block_out_channels"], config["layers_per_block"]
         last = len(all_channels) - 1
         self.down_blocks = nn.ModuleList()
@@ -314,7 +314,7 @@ class ScratchUNet2DModel(UNet2DModel):
             below = channels
 
     def _initialise(self) -> None:
-        """Weights as in the code of Ho et al.: Xavier-uniform, biases 0, and last layers 0."""
+        """Initialise as the code of Ho et al. does: Xavier-uniform weights, zero biases, and zeros in last layers."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -326,7 +326,7 @@ class ScratchUNet2DModel(UNet2DModel):
 
     @classmethod
     def from_stock(cls, unet: UNet2DModel) -> Self:
-        """This class around the very tensors of a stock network (no copy), in the same mode.
+        """Wrap the tensors of a stock network in this class, without a copy and in the same mode.
 
         Raises:
             ValueError: if its configuration is one that this class refuses.
@@ -358,7 +358,7 @@ class ScratchUNet2DModel(UNet2DModel):
         return (model, info) if wants_info else model
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
-        """Write the configuration in the name of `UNet2DModel`, whose keys these are: either class loads it."""
+        """Write the configuration under the name of `UNet2DModel`, so that both classes can load it."""
         write_config(self.to_json_string(), json_file_path, _class_name=UNet2DModel.__name__)
 
     def forward(
@@ -401,13 +401,13 @@ class ScratchUNet2DModel(UNet2DModel):
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
     def _run(self, block: nn.Module, *inputs: Any) -> Any:  # noqa: ANN401
-        """A block; under gradient checkpointing, its inner results are computed again in the backward pass."""
+        """Run a block; with gradient checkpointing, the backward pass computes its inner results again."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, *inputs)
         return block(*inputs)
 
     def _embed(self, timestep: Tensor | float | int, class_labels: Tensor | None, x: Tensor) -> Tensor:
-        """Timesteps, and class labels, as [B, embed_dim]."""
+        """Embed timesteps and, if the network is class-conditional, class labels: [B, embed_dim]."""
         t = torch.as_tensor(timestep, device=x.device).reshape(-1)
         if len(t) not in (1, x.shape[0]):
             raise ValueError(f"{len(t)} timesteps for a batch of {x.shape[0]}: pass one, or one per sample.")

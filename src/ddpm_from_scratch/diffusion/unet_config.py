@@ -1,4 +1,4 @@
-"""The configuration keys of `UNet2DModel` that the network takes, and their checks."""
+"""Checks of the network's configuration, whose keys are those of `UNet2DModel`."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ UP_BLOCKS = {"UpBlock2D": False, "AttnUpBlock2D": True}
 
 
 def check_network(config: dict[str, Any]) -> None:
-    """Raise ValueError for a configuration that is not implemented, or cannot be built, before anything is."""
+    """Raise ValueError for a configuration that is not implemented or cannot be built."""
     for key, allowed in SUPPORTED.items():
         if config[key] not in allowed:
             raise ValueError(f"{key}={config[key]!r} is not supported. Allowed: {', '.join(map(repr, allowed))}.")

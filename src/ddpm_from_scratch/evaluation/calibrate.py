@@ -23,7 +23,7 @@ SCHEDULER_FILE = Path("scheduler", "scheduler_config.json")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="ddpm calibrate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, help="folder of a saved pipeline")
     parser.add_argument("--dataset_name", help="as for `ddpm train`; without it: the embedded Fashion-MNIST")
@@ -36,7 +36,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def training_images(args: argparse.Namespace, channels: int, resolution: int) -> torch.Tensor:
-    """Float [N, C, H, W] in [-1, 1], cropped at the centre."""
+    """Load `num_images` images, evenly spaced in the data set and cropped at the centre: [N, C, H, W] in [-1, 1]."""
     config = DataConfig(dataset_name=args.dataset_name, train_data_dir=args.train_data_dir)
     images = load_data(config, channels, resolution).images
     if args.num_images > len(images):
@@ -46,7 +46,7 @@ def training_images(args: argparse.Namespace, channels: int, resolution: int) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Estimate and write."""
+    """Estimate the moments and write them into the model's scheduler configuration."""
     args = parse(arguments)
     for name, least in {"num_images": 1, "num_timesteps": 2, "batch_size": 1}.items():
         if getattr(args, name) < least:

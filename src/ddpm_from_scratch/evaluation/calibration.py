@@ -42,7 +42,7 @@ def x_0_mse(
     seed: int = 0,
     progress: bool = True,
 ) -> list[tuple[int, float]]:
-    """E‖x_0 - x̂_0(x_t)‖² / d at some timesteps, over a data set, in one pass.
+    """Estimate E‖x_0 - x̂_0(x_t)‖² / d at some timesteps, in one pass over a data set.
 
     x_t ~ q(x_t | x_0) with the same noise of an image at every t, so that the curve is smooth; x̂_0 as the scheduler
     predicts it, clipped if it does. A class-conditional network gets the null label.
@@ -91,14 +91,14 @@ def calibrate(
     images: Tensor | Iterable[Tensor],
     **options: Any,  # noqa: ANN401
 ) -> ScratchDDPMScheduler:
-    """The scheduler with the `x_0_mse` of the network in its configuration; options as there."""
+    """Return the scheduler with the network's `x_0_mse` in its configuration. `options` are those of `x_0_mse`."""
     moments = x_0_mse(unet, scheduler, images, **options)
     calibrated: ScratchDDPMScheduler = altered(scheduler, x_0_mse=moments)
     return calibrated
 
 
 def _error(unet: Any, scheduler: ScratchDDPMScheduler, x_0: Tensor, noise: Tensor, t: int) -> Tensor:  # noqa: ANN401
-    """Sum of (x_0 - x̂_0)² over a batch, at one t."""
+    """The sum of (x_0 - x̂_0)² over a batch at one t."""
     x_t = scheduler.add_noise(x_0, noise, t)
     null = null_label(unet.config.get("num_class_embeds"))
     labels = {} if null is None else {"class_labels": torch.full((len(x_t),), null, device=x_t.device)}

@@ -1,4 +1,4 @@
-"""A small classifier of real images, which judges whether generated ones are of their class."""
+"""A small classifier, trained on real images, that judges whether generated images show their class."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ WIDTH = 16
 
 
 def new_classifier(channels: int, size: int, classes: int) -> nn.Sequential:
-    """From images [B, C, H, W] in [-1, 1] to logits [B, classes]."""
+    """Build an untrained classifier that maps images [B, C, H, W] in [-1, 1] to logits [B, classes]."""
     layers: list[nn.Module] = []
     for wider in (WIDTH, 2 * WIDTH):
         layers += [nn.Conv2d(channels, wider, 3, padding=1), nn.BatchNorm2d(wider), nn.ReLU(), nn.MaxPool2d(2)]
@@ -28,7 +28,7 @@ def new_classifier(channels: int, size: int, classes: int) -> nn.Sequential:
 
 
 def train_classifier(images: np.ndarray, labels: np.ndarray, progress: bool = True) -> nn.Sequential:
-    """On the CPU, from images uint8 [N, H, W, C] and their classes [N]; the same network each time."""
+    """Train a classifier on images, uint8 [N, H, W, C], and their classes [N]: on the CPU, reproducibly."""
     targets = torch.from_numpy(labels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
@@ -47,18 +47,18 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, progress: bool = Tr
 
 @torch.no_grad()
 def classify(network: nn.Module, images: np.ndarray) -> np.ndarray:
-    """The classes [N] that the classifier finds in images uint8 [N, H, W, C]."""
+    """Predict the classes [N] of images, uint8 [N, H, W, C]."""
     batches = (images[first : first + BATCH] for first in range(0, len(images), BATCH))
     return torch.cat([network(to_unit_range(batch)).argmax(1) for batch in batches]).numpy()
 
 
 def accuracy(found: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The share of labels [N] that were found, with its standard error."""
+    """The share of labels [N] that were predicted correctly, and its standard error."""
     share = float((found == labels).mean())
     return {"accuracy": share, "accuracy_error": float(np.sqrt(share * (1 - share) / len(labels)))}
 
 
 def accuracy_by_class(found: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """`accuracy`, and the share of each class, under its name."""
+    """`accuracy`, with the accuracy of each class under its name."""
     shares = {names[label]: float((found == label)[labels == label].mean()) for label in np.unique(labels).tolist()}
     return {**accuracy(found, labels), "by_class": shares}

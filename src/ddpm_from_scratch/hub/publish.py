@@ -38,7 +38,7 @@ FIRST_CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="ddpm publish",
         description=__doc__,
@@ -62,10 +62,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise for flags that cannot work, before anything is done.
+    """Check the flags before anything is done.
 
-    Raises ValueError if a name is not allowed, or flags contradict each other; FileNotFoundError if there is no such
-    model.
+    Raises ValueError for a name that is not allowed or flags that contradict each other; FileNotFoundError if there is
+    no such model.
     """
     if not (args.folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{args.folder} has no model_index.json: pass the folder of a saved pipeline.")
@@ -82,7 +82,7 @@ def check(args: argparse.Namespace) -> None:
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A copy of what is to be pushed of a model's folder, without paths of this machine; it is gone afterwards."""
+    """A temporary copy of the files of a model that are to be pushed, without paths of this machine."""
     with tempfile.TemporaryDirectory() as name:
         stage = Path(name, "model")
         files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
@@ -97,7 +97,7 @@ def staged(folder: Path) -> Iterator[Path]:
 
 
 def make_public(path: Path) -> None:
-    """Rewrite a training configuration as it may be published; its first comment, the versions, stays."""
+    """Rewrite a training configuration without what must not be published; its first comment, the versions, stays."""
     text = path.read_text(encoding="utf-8")
     header = text.partition("\n")[0] + "\n" if text.startswith("#") else ""
     values = public_config(yaml.safe_load(text) or {})
@@ -105,7 +105,7 @@ def make_public(path: Path) -> None:
 
 
 def hub_datasets(config: Mapping[str, Any]) -> list[str]:
-    """The Hub name of the data set that a training configuration names; none if it is not there."""
+    """The data set that a training configuration names, if that is a name on the Hub; else nothing."""
     if "dataset_name" not in config or config.get("train_data_dir"):
         return []
     name = config["dataset_name"] or EMBEDDED_DATASET
@@ -113,10 +113,10 @@ def hub_datasets(config: Mapping[str, Any]) -> list[str]:
 
 
 def write_page(stage: Path, repository: str, license: str | None) -> None:
-    """Write pipeline.py, the page, and what its first code draws, into a copy of a model's folder.
+    """Write pipeline.py, the page and the picture that its first code draws into a copy of a model's folder.
 
-    Raises ValueError if the model is not whole, or not of a kind that our pipeline runs; RuntimeError if the code of
-    the page failed.
+    Raises ValueError if the model is incomplete or not one that our pipeline runs; RuntimeError if the page's code
+    fails.
     """
     pipeline = ScratchDDPMPipeline.from_pretrained(stage)
     pipeline.save_config(stage)  # so that the code that is pushed, and run here, is this package's
@@ -135,7 +135,7 @@ def write_page(stage: Path, repository: str, license: str | None) -> None:
 
 
 def run_usage(page: str, repository: str, stage: Path) -> str:
-    """Run the first code of a page, on the model in `stage` in place of the repository; what it prints.
+    """Run the first code block of a page on the model in `stage` instead of the repository; return its output.
 
     Raises RuntimeError if it failed.
     """
@@ -153,7 +153,7 @@ def run_usage(page: str, repository: str, stage: Path) -> str:
 
 @contextmanager
 def documented(folder: Path, repository: str, license: str | None) -> Iterator[Path]:
-    """A copy of a model's folder to push; the folder gets its page and the code too (see `write_page`)."""
+    """A temporary copy to push, as of `staged`, with its page; the page is copied into the model's folder too."""
     with staged(folder) as stage:
         write_page(stage, repository, license)
         for file in WRITTEN:
@@ -162,10 +162,10 @@ def documented(folder: Path, repository: str, license: str | None) -> Iterator[P
 
 
 def publish(folder: Path, repository: str, *, token: str | None, license: str | None = None) -> str:
-    """Write the page of a model and push all of it; the address of the commit.
+    """Write the page of a model and push the model; return the URL of the commit.
 
     Args:
-        folder: of the model; gets the page too.
+        folder: the model's folder, into which the page is written too.
         repository: `owner/name`, as `open_repository` returns it.
         token: for the Hub; that of the login if left out.
         license: of the weights.
@@ -179,7 +179,7 @@ def publish(folder: Path, repository: str, *, token: str | None, license: str | 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the page; push."""
+    """Write the page and push it with the model, as the flags say."""
     args = parse(arguments)
     check(args)
     if args.comparison:

@@ -1,6 +1,6 @@
-"""A repository on the Hub that holds one whole model at any time: each push is one commit, or nothing.
+"""Push a model to the Hub so that the repository is complete at any time: each push is one commit, or none.
 
-Uploads are retried while the Hub cannot be reached or fails; `BackgroundPush` does them while something else goes on.
+Uploads are retried while the Hub is unreachable or fails. `BackgroundPush` uploads in a thread.
 """
 
 import logging
@@ -51,7 +51,7 @@ TEMPORARY = (408, 409, 412, 425, 429)  # and all from 500 on; 412: somebody else
 def open_repository(
     name: str, *, private: bool = False, token: str | None = None, kind: str = "model", sdk: str | None = None
 ) -> str:
-    """Create a repository unless it is there, and see that it can be written to.
+    """Create a repository unless it exists, and check that it can be written to.
 
     Args:
         name: `owner/name`, or a name in the namespace of the token's owner.
@@ -95,7 +95,7 @@ def push(
     replaced: Sequence[str] = REPLACED_FILES,
     waits: Sequence[float] | None = None,
 ) -> str:
-    """Make a folder's files those of the repository, in one commit; without a change there is none.
+    """Make the repository hold a folder's files, in one commit; without a change there is no commit.
 
     Args:
         folder: must not change meanwhile.
@@ -141,7 +141,7 @@ def push(
 
 
 def insistently(action: Callable[[], T], what: str, waits: Sequence[float] | None = None) -> T:
-    """Do it; again after some waits, by default `WAITS`, as long as that may help.
+    """Call action, and again after each of the waits (by default `WAITS`) while another try may help.
 
     Raises:
         PermissionError: the Hub refuses.
@@ -174,9 +174,9 @@ def insistently(action: Callable[[], T], what: str, waits: Sequence[float] | Non
 
 
 def set_timeout() -> None:
-    """Give huggingface_hub's HTTP client a timeout, now and when it makes another; without, silence would stop us.
+    """Give huggingface_hub's HTTP client, and each later one, a timeout; without one a silent server would block us.
 
-    A client of the caller's own, which has one, stays.
+    A client of the caller's that has a timeout stays.
     """
     client = get_session()
     if client.timeout.read is None:
@@ -185,7 +185,7 @@ def set_timeout() -> None:
 
 
 def failure(error: Exception) -> Exception:
-    """The Hub's own error behind an exception; any other exception is raised.
+    """Find the Hub's own error behind an exception; raise the exception if there is none.
 
     Small requests fail with an HTTPError; hf_xet, which sends large files, with a ConnectionError; where it does not
     send them, huggingface_hub puts a RuntimeError around the cause.
@@ -197,13 +197,13 @@ def failure(error: Exception) -> Exception:
 
 
 class BackgroundPush:
-    """Pushes folders one after the other while something else goes on; a failure is logged and stops nothing.
+    """Push folders one after the other in a thread; failures are logged and not raised.
 
-    A folder that still waits when the next one comes is passed over, so a slow Hub never makes a queue. Each is removed
-    when it is done with.
+    A folder that is still waiting when the next one comes is skipped, so a slow Hub never makes a queue. Each folder is
+    removed once it is pushed, has failed or is skipped.
 
     Args:
-        push: what to do with a folder.
+        push: the function that pushes a folder.
     """
 
     def __init__(self, push: Callable[[Path], object]) -> None:
@@ -213,7 +213,7 @@ class BackgroundPush:
         self._thread: threading.Thread | None = None
 
     def submit(self, folder: Path) -> None:
-        """Push it as soon as the one before is done; returns at once."""
+        """Push a folder as soon as the one before it is done; return at once."""
         with self._lock:
             passed_over, self._waiting = self._waiting, folder
             if self._thread is None:
@@ -225,7 +225,7 @@ class BackgroundPush:
             shutil.rmtree(passed_over, ignore_errors=True)
 
     def wait(self) -> None:
-        """Until all is pushed, or given up."""
+        """Wait until everything is pushed or has failed."""
         thread = self._thread
         if thread is not None:
             thread.join()

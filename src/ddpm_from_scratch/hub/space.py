@@ -1,4 +1,4 @@
-"""A demo of a model on the Hub, as a Space: the app, this package, and what they need."""
+"""A Space on the Hub with the demo of a model: the app, this package, and their requirements."""
 
 import re
 import shutil
@@ -19,7 +19,7 @@ SPACE_FILES = ("README.md", "app.py", "drawing.py", "model_id.txt", "requirement
 
 
 def publish_space(name: str, model: str, *, private: bool = False, token: str | None = None) -> str:
-    """Push the demo of a model; the address of the commit.
+    """Push the demo of a model to a Space; return the URL of the commit.
 
     Args:
         name: of the Space, `owner/name`.
@@ -40,7 +40,7 @@ def publish_space(name: str, model: str, *, private: bool = False, token: str | 
 
 
 def write_space(folder: Path, model: str) -> None:
-    """Write the files of a Space, which runs without anything else, into a folder."""
+    """Write all files of the Space into a folder."""
     for source in DEMO.glob("*.py"):
         shutil.copyfile(source, folder / source.name)
     shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -58,7 +58,7 @@ def write_space(folder: Path, model: str) -> None:
 
 
 def requirements() -> list[str]:
-    """Requirements of the package and its demo, without gradio, which a Space has."""
+    """The requirements of the package and its demo, without gradio, which Spaces provide."""
     needed = metadata.requires("ddpm-from-scratch") or []
     plain = [line for line in needed if ";" not in line]
     demo = [line.partition(";")[0].strip() for line in needed if re.search(r"extra == .demo.$", line)]
@@ -66,7 +66,7 @@ def requirements() -> list[str]:
 
 
 def gradio_version() -> str:
-    """The version that the demo was tested with, or else the oldest that it works with."""
+    """The installed version of gradio, or the oldest that the demo works with."""
     try:
         return metadata.version("gradio")
     except metadata.PackageNotFoundError:

@@ -15,7 +15,7 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZip
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Write arrays; processes may write the same file at once. OSError if it cannot be written."""
+    """Write an `.npz` file; several processes may write the same one at once. OSError if it cannot be written."""
     archive = io.BytesIO()
     np.savez_compressed(archive, **arrays)  # type: ignore[arg-type]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,7 +26,7 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
 
 
 def read_arrays(path: Path, *needed: str) -> dict[str, np.ndarray]:
-    """All arrays of a file, those needed among them; ValueError, which names the file, if it is no such one."""
+    """Read all arrays of an `.npz` file; ValueError if it cannot be read or lacks one of the needed arrays."""
     try:
         with path.open("rb") as file:
             archive = np.load(file, allow_pickle=False)

@@ -1,7 +1,7 @@
-"""Files and folders that are whole or absent on the disk, whatever happens while they are written.
+"""Write files and folders atomically: they are complete or absent, whatever happens while they are written.
 
-A folder is written beside its place and renamed. Names that begin with one of the prefixes below are of folders on
-their way in or out; `tidy` clears up what a killed process left of them.
+A folder is written beside its place and then renamed. Names with one of the prefixes below belong to folders that are
+being written or removed; `tidy` clears up what a killed process left of them.
 """
 
 import os
@@ -16,7 +16,7 @@ REMOVED = ".removed-"  # on its way out
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a new file; return once it has reached the disk. Its mode follows the umask."""
+    """Write a new file and flush it to the disk. Its mode follows the umask."""
     with open(path, "xb") as file:
         file.write(content)
         file.flush()
@@ -24,7 +24,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file; one that was there stays until the new one is whole.
+    """Write a file; an existing one stays until the new one is complete.
 
     Raises OSError if it cannot be written; the error names it.
     """
@@ -40,7 +40,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Return once a folder's list of names has reached the disk."""
+    """Flush a folder's list of names to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -49,7 +49,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def begin_folder(folder: Path) -> Path:
-    """An empty folder beside the place of the one that is to be written, for `finish_folder`."""
+    """Create an empty folder beside the final place; `finish_folder` moves it there."""
     unfinished = folder.with_name(UNFINISHED + folder.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     tidy(folder.parent)
@@ -58,7 +58,7 @@ def begin_folder(folder: Path) -> Path:
 
 
 def finish_folder(folder: Path) -> None:
-    """Move what was written since `begin_folder` into place; a folder that was there stays until then."""
+    """Move the folder of `begin_folder` into place; an existing folder stays until then."""
     unfinished, replaced = (folder.with_name(prefix + folder.name) for prefix in (UNFINISHED, REPLACED))
     flush_folder(unfinished)
     if folder.exists():
@@ -76,9 +76,9 @@ def finish_folder(folder: Path) -> None:
 
 @contextmanager
 def replacing_files(folder: Path) -> Iterator[Path]:
-    """An empty folder, whose files, when all are written, take their places in another one.
+    """Yield an empty folder; its files move into `folder` once all are written.
 
-    A file of the same name stays there until then; so do all if anything fails.
+    Files of the same name stay until then, and stay for good if anything fails.
     """
     unfinished = begin_folder(folder / "files")
     try:
@@ -97,7 +97,7 @@ def replacing_files(folder: Path) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder so that nobody ever sees half of it."""
+    """Remove a folder; it is renamed first, so that nobody sees it half removed."""
     removed = folder.with_name(REMOVED + folder.name)
     folder.rename(removed)
     flush_folder(folder.parent)
@@ -105,7 +105,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def tidy(parent: Path) -> None:
-    """Finish what a killed process has left in a folder of folders."""
+    """Clear up what killed processes have left in the folder `parent`."""
     for replaced in parent.glob(f"{REPLACED}*"):
         folder = replaced.with_name(replaced.name.removeprefix(REPLACED))
         if folder.exists():

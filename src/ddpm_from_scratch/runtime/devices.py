@@ -11,7 +11,7 @@ from accelerate.utils import parse_flag_from_env
 
 
 def device_name(device: torch.device) -> str:
-    """Name of the device that computes."""
+    """The name of a device, for results and logs."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
@@ -35,9 +35,9 @@ def cpu_has_fast_bf16() -> bool:
 
 
 def resolve_precision(mixed_precision: str, device: torch.device) -> str:
-    """`auto` becomes bf16 where the device computes it fast, else no.
+    """Resolve `auto` to bf16 where the device computes it fast, else to no.
 
-    Raises ValueError if fp16 on a device whose kernels or gradient scaling do not support it.
+    Raises ValueError for fp16 on a device whose kernels or gradient scaling do not support it.
     """
     if mixed_precision == "fp16" and device.type != "cuda":
         raise ValueError(f"mixed_precision fp16 needs a CUDA device, this is {device.type}; choose auto, bf16 or no")
@@ -48,7 +48,7 @@ def resolve_precision(mixed_precision: str, device: torch.device) -> str:
 
 
 def threads_per_process(environment: Mapping[str, str], cores: int) -> int | None:
-    """Number of threads for a CPU run; None to leave PyTorch's own choice.
+    """The number of threads for a CPU run; None to keep PyTorch's choice.
 
     Both launchers set OMP_NUM_THREADS to 1 unless told otherwise, which would leave all cores but one idle.
     """
@@ -59,15 +59,15 @@ def threads_per_process(environment: Mapping[str, str], cores: int) -> int | Non
 
 
 def computes_on_cpu() -> bool:
-    """Whether no accelerator is there, or accelerate is told to use CPUs.
+    """Whether the run computes on the CPU: there is no accelerator, or accelerate is told to use the CPU.
 
-    Unless it is told, it does not find its sibling processes there and runs unrelated copies.
+    accelerate has to be told: otherwise its processes do not find each other on CPUs and run as unrelated copies.
     """
     return bool(parse_flag_from_env("ACCELERATE_USE_CPU")) or not torch.accelerator.is_available()
 
 
 def prepare_cpu() -> bool:
-    """Whether this process computes on the CPU; if so, its threads and memory are set."""
+    """Set the threads and memory of a process that computes on the CPU; return whether it does."""
     if on_cpu := computes_on_cpu():
         use_all_cores()
         keep_freed_memory()
@@ -83,9 +83,9 @@ def use_all_cores() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep the memory that one step frees for the next step, which asks for the same again.
+    """Let the C library keep freed memory for the next step, which needs as much again.
 
-    Else it goes back to the system, which clears every page of it anew. Only glibc, Linux' usual one, is told.
+    Otherwise the memory goes back to the system, which has to clear every page again. Only glibc has this setting.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

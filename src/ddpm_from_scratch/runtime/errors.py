@@ -21,13 +21,13 @@ from safetensors import SafetensorError
 
 
 class Fault(Exception):
-    """An end of the run that is not a mistake in the code."""
+    """A failure of a run that is not a mistake in the code."""
 
     code = 1
 
 
 class Refused(Fault, ValueError):
-    """Something is wrong with what the run was asked to do; nothing was done."""
+    """A flag, preset, data set, checkpoint or token is wrong; nothing was done."""
 
     code = 2
 
@@ -39,7 +39,7 @@ class BadImages(Fault, ValueError):
 
 
 class Diverged(Fault):
-    """The loss was not finite for too long."""
+    """The loss was not finite for too many steps in a row."""
 
     code = 70
 
@@ -51,14 +51,14 @@ class CannotSave(Fault):
 
 
 class Stopped(Fault):
-    """A signal asked for it, and a checkpoint was written."""
+    """A signal stopped the run, after a checkpoint was written."""
 
     code = 75
 
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Errors in here, before any work, are a refusal of what was asked for."""
+    """Turn ValueError and OSError into `Refused`, for checks before any work."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -67,7 +67,7 @@ def refusing() -> Iterator[None]:
 
 @contextmanager
 def saving(what: str) -> Iterator[None]:
-    """Errors in here are of a disk that is full or fails; CannotSave if there was one."""
+    """Turn the errors of a disk that is full or fails into `CannotSave`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -78,7 +78,7 @@ def saving(what: str) -> Iterator[None]:
 
 
 def told(main: Callable[[Sequence[str]], object], name: str, arguments: Sequence[str]) -> int:
-    """Run a command, and say what it refuses; its exit code."""
+    """Run a command, print its error if it fails, and return its exit code."""
     try:
         main(arguments)
     except Fault as fault:

@@ -1,4 +1,4 @@
-"""Configurations as they may be published: without secrets and without places on this machine."""
+"""Remove secrets and paths of this machine from configurations before they are published."""
 
 import re
 from collections.abc import Mapping
@@ -11,18 +11,18 @@ FILES = "parquet|arrow|json|jsonl|ndjson|csv|tsv|zip|tar|tgz|gz|bz2|xz"  # suffi
 
 
 def as_yaml(values: Mapping[str, Any]) -> str:
-    """A configuration as a preset."""
+    """Format a configuration as the YAML of a preset."""
     text: str = yaml.safe_dump(dict(values), sort_keys=False, width=120)
     return text
 
 
 def looks_local(name: str) -> bool:
-    """Whether a data set or model name can only be a path: Hub names are `name` or `owner/name`."""
+    """Whether the name of a data set or model can only be a path: Hub names are `name` or `owner/name`."""
     return bool(re.match(rf"[./~]|.*\*|.*\.({FILES})$", name)) or name.count("/") > 1
 
 
 def public_name(name: str) -> str:
-    """A Hub name as it is, or the last part of a local path, whose rest is nobody else's business."""
+    """A Hub name unchanged, or the last part of a local path; the rest of a path is private."""
     path = Path(name).expanduser()
     if path.exists():
         return path.resolve().name
@@ -30,7 +30,7 @@ def public_name(name: str) -> str:
 
 
 def public_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as it may be published: without secrets and without places on this machine."""
+    """Remove secrets and paths of this machine from a configuration."""
     shown = {key: value for key, value in values.items() if key not in NOT_SAVED}
     named = {key: public_name(shown[key]) for key in NAMES_OR_PATHS if shown.get(key)}
     return shown | named | {key: None for key in PLACES if shown.get(key, LATEST) != LATEST}

@@ -24,7 +24,7 @@ def derived_seed(seed: int, *names: str | int) -> int:
 
 
 def generator(seed: int, *names: str | int) -> torch.Generator:
-    """A generator on the CPU, so that every device gets the same numbers."""
+    """A random generator for one purpose (see `derived_seed`), on the CPU so that all devices get the same numbers."""
     return torch.Generator().manual_seed(derived_seed(seed, *names))
 
 
@@ -35,7 +35,7 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> Tensor:
 
 
 def image_index(seed: int, position: int, num_images: int) -> int:
-    """Which image stands at a position of the stream; every num_images positions hold each image once."""
+    """The index of the image at a position of the stream; every num_images positions hold each image once."""
     epoch, offset = divmod(position, num_images)
     return int(epoch_order(seed, epoch, num_images)[offset])
 
@@ -50,7 +50,7 @@ class Block:
 
 
 class Window(NamedTuple):
-    """Blocks whose rows are shuffled together, at places start .. start + rows - 1 of an epoch."""
+    """Blocks whose rows are shuffled together. They take the places of an epoch from `start` on."""
 
     start: int
     blocks: list[Block]
@@ -58,7 +58,7 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True, eq=False)  # so that a lookup in a cache compares no blocks
 class WindowedOrder:
-    """A permutation for each epoch that needs few blocks at a time.
+    """A permutation of the images for each epoch that has to hold only few blocks at a time.
 
     The blocks are shuffled, cut into windows of at most `window_bytes` (or one block), and the rows of each window are
     shuffled.
@@ -68,7 +68,7 @@ class WindowedOrder:
     window_bytes: int
 
     def index_at(self, seed: int, position: int) -> int:
-        """Which image stands at a position of the stream; an epoch holds each image once."""
+        """The index of the image at a position of the stream; an epoch holds each image once."""
         epoch, place = divmod(position, self.blocks[-1].stop)
         windows = self.windows(seed, epoch)
         number = bisect_right(windows, place, key=lambda window: window.start) - 1
@@ -96,13 +96,13 @@ class WindowedOrder:
 
 
 def batch_positions(micro_step: int, rank: int, world_size: int, batch_size: int) -> range:
-    """The stretch of the stream that one process takes in one backward pass."""
+    """The positions of the stream that one process takes in one forward and backward pass."""
     first = (micro_step * world_size + rank) * batch_size
     return range(first, first + batch_size)
 
 
 def stratified_uniforms(seed: int, step: int, global_batch_size: int) -> Tensor:
-    """Numbers for the timesteps of one optimiser step: each uniform on its own, together spread evenly over [0, 1).
+    """Uniform random numbers in [0, 1) for the timesteps of one optimiser step, stratified over the batch.
 
     Row i of a random permutation draws from the i-th of global_batch_size equal parts of [0, 1), which lowers the
     variance of the loss without a bias (low-discrepancy sampling, Kingma et al. 2021, appendix I.1).
@@ -117,13 +117,13 @@ def stratified_uniforms(seed: int, step: int, global_batch_size: int) -> Tensor:
 
 
 def dropped_labels(seed: int, positions: Sequence[int], rate: float) -> Tensor:
-    """At which positions of the stream the label gives way to the null label: bool [len(positions)], true at `rate`."""
+    """Draw where the null label replaces the label: bool [len(positions)], true with probability `rate`."""
     u = [torch.rand((), generator=generator(seed, "label dropout", position)) for position in positions]
     return torch.stack(u) < rate
 
 
 def noise_rows(seed: int, positions: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Standard normal noise, a row per position of the stream, always float32: [len(positions), *shape].
+    """Standard normal noise for positions of the stream: float32 [len(positions), *shape].
 
     16-bit noise would vanish beside x_0 at small t.
     """

@@ -1,4 +1,4 @@
-"""Results files, and the versions of what they depend on."""
+"""Files of results, and the versions of the packages that results depend on."""
 
 import json
 import platform
@@ -12,7 +12,7 @@ PACKAGES = ("ddpm-from-scratch", "torch", "diffusers", "accelerate", "datasets",
 
 
 def version(package: str) -> str:
-    """Version of an installed package; the project itself may also run from its sources."""
+    """The version of an installed package, or "not installed": the project itself may run from its sources."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -20,22 +20,22 @@ def version(package: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
+    """The versions of Python and of the packages that results depend on."""
     return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
 
 
 def as_json(values: dict[str, Any]) -> str:
-    """Values as readable text, with a final newline."""
+    """Format values as indented JSON with a final newline."""
     return json.dumps(values, indent=2) + "\n"
 
 
 def write_json(values: dict[str, Any], path: Path) -> None:
-    """Write values as readable text."""
+    """Write values as indented JSON."""
     path.write_text(as_json(values), encoding="utf-8")
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Content of a results file, empty if there is none; ValueError if it is not such a file."""
+    """Read a results file, empty if there is none; ValueError if it is not a JSON object."""
     if not path.is_file():
         return {}
     try:
@@ -48,5 +48,5 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def merge_results(path: Path, name: str, content: dict[str, Any]) -> None:
-    """Put something into a results file, which is whole at any time, beside what else is in it."""
+    """Set one entry of a results file and keep the others; the file is complete at any time."""
     replace_file(path, as_json({**read_results(path), name: content}).encode())

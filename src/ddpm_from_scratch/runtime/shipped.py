@@ -1,4 +1,4 @@
-"""Files of this project that are no code: in a wheel inside the package, in a checkout at the top of the repository."""
+"""Files outside the package's code: a wheel has them inside the package, a checkout at the top of the repository."""
 
 from pathlib import Path
 
@@ -11,5 +11,5 @@ EMBEDDED_DATASET = "zalando-datasets/fashion_mnist"  # the Hub original of the e
 
 
 def shipped(name: str) -> Path:
-    """The place of a file or folder, such as "model_card.md"; it need not be there."""
+    """The path of a file or folder, such as "model_card.md", which need not exist."""
     return IN_WHEEL / name if IN_WHEEL.is_dir() else CHECKOUT / name

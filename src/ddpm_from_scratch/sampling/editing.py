@@ -1,4 +1,4 @@
-"""Editing images with a model that was trained to generate them. Each pipeline is made from another by `from_pipe`.
+"""Edit images with a model that was trained to generate them. Make each pipeline from another with `from_pipe`.
 
 References: SDEdit (Meng et al. 2022, https://arxiv.org/abs/2108.01073); RePaint (Lugmayr et al. 2022,
 https://arxiv.org/abs/2201.09865); DDIM (Song et al. 2021, https://arxiv.org/abs/2010.02502), sections 4.3, 5.3 and 5.4
@@ -25,7 +25,7 @@ from ..diffusion.stock import altered
 
 
 class SamplingOptions(TypedDict, total=False):
-    """Options of `ScratchDDPMPipeline` that editing takes too; labels are one for each image."""
+    """The options of `ScratchDDPMPipeline` that the editing pipelines take too, with one label for each image."""
 
     class_labels: Sequence[int | str] | Tensor | None
     guidance_scale: float
@@ -38,7 +38,7 @@ ImageInput = Image.Image | Sequence[Image.Image] | np.ndarray | Tensor
 
 
 def image_tensor(name: str, image: Any, channels: int, size: tuple[int, int]) -> Tensor:  # noqa: ANN401
-    """Images in any form as float32 [B, C, H, W] in [0, 1].
+    """Convert images in any form to float32 [B, C, H, W] in [0, 1].
 
     Args:
         name: of the argument, for messages.
@@ -75,7 +75,7 @@ def image_tensor(name: str, image: Any, channels: int, size: tuple[int, int]) ->
 
 
 def _array(name: str, image: Image.Image, channels: int) -> np.ndarray:
-    """[H, W, C] of uint8."""
+    """Convert a PIL image to a uint8 array [H, W, C]; ValueError for a mode that does not fit."""
     allowed = {1: ("L", "1"), 3: ("L", "1", "RGB")}.get(channels, ())
     if image.mode not in allowed:
         raise ValueError(
@@ -86,10 +86,10 @@ def _array(name: str, image: Image.Image, channels: int) -> np.ndarray:
 
 
 class _EditingPipeline(ScratchDDPMPipeline):
-    """Base of the pipelines below."""
+    """Base class of the editing pipelines."""
 
     def _images(self, name: str, image: Any, channels: int | None = None) -> Tensor:  # noqa: ANN401
-        """The argument as [B, C, H, W] in [0, 1], in the chain's precision, on the device."""
+        """Convert an argument to [B, C, H, W] in [0, 1], in the chain's precision and on the device."""
         _, own_channels, *size = self._check_shape(1)
         pixels = image_tensor(name, image, channels or own_channels, (size[0], size[1]))
         return pixels.to(self._execution_device, torch.promote_types(self.unet.dtype, torch.float32))
@@ -105,7 +105,7 @@ class _EditingPipeline(ScratchDDPMPipeline):
     def _prepare(
         self, count: int, steps: int, generator: Generators, options: SamplingOptions
     ) -> tuple[Condition | None, dict[str, Any]]:
-        """Set the chain; the labels of `count` images with their guidance, and the options of each step."""
+        """Set the chain; return the labels of `count` images with their guidance, and the options of each step."""
         if unknown := set(options) - set(SamplingOptions.__annotations__):
             raise TypeError(f"{type(self).__name__} takes no {', '.join(sorted(unknown))}.")
         names = {"scale": "guidance_scale", "rescale": "guidance_rescale", "interval": "guidance_interval"}
@@ -116,7 +116,7 @@ class _EditingPipeline(ScratchDDPMPipeline):
 
 
 class ScratchDDPMImg2ImgPipeline(_EditingPipeline):
-    """Variations of an image (SDEdit): noise is added up to some timestep, and the chain takes it out again."""
+    """Vary images (SDEdit): add noise up to some timestep, and let the chain remove it again."""
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
@@ -162,9 +162,9 @@ class ScratchDDPMImg2ImgPipeline(_EditingPipeline):
 
 
 def resampling_path(steps: int, jump_length: int, jump_n_sample: int) -> list[int]:
-    """Numbers of steps left, in the order in which RePaint visits them: from `steps` to 0, with jumps back up.
+    """RePaint's path, as the number of steps left at each point: from `steps` down to 0, with jumps back up.
 
-    From each jump_length-th place, jump_length steps are undone and taken again, jump_n_sample - 1 times (RePaint,
+    At every jump_length-th point, jump_length steps are undone and taken again, jump_n_sample - 1 times (RePaint,
     appendix B).
     """
     jumps = dict.fromkeys(range(1, steps - jump_length + 1, jump_length), jump_n_sample - 1)
@@ -179,9 +179,9 @@ def resampling_path(steps: int, jump_length: int, jump_n_sample: int) -> list[in
 
 
 class ScratchDDPMInpaintPipeline(_EditingPipeline):
-    """Fill in part of an image (RePaint): the rest is put back, with the right noise, after every step.
+    """Inpaint images (RePaint): after every step, the part to keep is put back with the right amount of noise.
 
-    Going back and forth, by adding noise again and repeating the steps, makes the two parts fit together.
+    Adding noise again and repeating steps makes the painted part fit the rest.
     """
 
     @torch.no_grad()
@@ -197,7 +197,7 @@ class ScratchDDPMInpaintPipeline(_EditingPipeline):
         return_dict: bool = True,
         **options: Unpack[SamplingOptions],
     ) -> ScratchDDPMPipelineOutput | tuple[Any, ...]:
-        """Inpaint images. What is not to be painted is returned exactly as it was given.
+        """Inpaint images. Pixels that are not painted are returned unchanged.
 
         Args:
             image: see `image_tensor`.
@@ -258,10 +258,10 @@ class ScratchDDPMInpaintPipeline(_EditingPipeline):
 
 
 class ScratchDDPMInterpolationPipeline(_EditingPipeline):
-    """Images to the noise that DDIM makes them from, and back; and what lies between two images.
+    """Invert images to the noise from which DDIM makes them, and interpolate between two images.
 
-    All of it is deterministic (eta = 0) and works on predictions that are neither clipped nor thresholded, since these
-    could not be undone. A class-conditional network gets the null label.
+    Everything is deterministic (eta = 0). Predictions are neither clipped nor thresholded, since that could not be
+    undone. A class-conditional network gets the null label.
     """
 
     @torch.no_grad()
@@ -275,7 +275,7 @@ class ScratchDDPMInterpolationPipeline(_EditingPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ScratchDDPMPipelineOutput | tuple[Any, ...]:
-        """The images on the way from one image to another.
+        """Interpolate between two images.
 
         Their noises are found by inversion and interpolated on the sphere (DDIM eq. 67). What the inversion loses of
         the two images is added back in proportion, so that the first frame is the one and the last frame the other.
@@ -283,7 +283,7 @@ class ScratchDDPMInterpolationPipeline(_EditingPipeline):
         Args:
             image: one image, see `image_tensor`.
             other_image: another one.
-            num_frames: how many, the two among them.
+            num_frames: how many images to return, including the two.
             num_inference_steps: K.
             num_iterations: see `invert`.
             output_type: see `ScratchDDPMPipeline`.
@@ -311,7 +311,7 @@ class ScratchDDPMInterpolationPipeline(_EditingPipeline):
 
     @torch.no_grad()
     def invert(self, image: ImageInput, num_inference_steps: int = 50, num_iterations: int = 3) -> Tensor:
-        """The noise x_T that `generate` makes the images from: [B, C, H, W].
+        """Find the noise x_T, [B, C, H, W], from which `generate` makes the images.
 
         Args:
             image: see `image_tensor`.
@@ -334,7 +334,7 @@ class ScratchDDPMInterpolationPipeline(_EditingPipeline):
     def generate(
         self, noise: Tensor, num_inference_steps: int = 50, output_type: str = "pil", return_dict: bool = True
     ) -> ScratchDDPMPipelineOutput | tuple[Any, ...]:
-        """The images that the deterministic chain makes from noise x_T, [B, C, H, W].
+        """Generate images from noise x_T, [B, C, H, W], by the deterministic chain.
 
         Raises:
             ValueError: for an argument that does not fit.
@@ -349,7 +349,7 @@ class ScratchDDPMInterpolationPipeline(_EditingPipeline):
         return self._output(x, [], output_type, return_dict)
 
     def _chain(self, num_inference_steps: int) -> ScratchDDPMScheduler:
-        """The deterministic scheduler, whose predictions are not limited."""
+        """A deterministic scheduler that does not clip or threshold its predictions."""
         plain = {"clip_sample": False, "thresholding": False, "optimal_variance": False}
         scheduler: ScratchDDPMScheduler = altered(self._own_scheduler(), **plain)
         scheduler.set_timesteps(self._check_steps(num_inference_steps), eta=0.0)
@@ -381,7 +381,7 @@ class ScratchDDPMInterpolationPipeline(_EditingPipeline):
 
 
 def undo_ddim(alpha_bar: np.ndarray, prediction: Prediction, x_s: Tensor, t: int, s: int) -> Tensor:
-    """The x_t from which DDIM's step at eta = 0 leads to x_s, if `prediction` is what the network says of that x_t.
+    """Undo DDIM's step at eta = 0: the x_t that it maps to x_s, given the network's prediction at that x_t.
 
     With angles φ, tan φ = √((1-ᾱ)/ᾱ), the step is a rotation by δ = φ_t - φ_s, x_s = cos δ x_t - sin δ v (Salimans & Ho
     2022, appendix D). For networks that predict v it is well conditioned from the data to pure noise.

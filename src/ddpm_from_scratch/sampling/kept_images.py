@@ -1,4 +1,4 @@
-"""Generated images that are kept in files, so that a stopped evaluation goes on."""
+"""Keep generated images in files, so that a stopped evaluation can resume."""
 
 import hashlib
 import json
@@ -21,9 +21,9 @@ SAVE_SECONDS = 60.0  # after which images that are being drawn are kept
 def generate_once(
     pipeline: DiffusionPipeline, spec: SampleSpec, accelerator: Accelerator, folder: Path | None
 ) -> np.ndarray:
-    """As `generate`; images that the folder holds are not drawn again, and new ones are kept there every minute.
+    """Like `generate`, but reuse the images in the folder, and save new ones there every minute.
 
-    Raises ValueError if an image is not finite, or the folder holds images of something else under their name.
+    Raises ValueError if an image is not finite, or the file in the folder holds images of another origin.
     """
     if folder is None:
         return generate(pipeline, spec, accelerator)
@@ -45,12 +45,12 @@ def generate_once(
 
 
 def place(spec: SampleSpec, folder: Path) -> Path:
-    """The file of its images in a folder."""
+    """The file in the folder that keeps the images of a spec."""
     return folder / f"steps-{spec.num_inference_steps}{'-classes' if spec.balanced_labels else ''}.npz"
 
 
 def describe_origin(pipeline: DiffusionPipeline, spec: SampleSpec) -> dict[str, Any]:
-    """All that images depend on, but for their number."""
+    """Everything that the images depend on, except their number."""
     return {
         **describe(pipeline, spec),
         "batch_size": spec.batch_size,  # which changes their rounding
@@ -60,7 +60,7 @@ def describe_origin(pipeline: DiffusionPipeline, spec: SampleSpec) -> dict[str, 
 
 
 def digest(pipeline: DiffusionPipeline) -> str:
-    """Hash of the network, its classes and the scheduler's configuration; the same in every place and process."""
+    """A hash of the network, its classes and the scheduler's configuration, independent of path and process."""
     parts: list[Any] = [type(pipeline).__name__, classes(pipeline)]
     for part in (pipeline.unet, pipeline.scheduler):  # what begins with _ says where it is from
         parts.append({name: value for name, value in part.config.items() if not name.startswith("_")})
@@ -72,7 +72,7 @@ def digest(pipeline: DiffusionPipeline) -> str:
 
 
 def keep(path: Path, drawn: Samples, origin: dict[str, Any]) -> None:
-    """Write images for `read_kept` and `read_images`; the file is whole at any time.
+    """Write images for `read_kept` and `read_images`; the file is complete at any time.
 
     Raises OSError if it cannot be written.
     """
@@ -81,7 +81,7 @@ def keep(path: Path, drawn: Samples, origin: dict[str, Any]) -> None:
 
 
 def read_kept(path: Path, origin: dict[str, Any]) -> np.ndarray:
-    """The images that `keep` wrote: uint8 [N, H, W, C]; none if there is no file.
+    """Read the images that `keep` wrote, uint8 [N, H, W, C]; N = 0 if there is no file.
 
     Raises ValueError if they are of another origin, or the file cannot be read.
     """
@@ -99,12 +99,12 @@ def read_kept(path: Path, origin: dict[str, Any]) -> np.ndarray:
 
 
 def read_images(path: Path, form: tuple[int, ...], least: int) -> Samples:
-    """The images of an .npz, uint8 [N, H, W, C] or gray [N, H, W]; and how they came about, if `keep` wrote it.
+    """Read an .npz of images, uint8 [N, H, W, C] or gray [N, H, W], and how they were drawn, if `keep` wrote it.
 
     Args:
         path: of the file.
-        form: (H, W, C) that they are to have.
-        least: number of images that are needed.
+        form: the (H, W, C) that they must have.
+        least: the number of images that are needed.
 
     Raises:
         ValueError: they are not such images.
@@ -121,7 +121,7 @@ def read_images(path: Path, form: tuple[int, ...], least: int) -> Samples:
 
 
 def read_facts(path: Path, arrays: dict[str, np.ndarray], name: str) -> dict[str, Any]:
-    """Facts that `keep` wrote under a name, empty if there are none; ValueError if they are something else."""
+    """Read what `keep` wrote under a name; empty if there is nothing, ValueError if it is not a JSON object."""
     try:
         return dict(json.loads(str(arrays.get(name, "{}"))))
     except (ValueError, TypeError) as error:

@@ -23,7 +23,7 @@ SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".bmp")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="ddpm sample", description=__doc__, allow_abbrev=False)
     parser.add_argument("model", help="folder or Hub name of a saved pipeline")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="file of the picture")
@@ -41,7 +41,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise ValueError for flags that cannot work, before anything is loaded."""
+    """Check the flags before anything is loaded; ValueError for one that is not allowed."""
     for name in ("num_images", "num_inference_steps", "batch_size"):
         check_whole(f"--{name}", getattr(args, name))
     check_whole("--seed", args.seed, 0)
@@ -52,7 +52,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def draw(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list[Image.Image]:
-    """The images, a batch at a time."""
+    """Draw the images in batches."""
     labels = [int(label) if label.isdigit() else label for label in args.class_labels or ()]
     images: list[Image.Image] = []
     while numbers := range(len(images), min(len(images) + args.batch_size, args.num_images)):
@@ -65,7 +65,7 @@ def draw(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list[Image.Im
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Load, draw, write.
+    """Load the model, draw the images and write the grid.
 
     Raises ValueError if a flag, or what it asks of the model, is not allowed; FileNotFoundError if there is no such
     model.

@@ -1,4 +1,4 @@
-"""Samplers by name: each makes, of a model's scheduler, the one that draws."""
+"""Samplers by name: functions that make the scheduler to sample with from a model's scheduler."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,12 +13,12 @@ KNOWN_TO_SOLVERS = ("linear", "scaled_linear", "squaredcos_cap_v2")  # schedules
 
 
 def ddim(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """Draw no noise: the chain with eta = 0 (Song et al. 2021)."""
+    """DDIM (Song et al. 2021): the chain with eta = 0, which draws no noise."""
     return altered(scheduler, ScratchDDPMScheduler, eta=0.0, timestep_spacing="trailing")
 
 
 def solver(kind: type[SchedulerMixin], scheduler: SchedulerMixin) -> SchedulerMixin:
-    """One of diffusers' solvers, on the process of a scheduler."""
+    """A solver of diffusers for the diffusion process of a scheduler."""
     # Without diffusers' note of which values were left out, which would drop those that were passed by position.
     config = {key: value for key, value in scheduler.config.items() if key not in (*OWN_KEYS, "_use_default_values")}
     if config["beta_schedule"] not in KNOWN_TO_SOLVERS:
