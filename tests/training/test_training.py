@@ -593,7 +593,7 @@ def test_sets_that_cannot_be_trained_on(tmp_path):
     with pytest.raises(ValueError, match="no column of the data set holds images; its columns: price, name"):
         load(dataset_name=str(table))
     mixed = write_parquet(tmp_path / "mixed.parquet", [picture(size=(8, 8)), picture(size=(16, 12))])
-    with pytest.raises(ValueError, match=r"from 8x8 to 16x12 pixels large.*--resolution"):
+    with pytest.raises(ValueError, match=r"from 8x8 to 12x16 pixels large \(height x width\).*--resolution"):
         load(dataset_name=str(mixed))
     deep = write_parquet(tmp_path / "deep.parquet", [Image.fromarray(np.full((8, 8), 40_000, np.uint16))])
     with pytest.raises(ValueError, match="more than 8 bits"):
@@ -643,7 +643,10 @@ WRONG_CALLS = [
     (("--resolution", "9"), "must be a multiple of 2"),
     (("--resolution", "0"), "resolution must be at least 1"),
     (("--resolution", "16", "--model.sample_size", "8"), "leave one of them out"),
-    (("--model.sample_size", "[8, 16]"), "square"),
+    (("--model.sample_size", "[8, 9]"), "must be a multiple of 2"),
+    (("--model.sample_size", "[8, 8, 8]"), "must be a side, or [height, width], got [8, 8, 8]"),
+    (("--resolution", "8 x 16"), "a side such as 64, or height x width such as 64x128, got '8 x 16'"),
+    (("--resolution", "8x9"), "resolution 8x9 does not allow"),
     (("--model.block_out_chanels", "[8, 8]"), "did you mean 'block_out_channels'"),
     (("--model.block_out_channels", "8"), "must be a list"),
     (("--model.num_class_embeds", "10"), "class-conditional"),

@@ -1,12 +1,14 @@
 """The network and the diffusion process that a configuration asks for."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from ..data.labels import Labels
+from ..data.sizes import as_size
 from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..diffusion.reverse_variance import LEARNED_VARIANCES
 from ..diffusion.scheduler import ScratchDDPMScheduler
@@ -162,11 +164,19 @@ def check_classes(num_class_embeds: int | None, id2label: dict[int, str] | None,
         )
 
 
-def build_unet(keys: dict[str, Any], config: TrainingConfig, channels: int, resolution: int) -> ScratchUNet2DModel:
+def sample_size(size: int | Sequence[int]) -> int | list[int]:
+    """A size as UNet2DModel's key has it: the side of a square, else [height, width]."""
+    height, width = as_size(size)
+    return height if height == width else [height, width]
+
+
+def build_unet(
+    keys: dict[str, Any], config: TrainingConfig, channels: int, size: int | Sequence[int]
+) -> ScratchUNet2DModel:
     """A new network for images of this form, with the outputs that the variance needs.
 
     Raises ValueError if its keys contradict each other.
     """
     outputs = outputs_per_channel(config) * channels
-    form = {"in_channels": channels, "out_channels": outputs, "sample_size": resolution}
+    form = {"in_channels": channels, "out_channels": outputs, "sample_size": sample_size(size)}
     return ScratchUNet2DModel(**{**keys, **form})

@@ -49,6 +49,7 @@ from .model import (
     check_classes,
     load_trained,
     network_config,
+    sample_size,
 )
 from .objectives import TIMESTEP_SAMPLERS, LossAwareSampler, Objective, UniformSampler
 from .optimizer import EMA, build_optimizer, in_optimizer_steps, learning_rate
@@ -207,13 +208,13 @@ def build_inputs(
     with accelerator.main_process_first():  # downloads happen once
         trained = load_trained(config, scheduler)
         keys = dict(trained.unet.config) if trained else network_config(config)
-        data = load_data(config, keys.get("in_channels"), config.resolution or keys.get("sample_size"))
-    check_halvings(keys, data.resolution)
+        data = load_data(config, keys.get("in_channels"), config.size or keys.get("sample_size"))
+    check_halvings(keys, data.size)
     if data.labels:
         check_classes(keys.get("num_class_embeds"), trained.id2label if trained else None, data.labels)
         keys["num_class_embeds"] = data.labels.num_class_embeds
-    unet = trained.unet if trained else build_unet(keys, config, data.channels, data.resolution)
-    unet.register_to_config(sample_size=data.resolution)
+    unet = trained.unet if trained else build_unet(keys, config, data.channels, data.size)
+    unet.register_to_config(sample_size=sample_size(data.size))
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return unet, data
