@@ -123,7 +123,7 @@ def main() -> None:
     """Train both, one after the other, draw and measure. Models that are there already are not trained again."""
     args = parse()
     keep_freed_memory()
-    data = load_data(DataConfig(dataset_name=str(args.data), resolution=SIDE, center_crop=True), 3, SIDE)
+    data = load_data(DataConfig(dataset_name=str(args.data)), 3, SIDE)
     pixels = torch.stack([data.images[index] for index in range(len(data.images))])
     chosen = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[: 2 * args.num_images]
     real = pixels[chosen].permute(0, 2, 3, 1).numpy()

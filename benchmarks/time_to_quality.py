@@ -230,8 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # The average's clock runs in the other's step.
     snapshots = train_all([*(recipe for recipe, _ in ours), usual[0]]) + usual[1].snapshots
     validation_set = build_validation_set(TrainingConfig(eval_num_images=args.num_images), data)
-    tests = load_data(TrainingConfig(dataset_name=str(EMBEDDED_TEST_SET)), data.channels, data.resolution)
-    real = to_array([tests.images[index] for index in tests.evenly(args.num_images)], data.resolution)
+    tests = load_data(TrainingConfig(dataset_name=str(EMBEDDED_TEST_SET)), data.channels, data.size)
+    real = to_array([tests.images[index] for index in tests.evenly(args.num_images)], data.size)
     floor = kernel_distance_with_error(extract(real).values, validation_set.reference.values)
     drawing = SampleSpec(STEPS, args.num_images, batch_size=100)
     result = {

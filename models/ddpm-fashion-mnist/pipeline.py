@@ -1184,11 +1184,42 @@ def _check_groups_and_heads(config: dict[str, Any]) -> None:
         raise ValueError(f"attention_head_dim={head_dim} must lie between 1 and the channels that attend, {attending}.")
 
 
+def sides(sample_size: int | Sequence[int]) -> tuple[int, ...]:
+    """A `sample_size` as (height, width)."""
+    return (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+
+
+def halvings(block_out_channels: Sequence[int]) -> int:
+    """The factor by which the levels of a network halve its input, of which height and width are multiples."""
+    return 2 ** (len(block_out_channels) - 1)
+
+
+def sample_sides(config: Mapping[str, Any], height: int | None, width: int | None) -> tuple[int, int]:
+    """Height and width of samples: those that are asked for, the configuration's sample_size where they are None.
+
+    Raises ValueError if there is no sample_size, or the network cannot halve a side.
+    """
+    size, factor = config["sample_size"], halvings(config["block_out_channels"])
+    if size is None and None in (height, width):
+        raise ValueError(
+            "The network's configuration has no sample_size: set it to the side of the images, or pass height and "
+            "width."
+        )
+    own = (0, 0) if size is None else sides(size)
+    asked = {"height": own[0] if height is None else height, "width": own[1] if width is None else width}
+    for name, side in asked.items():
+        if not (is_whole(side) and side >= 1 and side % factor == 0):
+            raise ValueError(
+                f"{name}={side!r} must be a multiple of {factor}: the network halves its input "
+                f"{len(config['block_out_channels']) - 1} times."
+            )
+    return int(asked["height"]), int(asked["width"])
+
+
 def _check_sample_size(config: dict[str, Any]) -> None:
-    size = config["sample_size"]
-    factor = 2 ** (len(config["block_out_channels"]) - 1)
-    sides = () if size is None else (size, size) if isinstance(size, int) else tuple(size)
-    if size is not None and (len(sides) != 2 or any(not isinstance(n, int) or n < 1 or n % factor for n in sides)):
+    size, factor = config["sample_size"], halvings(config["block_out_channels"])
+    both = () if size is None else sides(size)
+    if size is not None and (len(both) != 2 or any(not isinstance(n, int) or n < 1 or n % factor for n in both)):
         raise ValueError(
             f"sample_size={size!r} must be a side, or (height, width), divisible by {factor}: the network halves the "
             f"resolution {len(config['block_out_channels']) - 1} times."
@@ -1593,7 +1624,7 @@ class ScratchUNet2DModel(UNet2DModel):
 
     def _check_input(self, sample: Tensor, class_labels: Tensor | None) -> None:
         channels, levels = self.config["in_channels"], len(self.config["block_out_channels"])
-        factor = 2 ** (levels - 1)
+        factor = halvings(self.config["block_out_channels"])
         if sample.ndim != 4 or sample.shape[1] != channels or sample.shape[2] % factor or sample.shape[3] % factor:
             raise ValueError(
                 f"sample has shape {tuple(sample.shape)}; this network takes [B, {channels}, H, W] with H and W "
@@ -1796,6 +1827,8 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         *,
+        height: int | None = None,
+        width: int | None = None,
         class_labels: Sequence[int | str] | Tensor | None = None,
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
@@ -1816,6 +1849,8 @@ class ScratchDDPMPipeline(DiffusionPipeline):
             output_type: "pil", a list of images; "np", an array [B, H, W, C] in [0, 1]; "pt", a tensor [B, C, H, W]
                 in [0, 1].
             return_dict: False for a tuple.
+            height: of the images, in pixels; the network's sample_size if left out.
+            width: as height. The network was trained at its own size; at others, images may fall apart.
             class_labels: for a class-conditional network, one for each image, as numbers or names; left out, the null
                 label, which stands for none.
             guidance_scale: classifier-free guidance; 1 is none, above 1 samples follow their labels more closely. Each
@@ -1838,7 +1873,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         """
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
         condition, batch_size = self._check_labels(class_labels, batch_size, guidance)
-        shape = self._check_shape(batch_size)
+        shape = self._check_shape(batch_size, height, width)
         check_generator(generator, batch_size)
         _check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         steps = self._check_steps(num_inference_steps)
@@ -1974,7 +2009,9 @@ class ScratchDDPMPipeline(DiffusionPipeline):
                 raise ValueError("class_labels is missing: each label of this network is a class, and none is null.")
             if guidance.scale != 1:
                 raise ValueError(f"guidance_scale={guidance.scale!r} needs class_labels to follow.")
-            labels = torch.full((1 if batch_size is None else self._check_shape(batch_size)[0],), null)
+            count = 1 if batch_size is None else batch_size
+            check_whole("batch_size", count)
+            labels = torch.full((int(count),), null)
         else:
             labels = label_numbers(class_labels, classes, names)
         if guidance.scale != 1 and null is None:
@@ -1987,14 +2024,10 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         none = labels if null is None else torch.full_like(labels, null)
         return Condition(labels, torch.cat([labels, none]), guidance), len(labels)
 
-    def _check_shape(self, batch_size: Any) -> tuple[int, ...]:  # noqa: ANN401
+    def _check_shape(self, batch_size: Any, height: int | None = None, width: int | None = None) -> tuple[int, ...]:  # noqa: ANN401
         """The shape of the samples, [B, C, H, W]."""
         check_whole("batch_size", batch_size)
-        size = self.unet.config.sample_size
-        if size is None:
-            raise ValueError("The network's configuration has no sample_size: set it to the side of the images.")
-        sides = (size, size) if isinstance(size, int) else tuple(size)
-        return (int(batch_size), self.unet.config.in_channels, *sides)
+        return (int(batch_size), self.unet.config.in_channels, *sample_sides(self.unet.config, height, width))
 
     # --- loading and saving -----------------------------------------------------------------------------------------
 

@@ -358,7 +358,7 @@ def test_held_out_images_are_read_as_the_training_images_are(tmp_path):
         pyarrow.parquet.write_table(pyarrow.table({"mask": rows, "picture": rows}), tmp_path / f"{name}.parquet")
     flags = ["--dataset_name", tmp_path / "train.parquet", "--test_set", tmp_path / "test.parquet"]
     flags += ["--image_column", "picture", "--background", "black"]
-    real = evaluate.real_images(evaluate.parse(["model", *map(str, flags)]), 3, SIZE, [])
+    real = evaluate.real_images(evaluate.parse(["model", *map(str, flags)]), 3, (SIZE, SIZE), [])
     assert (real.training == 0).all() and (real.held_out == 0).all()
 
 

@@ -589,21 +589,21 @@ def test_the_embedded_data_have_held_out_images(monkeypatch):
         return SimpleNamespace(images=images, labels=None, describe=describe)
 
     monkeypatch.setattr(evaluate, "load_data", load)
-    real = evaluate.real_images(evaluate.parse(["model"]), 1, SIDE, [])
+    real = evaluate.real_images(evaluate.parse(["model"]), 1, (SIDE, SIDE), [])
     assert asked == [(None, None), (str(EMBEDDED_TEST_SET), "train")]
     assert Path(asked[1][0]).is_file()
     assert np.array_equal(real.held_out[..., 0], HELD_OUT)
     assert real.facts == {"training": {"name": "own"}, "held_out": {"name": "fashion_mnist_test.parquet"}}
-    evaluate.real_images(evaluate.parse(["model", "--test_set", "user/other"]), 1, SIDE, [])
+    evaluate.real_images(evaluate.parse(["model", "--test_set", "user/other"]), 1, (SIDE, SIDE), [])
     assert asked[2:] == [(None, None), ("user/other", None)]
 
 
 def test_of_too_large_sets_evenly_spaced_images_are_taken(monkeypatch):
     images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 6, 4)
     monkeypatch.setattr(evaluation, "MOST_IMAGES", 4)
-    assert evaluation.to_array(images, 4)[:, 0, 0, 0].tolist() == [0, 3, 6, 9]
+    assert evaluation.to_array(images, (4, 4))[:, 0, 0, 0].tolist() == [0, 3, 6, 9]
     monkeypatch.setattr(evaluation, "MOST_BYTES", 3 * 3 * 4**2)
-    array = evaluation.to_array(images, 4)
+    array = evaluation.to_array(images, (4, 4))
     assert array.shape == (3, 4, 4, 3) and array[:, 0, 0, 0].tolist() == [0, 4, 9]
 
 

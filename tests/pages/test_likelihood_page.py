@@ -45,7 +45,7 @@ def test_the_benchmark_measures_each_variance_on_its_model(tmp_path, monkeypatch
         unet = randomised(UNet2DModel(**{**TINY_NETWORK, "out_channels": outputs}))
         ScratchDDPMPipeline(unet, ScratchDDPMScheduler(20, variance_type=variance)).save_pretrained(folder)
     images = torch.randint(256, (600, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    monkeypatch.setattr(benchmark, "load_data", lambda *_: TrainingData(images, 1, 8, "", None))
+    monkeypatch.setattr(benchmark, "load_data", lambda *_: TrainingData(images, 1, (8, 8), "", None))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
     arguments = ["--num_images", "20", "--num_bound_images", "3", "--bound_steps", "5", "20", "--sample_steps", "2"]
     places = ["--samples_dir", str(tmp_path / "samples"), "--results", str(tmp_path / "results.json")]

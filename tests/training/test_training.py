@@ -595,7 +595,7 @@ def test_sets_that_cannot_be_trained_on(tmp_path):
     with pytest.raises(ValueError, match="no column of the data set holds images; its columns: price, name"):
         load(dataset_name=str(table))
     mixed = write_parquet(tmp_path / "mixed.parquet", [picture(size=(8, 8)), picture(size=(16, 12))])
-    with pytest.raises(ValueError, match=r"from 8x8 to 16x12 pixels large.*--resolution"):
+    with pytest.raises(ValueError, match=r"from 8x8 to 12x16 pixels large \(height x width\).*--resolution"):
         load(dataset_name=str(mixed))
     deep = write_parquet(tmp_path / "deep.parquet", [Image.fromarray(np.full((8, 8), 40_000, np.uint16))])
     with pytest.raises(ValueError, match="more than 8 bits"):
@@ -645,7 +645,10 @@ WRONG_CALLS = [
     (("--resolution", "9"), "must be a multiple of 2"),
     (("--resolution", "0"), "resolution must be at least 1"),
     (("--resolution", "16", "--model.sample_size", "8"), "leave one of them out"),
-    (("--model.sample_size", "[8, 16]"), "square"),
+    (("--model.sample_size", "[8, 9]"), "must be a multiple of 2"),
+    (("--model.sample_size", "[8, 8, 8]"), "must be a side, or [height, width], got [8, 8, 8]"),
+    (("--resolution", "8 x 16"), "a side such as 64, or height x width such as 64x128, got '8 x 16'"),
+    (("--resolution", "8x9"), "resolution 8x9 does not allow"),
     (("--model.block_out_chanels", "[8, 8]"), "did you mean 'block_out_channels'"),
     (("--model.block_out_channels", "8"), "must be a list"),
     (("--model.num_class_embeds", "10"), "class-conditional"),
@@ -740,7 +743,7 @@ def test_printed_config_is_a_preset_that_gives_itself(inputs, tmp_path, capsys):
 def test_presets_are_valid_and_build(preset, capsys):
     config, _ = cli.parse([str(preset)])
     resolution, channels = (32, 3) if preset.stem == "cifar10" else (28, 1)
-    images = SimpleNamespace(channels=channels, resolution=resolution, labels=None, images=range(10_000))
+    images = SimpleNamespace(channels=channels, size=(resolution, resolution), labels=None, images=range(10_000))
     with torch.device("meta"):
         unet = networks.build_unet(networks.network_config(config), config, images)
     assert networks.build_scheduler(config).config.prediction_type == config.prediction_type
@@ -855,7 +858,7 @@ def test_gradient_checkpointing_changes_nothing(inputs, tmp_path):
 
 def test_a_config_file_describes_a_new_network(inputs, whole_run, tmp_path):
     config, _ = cli.parse([inputs.preset, "--model_config_name_or_path", str(whole_run / "unet" / "config.json")])
-    images = SimpleNamespace(channels=1, resolution=SIZE, labels=None, images=range(10_000))
+    images = SimpleNamespace(channels=1, size=(SIZE, SIZE), labels=None, images=range(10_000))
     unet = networks.build_unet(networks.network_config(config), config, images)
     trained = ScratchUNet2DModel.from_pretrained(whole_run / "unet")
     assert unet.num_parameters() == trained.num_parameters()

@@ -8,12 +8,14 @@ from PIL import ImageColor
 
 from ..runtime.privacy import looks_local
 from ..runtime.shipped import EMBEDDED_DATASET, shipped
-from .fields import FRACTION, at_least, check_fields, knob
+from .fields import FRACTION, Allowed, at_least, check_fields, knob
+from .sizes import Size, as_size, is_size
 
 EMBEDDED_DATA = shipped("training/data") / "fashion_mnist_train.parquet"
 EMBEDDED_TEST_SET = EMBEDDED_DATA.with_name("fashion_mnist_test.parquet")
 
 BACKGROUND = "white"  # behind transparent pixels
+SIZES = Allowed("at least 1 pixel: a side such as 64, or height x width such as 64x128", is_size)
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,13 @@ class DataConfig:
         at_least(1),
     )
     cache_dir: str | None = knob(None, "where downloads are kept; the Hugging Face cache by default")
-    resolution: int | None = knob(None, "image size in pixels; the images' own if left out (paper: 32)", at_least(1))
+    resolution: int | str | None = knob(
+        None,
+        "image size in pixels, 64 or, as height x width, 64x128; the images' own if left out (paper: 32)",
+        SIZES,
+    )
     background: str = knob(BACKGROUND, "colour that transparent pixels show: a name, or #rrggbb")
-    center_crop: bool = knob(False, "crop images that are not square at the centre; at a random place otherwise")
+    center_crop: bool = knob(False, "crop images of another shape at the centre; at a random place otherwise")
     random_flip: bool = knob(False, "mirror half of the images (paper: true)")
     dataloader_num_workers: int = knob(0, "processes that decode images; 0: the training process does it", at_least(0))
     skip_bad_images: bool = knob(False, "pass over images that cannot be read, and report them; otherwise they end it")
@@ -62,6 +68,11 @@ class DataConfig:
     def trains_on_embedded_data(self) -> bool:
         """Whether no other images are named."""
         return self.dataset_name is None and self.train_data_dir is None
+
+    @property
+    def size(self) -> Size | None:
+        """The resolution as (height, width); None for the images' own."""
+        return None if self.resolution is None else as_size(self.resolution)
 
     @property
     def source(self) -> str:

@@ -17,6 +17,7 @@ from ..runtime.random_streams import WindowedOrder, batch_positions, dropped_lab
 from .config import EMBEDDED_DATA, DataConfig
 from .images import PIL_MODE, REMEDY, DecodedOnDemand, Images, Survey, check_bad_images, decode_all, survey
 from .labels import Labels, labels_of
+from .sizes import Size, as_size, resolution_of
 from .sources import MIB, StreamedRows, evenly, open_source
 
 IN_MEMORY_BYTES = 2**30  # sets that decode to less are decoded once
@@ -30,11 +31,16 @@ class TrainingData:
 
     images: Images
     channels: int
-    resolution: int
+    size: Size
     fingerprint: str  # of the images, and of the labels if there are any
     labels: Labels | None  # None for unconditional training
     unreadable: tuple[str, ...] = ()  # what is wrong with images that were left out
     order: WindowedOrder | None = None  # of a streamed set; any other is shuffled as a whole
+
+    @property
+    def resolution(self) -> int | str:
+        """The size as configurations and results have it: the side of a square, else "HxW"."""
+        return resolution_of(self.size)
 
     def index_at(self, seed: int, position: int) -> int:
         """Which image stands at a position of the training."""
@@ -76,14 +82,14 @@ class TrainingData:
 
 
 def load_data(
-    config: DataConfig, channels: int | None, resolution: int | None, split: str | None = None
+    config: DataConfig, channels: int | None, size: int | str | Sequence[int] | None, split: str | None = None
 ) -> TrainingData:
     """Open and survey the training images, decode a small set that is not streamed, and read labels if they are used.
 
     Args:
         config: says where the images are.
         channels: what the network takes (1 or 3); the images' own if None.
-        resolution: what the network takes; the images' own if None.
+        size: what the network takes, as `as_size` reads it; the images' own if None.
         split: of the data set; that of the configuration if None.
 
     Raises:
@@ -100,17 +106,15 @@ def load_data(
         raise ValueError(f"the network takes {channels} channels, images have 1 or 3")
     if channels == 1 and seen.channels == 3:
         raise ValueError("the network takes 1 channel (grayscale), the images have colours")
-    channels, resolution = channels or seen.channels, resolution or seen.own_resolution()
-    images = DecodedOnDemand(source.images, channels, resolution, config.background)
-    # Images that are not square keep their longer side until they are cropped.
-    elongation = max(max(size) / min(size) for size in seen.sizes)
-    small = len(images) * channels * resolution**2 * elongation <= IN_MEMORY_BYTES
+    channels, size = channels or seen.channels, seen.own_size() if size is None else as_size(size)
+    images = DecodedOnDemand(source.images, channels, size, config.background)
+    small = len(images) * channels * seen.pixels_covering(size) <= IN_MEMORY_BYTES
     fingerprint = labels.extended(seen.fingerprint) if labels else seen.fingerprint
     if source.blocks:
         order = WindowedOrder(source.blocks, config.shuffle_window_mb * MIB)
-        return TrainingData(images, channels, resolution, fingerprint, labels, order=order)
+        return TrainingData(images, channels, size, fingerprint, labels, order=order)
     if not small:
-        return TrainingData(images, channels, resolution, fingerprint, labels)
+        return TrainingData(images, channels, size, fingerprint, labels)
     decoded, kept, unreadable = decode_all(images, config.skip_bad_images)
     del source, images
     pyarrow.default_memory_pool().release_unused()  # twice the decoded images would be kept for later use
@@ -119,7 +123,7 @@ def load_data(
     check_bad_images(unreadable, config.max_bad_images)
     if labels and unreadable:
         labels = replace(labels, of_images=labels.of_images[kept])
-    return TrainingData(decoded, channels, resolution, fingerprint, labels, tuple(unreadable))
+    return TrainingData(decoded, channels, size, fingerprint, labels, tuple(unreadable))
 
 
 def log_remarks(seen: Survey, looked_at: int, background: str) -> None:
@@ -142,7 +146,7 @@ def log_remarks(seen: Survey, looked_at: int, background: str) -> None:
 class Batch(NamedTuple):
     """Images, labels and noise of one backward pass of one process."""
 
-    images: Tensor  # uint8 [B, C, resolution, resolution]
+    images: Tensor  # uint8 [B, C, H, W]
     labels: Tensor | None  # int64 [B], some of them the null label; None for unconditional training
     noise: Tensor  # float32, of the images' shape
     unreadable: tuple[str, ...] = ()  # what is wrong with images that were passed over
@@ -160,7 +164,7 @@ class ImageStream(torch.utils.data.Dataset[Tensor]):
     skip_bad_images: bool = False
 
     def __getitem__(self, position: int) -> Tensor:
-        """The image at a position of the stream: uint8 [C, resolution, resolution]."""
+        """The image at a position of the stream: uint8 [C, H, W]."""
         return self.load(position)[0]
 
     def load(self, position: int) -> tuple[Tensor, int, list[str]]:
@@ -184,14 +188,15 @@ class ImageStream(torch.utils.data.Dataset[Tensor]):
 
     def augmented(self, image: Tensor, position: int) -> Tensor:
         """The image cropped, and flipped or not, as the position says."""
-        size = self.data.resolution
-        if image.shape[1:] == (size, size) and not self.random_flip:
+        size = self.data.size
+        if image.shape[1:] == size and not self.random_flip:
             return image
         top, left, flip = torch.rand(3, generator=generator(self.seed, "augment", position)).tolist()
         if self.center_crop:
             top = left = 0.5
-        top, left = (int(u * (side - size + 1)) for u, side in zip((top, left), image.shape[1:], strict=True))
-        image = image[:, top : top + size, left : left + size]
+        free = (side - wanted for side, wanted in zip(image.shape[1:], size, strict=True))
+        top, left = (int(u * (pixels + 1)) for u, pixels in zip((top, left), free, strict=True))
+        image = image[:, top : top + size[0], left : left + size[1]]
         return image.flip(2) if self.random_flip and flip < 0.5 else image
 
     def labels_at(self, positions: Sequence[int], indices: Sequence[int]) -> Tensor | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..runtime.errors import BadImages
 from .config import BACKGROUND
 from .folders import read_file
+from .sizes import Size, scale_that_covers, size_that_covers, upright_size
 from .sources import Rows, Source
 
 GRAYSCALE_MODES = ("1", "L", "LA")
@@ -46,23 +47,27 @@ class Survey:
     """Channels, sizes and fingerprint of images, from their headers."""
 
     channels: int  # 1 if all are grayscale, else 3
-    sizes: frozenset[tuple[int, int]]  # (width, height)
+    sizes: frozenset[Size]
     transparent: int  # how many may have transparent pixels
     animated: int  # how many have frames, or pages, after the first
     fingerprint: str  # hash of the encoded images
 
-    def own_resolution(self) -> int:
-        """The images' size, if they are square and of one size.
+    def own_size(self) -> Size:
+        """The images' size, if it is the same for all.
 
-        Raises ValueError if they are not, so the resolution has to be chosen.
+        Raises ValueError if it is not, so the resolution has to be chosen.
         """
         smallest, largest = min(self.sizes), max(self.sizes)
-        if smallest != largest or smallest[0] != smallest[1]:
+        if smallest != largest:
             raise ValueError(
-                f"the images are from {smallest[0]}x{smallest[1]} to {largest[0]}x{largest[1]} pixels large, "
-                f"not of one square size: choose --resolution"
+                f"the images are from {smallest[0]}x{smallest[1]} to {largest[0]}x{largest[1]} pixels large (height x "
+                f"width), not of one size: choose --resolution"
             )
-        return smallest[0]
+        return smallest
+
+    def pixels_covering(self, size: Size) -> float:
+        """Pixels of the largest image, scaled until it covers a size: that is kept until it is cropped."""
+        return max(height * width * scale_that_covers((height, width), size) ** 2 for height, width in self.sizes)
 
 
 def encoded_image(row: Mapping[str, Any], index: int) -> bytes:
@@ -101,7 +106,7 @@ def survey(source: Source, skip_bad_images: bool = False) -> Survey:
             encoded = encoded_image(row, index)
             digest.update(encoded)
             with Image.open(io.BytesIO(encoded)) as image:
-                mode, size = image.mode, image.size
+                mode, size = image.mode, upright_size(image)
                 gray = gray and is_gray(image)
                 transparent += image.has_transparency_data
                 animated += getattr(image, "is_animated", False)
@@ -135,8 +140,8 @@ def flattened(image: Image.Image, background: str) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", seen.size, background), seen)
 
 
-def decode(row: Mapping[str, Any], index: int, channels: int, resolution: int, background: str = BACKGROUND) -> Tensor:
-    """An image, resized so that its shorter side is the resolution: uint8 [channels, H, W].
+def decode(row: Mapping[str, Any], index: int, channels: int, size: Size, background: str = BACKGROUND) -> Tensor:
+    """An image, resized so that it just covers a size: uint8 [channels, H, W].
 
     Transparent pixels show the background, a colour as PIL names it.
 
@@ -150,18 +155,11 @@ def decode(row: Mapping[str, Any], index: int, channels: int, resolution: int, b
             image = flattened(image, background).convert(PIL_MODE[channels])
     except BROKEN_IMAGE as error:
         raise BadImages(f"{where(row, index)} cannot be read: {reason(error)}") from error
-    if min(image.size) != resolution:
-        scale = resolution / min(image.size)
-        width, height = (max(resolution, round(side * scale)) for side in image.size)
+    height, width = size_that_covers((image.height, image.width), size)
+    if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))  # [H, W] or [H, W, C]
     return pixels.reshape(image.height, image.width, channels).permute(2, 0, 1).contiguous()
-
-
-def center_square(image: Tensor, size: int) -> Tensor:
-    """The square of this side at the centre of an image [C, H, W]."""
-    top, left = ((side - size) // 2 for side in image.shape[1:])
-    return image[:, top : top + size, left : left + size]
 
 
 @dataclass(frozen=True)
@@ -170,7 +168,7 @@ class DecodedOnDemand:
 
     rows: Rows
     channels: int
-    resolution: int
+    size: Size
     background: str = BACKGROUND
 
     def __len__(self) -> int:
@@ -179,7 +177,7 @@ class DecodedOnDemand:
 
     def __getitem__(self, index: int) -> Tensor:
         """Uint8 [C, H, W]."""
-        return decode(self.rows[index], index, self.channels, self.resolution, self.background)
+        return decode(self.rows[index], index, self.channels, self.size, self.background)
 
 
 def decode_all(images: DecodedOnDemand, skip_bad_images: bool = False) -> tuple[Images, list[int], list[str]]:

@@ -23,6 +23,7 @@ from .reverse_variance import LEARNED_VARIANCES
 from .scheduler import ScratchDDPMScheduler
 from .stock import altered, safe_weights, write_config
 from .unet import ScratchUNet2DModel
+from .unet_config import sample_sides
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 HUB_OPTIONS = ("cache_dir", "force_download", "token", "revision", "local_files_only")
@@ -127,6 +128,8 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         *,
+        height: int | None = None,
+        width: int | None = None,
         class_labels: Sequence[int | str] | Tensor | None = None,
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
@@ -147,6 +150,8 @@ class ScratchDDPMPipeline(DiffusionPipeline):
             output_type: "pil", a list of images; "np", an array [B, H, W, C] in [0, 1]; "pt", a tensor [B, C, H, W]
                 in [0, 1].
             return_dict: False for a tuple.
+            height: of the images, in pixels; the network's sample_size if left out.
+            width: as height. The network was trained at its own size; at others, images may fall apart.
             class_labels: for a class-conditional network, one for each image, as numbers or names; left out, the null
                 label, which stands for none.
             guidance_scale: classifier-free guidance; 1 is none, above 1 samples follow their labels more closely. Each
@@ -169,7 +174,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         """
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
         condition, batch_size = self._check_labels(class_labels, batch_size, guidance)
-        shape = self._check_shape(batch_size)
+        shape = self._check_shape(batch_size, height, width)
         check_generator(generator, batch_size)
         _check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         steps = self._check_steps(num_inference_steps)
@@ -305,7 +310,9 @@ class ScratchDDPMPipeline(DiffusionPipeline):
                 raise ValueError("class_labels is missing: each label of this network is a class, and none is null.")
             if guidance.scale != 1:
                 raise ValueError(f"guidance_scale={guidance.scale!r} needs class_labels to follow.")
-            labels = torch.full((1 if batch_size is None else self._check_shape(batch_size)[0],), null)
+            count = 1 if batch_size is None else batch_size
+            check_whole("batch_size", count)
+            labels = torch.full((int(count),), null)
         else:
             labels = label_numbers(class_labels, classes, names)
         if guidance.scale != 1 and null is None:
@@ -318,14 +325,10 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         none = labels if null is None else torch.full_like(labels, null)
         return Condition(labels, torch.cat([labels, none]), guidance), len(labels)
 
-    def _check_shape(self, batch_size: Any) -> tuple[int, ...]:  # noqa: ANN401
+    def _check_shape(self, batch_size: Any, height: int | None = None, width: int | None = None) -> tuple[int, ...]:  # noqa: ANN401
         """The shape of the samples, [B, C, H, W]."""
         check_whole("batch_size", batch_size)
-        size = self.unet.config.sample_size
-        if size is None:
-            raise ValueError("The network's configuration has no sample_size: set it to the side of the images.")
-        sides = (size, size) if isinstance(size, int) else tuple(size)
-        return (int(batch_size), self.unet.config.in_channels, *sides)
+        return (int(batch_size), self.unet.config.in_channels, *sample_sides(self.unet.config, height, width))
 
     # --- loading and saving -----------------------------------------------------------------------------------------
 

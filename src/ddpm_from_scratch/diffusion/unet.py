@@ -19,7 +19,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from .stock import altered, safe_weights, write_config
-from .unet_config import DOWN_BLOCKS, UP_BLOCKS, check_network
+from .unet_config import DOWN_BLOCKS, UP_BLOCKS, check_network, halvings
 
 # On a CPU the fused attention's backward pass in bfloat16 takes ten times as long as plain matrix products do over few
 # tokens; all else it does faster.
@@ -419,7 +419,7 @@ class ScratchUNet2DModel(UNet2DModel):
 
     def _check_input(self, sample: Tensor, class_labels: Tensor | None) -> None:
         channels, levels = self.config["in_channels"], len(self.config["block_out_channels"])
-        factor = 2 ** (levels - 1)
+        factor = halvings(self.config["block_out_channels"])
         if sample.ndim != 4 or sample.shape[1] != channels or sample.shape[2] % factor or sample.shape[3] % factor:
             raise ValueError(
                 f"sample has shape {tuple(sample.shape)}; this network takes [B, {channels}, H, W] with H and W "

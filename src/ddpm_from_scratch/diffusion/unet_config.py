@@ -1,6 +1,9 @@
 """Checks of the network's configuration, whose keys are those of `UNet2DModel`."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from .checks import is_whole
 
 # What each configuration key may be, for the keys of which not every value is implemented.
 SUPPORTED: dict[str, tuple[object, ...]] = {
@@ -52,11 +55,42 @@ def _check_groups_and_heads(config: dict[str, Any]) -> None:
         raise ValueError(f"attention_head_dim={head_dim} must lie between 1 and the channels that attend, {attending}.")
 
 
+def sides(sample_size: int | Sequence[int]) -> tuple[int, ...]:
+    """A `sample_size` as (height, width)."""
+    return (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+
+
+def halvings(block_out_channels: Sequence[int]) -> int:
+    """The factor by which the levels of a network halve its input, of which height and width are multiples."""
+    return 2 ** (len(block_out_channels) - 1)
+
+
+def sample_sides(config: Mapping[str, Any], height: int | None, width: int | None) -> tuple[int, int]:
+    """Height and width of samples: those that are asked for, the configuration's sample_size where they are None.
+
+    Raises ValueError if there is no sample_size, or the network cannot halve a side.
+    """
+    size, factor = config["sample_size"], halvings(config["block_out_channels"])
+    if size is None and None in (height, width):
+        raise ValueError(
+            "The network's configuration has no sample_size: set it to the side of the images, or pass height and "
+            "width."
+        )
+    own = (0, 0) if size is None else sides(size)
+    asked = {"height": own[0] if height is None else height, "width": own[1] if width is None else width}
+    for name, side in asked.items():
+        if not (is_whole(side) and side >= 1 and side % factor == 0):
+            raise ValueError(
+                f"{name}={side!r} must be a multiple of {factor}: the network halves its input "
+                f"{len(config['block_out_channels']) - 1} times."
+            )
+    return int(asked["height"]), int(asked["width"])
+
+
 def _check_sample_size(config: dict[str, Any]) -> None:
-    size = config["sample_size"]
-    factor = 2 ** (len(config["block_out_channels"]) - 1)
-    sides = () if size is None else (size, size) if isinstance(size, int) else tuple(size)
-    if size is not None and (len(sides) != 2 or any(not isinstance(n, int) or n < 1 or n % factor for n in sides)):
+    size, factor = config["sample_size"], halvings(config["block_out_channels"])
+    both = () if size is None else sides(size)
+    if size is not None and (len(both) != 2 or any(not isinstance(n, int) or n < 1 or n % factor for n in both)):
         raise ValueError(
             f"sample_size={size!r} must be a side, or (height, width), divisible by {factor}: the network halves the "
             f"resolution {len(config['block_out_channels']) - 1} times."

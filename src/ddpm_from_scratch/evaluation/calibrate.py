@@ -12,11 +12,12 @@ import torch
 
 from ..data.config import DataConfig
 from ..data.dataset import load_data
-from ..data.images import center_square
+from ..data.sizes import Size, center_crop
 from ..diffusion.guidance import null_label
 from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..diffusion.scheduler import ScratchDDPMScheduler
 from ..runtime.atomic_files import replacing_files
+from ..sampling.models import image_form
 from .calibration import calibrate
 
 SCHEDULER_FILE = Path("scheduler", "scheduler_config.json")
@@ -35,14 +36,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def training_images(args: argparse.Namespace, channels: int, resolution: int) -> torch.Tensor:
+def training_images(args: argparse.Namespace, channels: int, size: Size) -> torch.Tensor:
     """Load `num_images` images, evenly spaced in the data set and cropped at the centre: [N, C, H, W] in [-1, 1]."""
     config = DataConfig(dataset_name=args.dataset_name, train_data_dir=args.train_data_dir)
-    images = load_data(config, channels, resolution).images
+    images = load_data(config, channels, size).images
     if args.num_images > len(images):
         raise ValueError(f"--num_images {args.num_images}: from 1 to {len(images)} are allowed, as many as there are.")
     chosen = [images[index * len(images) // args.num_images] for index in range(args.num_images)]
-    return torch.stack([center_square(image, resolution) for image in chosen]).float() / 127.5 - 1
+    return torch.stack([center_crop(image, size) for image in chosen]).float() / 127.5 - 1
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -59,13 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{args.model} has a {type(pipeline.scheduler).__name__}, which has no variance to calibrate: save the "
             "model with a DDPMScheduler or ScratchDDPMScheduler."
         )
-    classes, size = pipeline.unet.config.num_class_embeds, pipeline.unet.config.sample_size
+    classes = pipeline.unet.config.num_class_embeds
     if classes is not None and null_label(classes, pipeline.config.id2label) is None:
         raise ValueError(f"{args.model}: each label of its network is a class, and none is null, which is measured.")
-    if not isinstance(size, int):
-        raise ValueError(f"{args.model}: sample_size={size!r}, and only square images can be taken.")
+    channels, size = image_form(pipeline)
     unet = pipeline.unet.to("cuda" if torch.cuda.is_available() else "cpu")
-    images = training_images(args, unet.config.in_channels, size)
+    images = training_images(args, channels, size)
     options = {"num_timesteps": args.num_timesteps, "batch_size": args.batch_size, "seed": args.seed}
     calibrated = calibrate(unet, pipeline.scheduler, images, **options)
     place = args.model / SCHEDULER_FILE

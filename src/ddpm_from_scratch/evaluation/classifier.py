@@ -17,13 +17,14 @@ LEARNING_RATE = 3e-3
 WIDTH = 16
 
 
-def new_classifier(channels: int, size: int, classes: int) -> nn.Sequential:
+def new_classifier(channels: int, size: tuple[int, int], classes: int) -> nn.Sequential:
     """Build an untrained classifier that maps images [B, C, H, W] in [-1, 1] to logits [B, classes]."""
+    height, width = size
     layers: list[nn.Module] = []
     for wider in (WIDTH, 2 * WIDTH):
         layers += [nn.Conv2d(channels, wider, 3, padding=1), nn.BatchNorm2d(wider), nn.ReLU(), nn.MaxPool2d(2)]
-        channels, size = wider, size // 2
-    layers += [nn.Flatten(), nn.Dropout(0.3), nn.Linear(channels * size**2, 128)]
+        channels, height, width = wider, height // 2, width // 2
+    layers += [nn.Flatten(), nn.Dropout(0.3), nn.Linear(channels * height * width, 128)]
     return nn.Sequential(*layers, nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, classes))
 
 
@@ -32,7 +33,7 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, progress: bool = Tr
     targets = torch.from_numpy(labels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        network = new_classifier(images.shape[3], images.shape[1], int(labels.max()) + 1)
+        network = new_classifier(images.shape[3], images.shape[1:3], int(labels.max()) + 1)
         optimizer = torch.optim.Adam(network.parameters())
         total = EPOCHS * -(-len(images) // BATCH)
         rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=total)

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from ..data.dataset import TrainingData, load_data
+from ..data.sizes import Size
 from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..diffusion.scheduler import ScratchDDPMScheduler
 from ..runtime.devices import COMPILE_MODE, PRECISIONS, prepare_cpu, resolve_precision
@@ -26,13 +27,13 @@ from .figures import neighbors_picture, plot_bound, save_samples
 from .measures import Evaluated, Options, RealImages, all_specs, check_enough, check_options, evaluate, taken, to_array
 
 
-def real_images(config: EvaluationConfig, channels: int, size: int, names: list[str]) -> RealImages:
+def real_images(config: EvaluationConfig, channels: int, size: Size, names: list[str]) -> RealImages:
     """The training images, and the held-out ones if there are any; with their classes if some are to be judged.
 
     Args:
         config: says where they are.
         channels: of the images.
-        size: their side.
+        size: their height and width.
         names: of the model's classes.
 
     Raises:
@@ -51,7 +52,7 @@ def real_images(config: EvaluationConfig, channels: int, size: int, names: list[
     return RealImages(training, to_array(tests.images, size), facts, labels, labels_of_array(tests, size, names))
 
 
-def labels_of_array(data: TrainingData, size: int, names: list[str]) -> np.ndarray | None:
+def labels_of_array(data: TrainingData, size: Size, names: list[str]) -> np.ndarray | None:
     """The classes of the images that `to_array` takes; None if they are not needed.
 
     Raises ValueError if they are not the model's.
@@ -110,7 +111,7 @@ def main(arguments: Sequence[str]) -> Path:
     with accelerator.main_process_first():  # downloads happen once
         pipeline = load(config, accelerator)
         channels, size = image_form(pipeline)
-        form = (size, size, channels)
+        form = (*size, channels)
         given = read_images(config.images, form, LEAST_IMAGES) if config.images else None
         options = make_options(config, given)
         check_options(pipeline, options)

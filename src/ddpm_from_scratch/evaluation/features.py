@@ -237,9 +237,9 @@ def extract(
     Args:
         images: uint8, [N, H, W] (gray), [N, H, W, 1] (gray) or [N, H, W, 3] (RGB).
         extractor: one of these names.
-        size: side in pixels of the squares that the network sees; None for the one in the table. inception takes
-            no other; efficientnet-lite0, best none below that of the images, whose pixels it would drop without
-            smoothing.
+        size: side in pixels of the squares that the network sees, to which images of any shape are stretched; None
+            for the one in the table. inception takes no other; efficientnet-lite0, best none below that of the images,
+            whose pixels it would drop without smoothing.
         batch_size: images that the network takes at once.
         device: where it runs.
         progress: show a bar.

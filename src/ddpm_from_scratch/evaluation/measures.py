@@ -14,7 +14,8 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
-from ..data.images import Images, center_square
+from ..data.images import Images
+from ..data.sizes import Size, center_crop
 from ..data.sources import evenly
 from ..diffusion.scheduler import ScratchDDPMScheduler
 from ..runtime.devices import device_name
@@ -102,16 +103,16 @@ def check_options(pipeline: DiffusionPipeline, options: Options) -> None:
 # --- real images ---------------------------------------------------------------------------------------------------
 
 
-def taken(images: Images, size: int) -> list[int]:
+def taken(images: Images, size: Size) -> list[int]:
     """Which images are looked at: all, or so many evenly spaced ones."""
-    most = min(MOST_IMAGES, MOST_BYTES // (len(images[0]) * size**2))
+    most = min(MOST_IMAGES, MOST_BYTES // (len(images[0]) * size[0] * size[1]))
     return evenly(most, len(images)).tolist()
 
 
-def to_array(images: Images, size: int) -> np.ndarray:
+def to_array(images: Images, size: Size) -> np.ndarray:
     """The images of `taken`, cropped at the centre: uint8 [N, H, W, C]."""
-    squares = [center_square(images[index], size) for index in taken(images, size)]
-    return torch.stack(squares).permute(0, 2, 3, 1).numpy()
+    cropped = [center_crop(images[index], size) for index in taken(images, size)]
+    return torch.stack(cropped).permute(0, 2, 3, 1).numpy()
 
 
 # --- its images beside real ones -----------------------------------------------------------------------------------

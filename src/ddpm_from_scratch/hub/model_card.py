@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..diffusion.scheduler import ScratchDDPMScheduler
+from ..diffusion.unet_config import sides
 
 TASK = "unconditional-image-generation"
 TAGS = ("diffusers", "ddpm", "image-generation", "ddpm-from-scratch")
@@ -120,7 +121,7 @@ def page_facts(pipeline: DiffusionPipeline, folder: Path, repository: str) -> di
     network, scheduler = pipeline.unet.config, pipeline.scheduler
     if network["sample_size"] is None:
         raise ValueError("The network's configuration has no sample_size: set it to the side of the images.")
-    sides = (size, size) if isinstance(size := network["sample_size"], int) else tuple(size)
+    height, width = sides(network["sample_size"])
     names = {int(number): name for number, name in (pipeline.config.get("id2label") or {}).items()}
     count = network.get("num_class_embeds") or 0
     labels = [names[number] for number in sorted(names)] or list(range(count - 1))
@@ -128,8 +129,8 @@ def page_facts(pipeline: DiffusionPipeline, folder: Path, repository: str) -> di
     return {
         "repository": repository,
         "name": repository.rpartition("/")[2],
-        "size": " × ".join(map(str, sides)),
-        "tiny": max(sides) < TINY,
+        "size": f"{height} × {width}",
+        "tiny": max(height, width) < TINY and height == width,  # diffusers' grid enlarges to squares
         "channels": CHANNELS.get(network["in_channels"], f"{network['in_channels']}-channel"),
         "parameters": pipeline.unet.num_parameters(),
         "conditional": count > 0,

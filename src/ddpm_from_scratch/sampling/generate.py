@@ -60,13 +60,13 @@ def draw_from(
     Raises ValueError if an image is not finite.
     """
     rank, world_size, size = accelerator.process_index, accelerator.num_processes, spec.batch_size
-    channels, side = image_form(pipeline)
+    channels, (height, width) = image_form(pipeline)
     starts = range(first, spec.num_images, world_size * size)
     title = f"{spec.num_inference_steps} steps"
     for start in tqdm(starts, desc=title, unit="batch", disable=rank > 0 or not progress):
         own = start + rank * size
         # What no batch fills stays in its place: every process has to gather as many.
-        batch = torch.zeros(size, side, side, channels, dtype=torch.uint8)
+        batch = torch.zeros(size, height, width, channels, dtype=torch.uint8)
         if own < spec.num_images:
             batch = draw_batch(pipeline, spec, range(own, own + size))
         together = accelerator.gather(batch.to(accelerator.device)).cpu()

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 
 from ..diffusion.pipeline import ScratchDDPMPipeline
+from ..diffusion.unet_config import sides
 from .checkpoints import is_checkpoint, load_checkpoint
 
 OWN_PIPELINES = ("DDPMPipeline", "ScratchDDPMPipeline")  # those that our class loads
@@ -84,12 +85,13 @@ def check_call(name: str, pipeline: DiffusionPipeline) -> None:
         )
 
 
-def image_form(pipeline: DiffusionPipeline) -> tuple[int, int]:
-    """Channels and side of a pipeline's images; ValueError if they are not square, or of unknown size."""
+def image_form(pipeline: DiffusionPipeline) -> tuple[int, tuple[int, int]]:
+    """Channels and (height, width) of a pipeline's images; ValueError if they are of unknown size."""
     channels, size = pipeline.unet.config.in_channels, pipeline.unet.config.sample_size
-    if not isinstance(size, int):
-        raise ValueError(f"sample_size={size!r} of the network must be one number: images are square here.")
-    return channels, size
+    if size is None:
+        raise ValueError("sample_size=None of the network: set it to the side of the images, or [height, width].")
+    height, width = sides(size)
+    return channels, (height, width)
 
 
 def classes(pipeline: DiffusionPipeline) -> list[int]:

@@ -20,11 +20,12 @@ def image_grid(images: Sequence[Image.Image], columns: int | None = None, scale:
 
     Args:
         images: at least one.
-        columns: of the grid; left out, as many as make it nearly square.
+        columns: of the grid; left out, as many as make the picture nearly square.
         scale: whole factor by which pixels are enlarged; left out, 2 for tiny images.
     """
-    first, columns = images[0], columns or math.ceil(math.sqrt(len(images)))
-    rows, scale = math.ceil(len(images) / columns), scale or (2 if first.width < TINY else 1)
+    first = images[0]
+    columns = columns or math.ceil(math.sqrt(len(images) * first.height / first.width))
+    rows, scale = math.ceil(len(images) / columns), scale or (2 if max(first.size) < TINY else 1)
     blank = [Image.new(first.mode, first.size)] * (rows * columns - len(images))
     grid = make_image_grid([*images, *blank], rows, columns).convert(first.mode)
     return grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,12 +14,14 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..data.config import DataConfig, check_local, check_revision
 from ..data.fields import FRACTION, POSITIVE, at_least, knob, one_of
+from ..data.sizes import as_size, is_size, resolution_of
 from ..diffusion.checks import suggestion
 from ..diffusion.reverse_variance import REVERSE_LOG_VARIANCES
 from ..diffusion.scheduler_config import PREDICTION_TYPES
 from ..diffusion.schedules import BETA_SCHEDULES
 from ..diffusion.timesteps import TIMESTEP_SPACINGS
 from ..diffusion.unet import ScratchUNet2DModel
+from ..diffusion.unet_config import halvings
 from ..runtime.privacy import LATEST, NOT_SAVED, as_yaml
 from ..runtime.results import versions
 from ..sampling.samplers import SAMPLERS
@@ -241,10 +243,12 @@ def check_network(config: TrainingConfig) -> None:
         return
     check_model_keys(model, config.class_conditional)
     size = model.get("sample_size")
-    if config.resolution is not None and size is not None and size != config.resolution:
+    if size is not None and not is_size(size):
+        raise ValueError(f"model.sample_size must be a side, or [height, width], got {size!r}")
+    if config.size is not None and size is not None and as_size(size) != config.size:
         raise ValueError(f"model.sample_size is {size}, resolution is {config.resolution}: leave one of them out")
     if "block_out_channels" in model:
-        check_halvings(model, config.resolution or size)
+        check_halvings(model, config.size or size)
 
 
 def check_model_keys(model: Mapping[str, Any], class_conditional: bool) -> None:
@@ -267,18 +271,16 @@ def check_model_keys(model: Mapping[str, Any], class_conditional: bool) -> None:
         )
 
 
-def check_halvings(model: Mapping[str, Any], resolution: int | None) -> None:
-    """The resolution is a multiple of what the network's levels halve it by."""
+def check_halvings(model: Mapping[str, Any], size: int | Sequence[int] | None) -> None:
+    """Both sides of the size are multiples of what the network's levels halve them by."""
     channels = model.get("block_out_channels", (224, 448, 672, 896))  # UNet2DModel's default
     if not isinstance(channels, list | tuple) or not channels:
         raise ValueError(f"model.block_out_channels must be a list of channel counts, got {channels!r}")
-    factor = 2 ** (len(channels) - 1)
-    if resolution is not None and not isinstance(resolution, int):
-        raise ValueError(f"sample_size must be one number, since training images are square, got {resolution!r}")
-    if resolution is not None and resolution % factor:
+    factor = halvings(channels)
+    if size is not None and any(side % factor for side in as_size(size)):
         raise ValueError(
             f"a network of {len(channels)} levels halves its input {len(channels) - 1} times, which resolution "
-            f"{resolution} does not allow: it must be a multiple of {factor}"
+            f"{resolution_of(as_size(size))} does not allow: it must be a multiple of {factor}"
         )
 
 

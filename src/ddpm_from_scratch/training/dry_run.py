@@ -29,7 +29,7 @@ def dry_run(run: Run) -> None:
     grid_seconds = seconds_per_call(run) * run.config.ddpm_num_inference_steps
     facts = {
         "training images": len(run.data.images),
-        "image": f"{run.data.channels} x {run.data.resolution} x {run.data.resolution}",
+        "image": " x ".join(map(str, (run.data.channels, *run.data.size))),
         **run.data.describe_labels(run.config),
         "parameters": run.trained_unet.num_parameters(),
         "optimiser steps": steps_left,
@@ -66,7 +66,7 @@ def seconds_per_step(run: Run, count: int) -> float:
 def seconds_per_call(run: Run) -> float:
     """The time of one call of the network on the images of a grid."""
     unet, device = run.eval_unet, run.accelerator.device
-    shape = (run.config.eval_batch_size, run.data.channels, run.data.resolution, run.data.resolution)
+    shape = (run.config.eval_batch_size, run.data.channels, *run.data.size)
     x_t, t = torch.zeros(shape, device=device), torch.zeros(shape[0], dtype=torch.long, device=device)
     y = torch.zeros_like(t) if run.data.labels else None
     with run.accelerator.autocast():

@@ -1,6 +1,7 @@
 """The network and the diffusion process that a configuration asks for."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import torch
 
 from ..data.dataset import TrainingData
 from ..data.labels import Labels
+from ..data.sizes import as_size
 from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..diffusion.reverse_variance import LEARNED_VARIANCES
 from ..diffusion.scheduler import ScratchDDPMScheduler
@@ -214,18 +216,23 @@ def rate_for(width: int) -> float:
     return min(SIZES.values(), key=lambda size: abs(size.width - width)).learning_rate
 
 
+def sample_size(size: int | Sequence[int]) -> int | list[int]:
+    """A size as UNet2DModel's key has it: the side of a square, else [height, width]."""
+    height, width = as_size(size)
+    return height if height == width else [height, width]
+
+
 def build_unet(keys: dict[str, Any], config: TrainingConfig, data: TrainingData) -> ScratchUNet2DModel:
     """A new network for the data: as described, or one that suits them, changed by the keys that are described.
 
     Raises ValueError if its keys contradict each other, the classes or the images' size.
     """
     if "block_out_channels" not in keys:
-        size = (data.resolution, data.resolution)
-        keys = {**suited_network(size, len(data.images), config.model_size or "small"), **keys}
-    check_halvings(keys, data.resolution)
+        keys = {**suited_network(data.size, len(data.images), config.model_size or "small"), **keys}
+    check_halvings(keys, data.size)
     if data.labels:
         check_classes(keys.get("num_class_embeds"), None, data.labels)
         keys = {**keys, "num_class_embeds": data.labels.num_class_embeds}
     outputs = outputs_per_channel(config) * data.channels
-    form = {"in_channels": data.channels, "out_channels": outputs, "sample_size": data.resolution}
+    form = {"in_channels": data.channels, "out_channels": outputs, "sample_size": sample_size(data.size)}
     return ScratchUNet2DModel(**{**keys, **form})

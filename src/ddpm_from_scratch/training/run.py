@@ -47,6 +47,7 @@ from .model import (
     load_trained,
     network_config,
     rate_for,
+    sample_size,
     trained_unet,
     with_process_of,
 )
@@ -216,13 +217,13 @@ def build_inputs(
         scheduler = build_scheduler(config, trained.scheduler if trained else None)
         config = with_process_of(scheduler, config)
         keys = dict(trained.unet.config) if trained else network_config(config)
-        data = load_data(config, keys.get("in_channels"), config.resolution or keys.get("sample_size"))
+        data = load_data(config, keys.get("in_channels"), config.size or keys.get("sample_size"))
     if trained:
-        check_halvings(keys, data.resolution)
+        check_halvings(keys, data.size)
         unet = trained_unet(trained, config, data.labels)
     else:
         unet = build_unet(keys, config, data)
-    unet.register_to_config(sample_size=data.resolution)
+    unet.register_to_config(sample_size=sample_size(data.size))
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.learning_rate is None:

@@ -41,13 +41,13 @@ def build_validation_set(config: TrainingConfig, data: TrainingData) -> Validati
             f"compare with"
         )
     chosen = [data.images[index] for index in data.evenly(config.eval_num_images)]
-    reference = extract(to_array(chosen, data.resolution))
+    reference = extract(to_array(chosen, data.size))
     if (held_out := config.held_out(config.test_set)) is None:
         return ValidationSet(reference, None)
     name, split = held_out
-    tests = load_data(config.of_another_set(name), data.channels, data.resolution, split)
+    tests = load_data(config.of_another_set(name), data.channels, data.size, split)
     some = [tests.images[index] for index in tests.evenly(NUM_BOUND_IMAGES)]
-    return ValidationSet(reference, torch.from_numpy(to_array(some, data.resolution)).permute(0, 3, 1, 2).contiguous())
+    return ValidationSet(reference, torch.from_numpy(to_array(some, data.size)).permute(0, 3, 1, 2).contiguous())
 
 
 def evaluate_run(run: Run, validation_set: ValidationSet) -> dict[str, float]:
