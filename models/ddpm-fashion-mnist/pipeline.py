@@ -267,9 +267,6 @@ def split_channels(model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | No
     )
 
 
-# --- noise schedules: betas [T] in float64 -------------------------------------------------------------------------
-
-
 def _linear(start: float, end: float, steps: int) -> np.ndarray:
     return np.linspace(start, end, steps)
 

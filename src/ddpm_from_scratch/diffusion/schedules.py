@@ -9,8 +9,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-# --- noise schedules: betas [T] in float64 -------------------------------------------------------------------------
-
 
 def _linear(start: float, end: float, steps: int) -> np.ndarray:
     return np.linspace(start, end, steps)

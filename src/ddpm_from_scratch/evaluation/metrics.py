@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..diffusion.checks import check_range, check_whole
+from ..diffusion.checks import check_whole, is_number
 from .features import Features
 
 SUBSETS = 10  # over which the standard error of the kernel distance is estimated
@@ -281,9 +281,8 @@ def memorization(
         ValueError: for other shapes or another quantile, values that are not finite, or if half of the held-out images
             are in the training set.
     """
-    check_range("quantile", quantile, 0, 1)
-    if not 0 < quantile < 1:
-        raise ValueError(f"quantile={quantile!r} must lie between 0 and 1, not at either.")
+    if not (is_number(quantile) and 0 < quantile < 1):
+        raise ValueError(f"quantile={quantile!r} must be a number above 0 and below 1.")
     near, usual = (nearest_neighbors(x, training).distance for x in (generated, held_out))
     if np.median(usual) == 0:
         raise ValueError("held_out: half of these images are in the training set, so they are not held out.")

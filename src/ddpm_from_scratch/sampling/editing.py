@@ -295,11 +295,11 @@ class ScratchDDPMInterpolationPipeline(_EditingPipeline):
         check_choice("output_type", output_type, OUTPUT_TYPES)
         check_whole("num_frames", num_frames, 2)
         check_whole("num_iterations", num_iterations)
-        ends = [self._images(name, value) for name, value in (("image", image), ("other_image", other_image))]
-        for name, end in zip(("image", "other_image"), ends, strict=True):
+        ends = {"image": self._images("image", image), "other_image": self._images("other_image", other_image)}
+        for name, end in ends.items():
             if len(end) != 1:
                 raise ValueError(f"{name} holds {len(end)} images: pass one.")
-        x_0 = 2 * torch.cat(ends) - 1
+        x_0 = 2 * torch.cat([*ends.values()]) - 1
         chain = self._chain(num_inference_steps)
         noise = self._invert(x_0, chain, num_iterations)
         lost = x_0 - self._generate(noise, chain)

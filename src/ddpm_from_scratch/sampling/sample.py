@@ -72,12 +72,9 @@ def main(arguments: Sequence[str]) -> None:
     """
     args = parse(arguments)
     check(args)
-    on_cpu = prepare_cpu()
-    device = torch.accelerator.current_accelerator() if not on_cpu else None
-    device = device or torch.device("cpu")
+    device = (None if prepare_cpu() else torch.accelerator.current_accelerator()) or torch.device("cpu")
     dtype = PRECISIONS[resolve_precision(args.mixed_precision, device)]
-    options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    pipeline = load_pipeline(args.model, dtype=dtype, **options)
+    pipeline = load_pipeline(args.model, dtype=dtype, revision=args.revision, trust_remote_code=args.trust_remote_code)
     if args.class_labels and not isinstance(pipeline, ScratchDDPMPipeline):
         raise ValueError(f"--class_labels: {type(pipeline).__name__} is drawn from without classes.")
     pipeline.scheduler = SAMPLERS[args.scheduler](pipeline.scheduler)
