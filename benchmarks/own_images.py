@@ -105,6 +105,14 @@ def measure(folder: Path, reference: np.ndarray, args: argparse.Namespace) -> tu
     return {"parameters": pipeline.unet.num_parameters(), **found}, images
 
 
+def processor() -> str:
+    """The CPU's name, and which bfloat16 instructions it has."""
+    names = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 bfloat16"}
+    capabilities = torch.cpu.get_capabilities()
+    found = [word for name, word in names.items() if capabilities.get(name)] or ["no bfloat16 instructions"]
+    return f"{capabilities.get('cpu_name', 'unknown CPU')} with {', '.join(found)}"
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -136,6 +144,7 @@ def main() -> None:
         "sampler": SAMPLER,
         "real": dict(distances(others, reference)),
         "device": device_name(torch.device("cpu")),
+        "processor": processor(),
         "bfloat16": args.bf16,
         "versions": versions(),
         "rows": [],
