@@ -158,7 +158,7 @@ def train(run: Run, validation_set: ValidationSet | None, upload: Upload | None,
     """
     config, progress = run.config, run.progress
     passes = passes_from(run, progress.step)
-    bar = tqdm(total=run.total_steps, initial=progress.step, unit="step", disable=not run.accelerator.is_main_process)
+    bar = tqdm(total=run.known_steps, initial=progress.step, unit="step", disable=not run.accelerator.is_main_process)
     unread = [torch.tensor(loss, device=run.accelerator.device) for loss in progress.unread]
     progress.unread = []
     clock = time.perf_counter()
@@ -167,7 +167,7 @@ def train(run: Run, validation_set: ValidationSet | None, upload: Upload | None,
     while progress.step < run.total_steps:
         unread.append(advance(run, passes))
         stopwatch.lap()
-        bar.total = total = run.total_steps
+        bar.total, total = run.known_steps, run.total_steps
         bar.update()
         step, last = progress.step, progress.step == total
         saves = due(step, config.checkpointing_steps, last)

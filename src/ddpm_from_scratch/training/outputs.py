@@ -20,6 +20,7 @@ from ..sampling.generate import SampleSpec, generate
 from ..sampling.previews import image_grid, to_pil
 from ..sampling.samplers import SAMPLERS
 from .config import TrainingConfig, config_with_header
+from .optimizer import peak_rate
 from .run import Run, results
 
 SHOWN_IMAGES = 64  # of the training images, in data.png
@@ -41,7 +42,7 @@ def start_output(run: Run, config: TrainingConfig) -> None:
         replace_file(folder / "training_config.yaml", config_with_header(config).encode())
         if run.progress.step == 0:
             save_picture(data_grid(run), folder / "data.png")
-            warn_of_few_images(run)
+            log_start(run)
     # Trackers take plain values; a list, a mapping or None becomes text.
     plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in config.to_dict().items()}
     run.accelerator.init_trackers("ddpm", config=plain)
@@ -57,9 +58,20 @@ def data_grid(run: Run) -> Image.Image:
     return image_grid(to_pil(torch.stack(images).permute(0, 2, 3, 1).numpy()))
 
 
-def warn_of_few_images(run: Run) -> None:
-    """Say so where the network will learn its images by heart."""
-    count = len(run.data.images)
+def log_start(run: Run) -> None:
+    """Say what is trained on what, and warn where the network will learn its images by heart."""
+    network, count = run.trained_unet.config, len(run.data.images)
+    logger.info(
+        "a network of %.1f M parameters for %d x %s pixels, with %s channels in its levels and dropout %g; learning "
+        "rate %g; %s shows images as it sees them",
+        run.trained_unet.num_parameters() / 1e6,
+        run.data.channels,
+        run.data.resolution,
+        ", ".join(map(str, network.block_out_channels)),
+        network.dropout,
+        peak_rate(run.config),
+        Path(run.config.output_dir, "data.png"),
+    )
     if count < FEW_IMAGES:
         logger.warning(
             "%d images are few: a long run learns them by heart. `ddpm evaluate` shows the nearest training image of "

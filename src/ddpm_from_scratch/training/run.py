@@ -97,6 +97,12 @@ class Run:
         return self.config.max_train_steps or epochs
 
     @property
+    def known_steps(self) -> int | None:
+        """`total_steps`; None as long as they wait for a budget of time to be fixed."""
+        waiting = self.config.max_train_minutes is not None and self.progress.total_steps is None
+        return None if waiting else self.total_steps
+
+    @property
     def trained_unet(self) -> ScratchUNet2DModel:
         """The network that the optimiser steps."""
         return cast(ScratchUNet2DModel, self.accelerator.unwrap_model(self.unet))
