@@ -1736,7 +1736,7 @@ Generated: change the package, not this file. SPDX-License-Identifier: Apache-2.
 
 
 def one_file(sources: Sequence[str]) -> str:
-    """The source of several modules as one: imports first, without those between the modules. One stays as it is."""
+    """Join modules into one source: imports first, without those between the modules. A single source stays as is."""
     if len(sources) == 1:
         return sources[0]
     imports: set[str] = set()
@@ -1749,7 +1749,7 @@ def one_file(sources: Sequence[str]) -> str:
 
 
 def _sources() -> tuple[str, ...]:
-    """The sources of MODULES; loaded as remote code, all of them are in this one file already."""
+    """The sources of MODULES. If this file was loaded as remote code, it holds all of them already."""
     here = Path(__file__)
     alone = ScratchDDPMScheduler.__module__ == __name__
     files = [here] if alone else [here.with_name(f"{module}.py") for module in MODULES]
@@ -1757,7 +1757,7 @@ def _sources() -> tuple[str, ...]:
 
 
 class Frame(NamedTuple):
-    """A moment of the chain, as images in the output type: what the network saw, and what it made of it."""
+    """One step of the chain, as images in the output type: the network's input and its prediction."""
 
     timestep: float  # t
     sample: Any  # x_t
@@ -1766,7 +1766,7 @@ class Frame(NamedTuple):
 
 @dataclass
 class ScratchDDPMPipelineOutput(ImagePipelineOutput):
-    """Images, and the frames of the chain that were asked for, in its order."""
+    """Images, and the requested frames of the chain in its order."""
 
     trajectory: list[Frame] | None = None
 
@@ -1895,7 +1895,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         return self._output(x, frames, output_type, return_dict)
 
     def _check_steps(self, num_inference_steps: int | None) -> int:
-        """K, by default T."""
+        """Check K, which is T by default."""
         most = self.scheduler.config.num_train_timesteps
         steps = most if num_inference_steps is None else num_inference_steps
         if not (is_whole(steps) and 1 <= steps <= most):
@@ -1903,7 +1903,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         return steps
 
     def _set_chain(self, steps: int, eta: float | None, generator: Generators) -> dict[str, Any]:
-        """Set the scheduler's timesteps; the options that each of its steps is to get."""
+        """Set the scheduler's timesteps; return the options to pass to each of its steps."""
         accepted = inspect.signature(self.scheduler.step).parameters
         own = isinstance(self.scheduler, ScratchDDPMScheduler)
         if eta is not None and not own and "eta" not in accepted:
@@ -1948,7 +1948,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         return x, frames
 
     def _predict(self, x: Tensor, t: Tensor, t_on_device: Tensor, time: float, condition: Condition | None) -> Tensor:
-        """The network's output for x_t, guided if so asked, in the precision of the chain."""
+        """The network's output for x_t, with guidance where it acts, in the precision of the chain."""
         model_input = self.scheduler.scale_model_input(x, t).to(self.unet.dtype)
         if condition is None:
             output = self.unet(model_input, t_on_device).sample.to(x.dtype)
@@ -1991,7 +1991,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         batch_size: int | None,
         guidance: Guidance,
     ) -> tuple[Condition | None, int]:
-        """Labels and guidance for the network, None if it has no classes; and the number of images."""
+        """Check labels and guidance; return the condition, None if the network has no classes, and the batch size."""
         guidance.check()
         classes, names = self.unet.config.get("num_class_embeds"), self.config.get("id2label")
         if classes is None:
@@ -2111,7 +2111,7 @@ def _check_output(output_type: str, asked: Sequence[str], offered: Sequence[str]
 
 
 def _check_names(id2label: Mapping[Any, str] | None, classes: int | None) -> dict[int, str] | None:
-    """Names by number, whose keys JSON makes text."""
+    """Check the names of the classes, whose keys JSON makes text; return them by number."""
     if id2label is None:
         return None
     if classes is None:
@@ -2125,7 +2125,7 @@ def _check_names(id2label: Mapping[Any, str] | None, classes: int | None) -> dic
 
 
 def _kept_steps(frames: int | None, steps: int) -> list[int]:
-    """Which of the steps to keep, the first and the last among them; for one frame, the last."""
+    """The steps to keep as frames, the first and the last among them; for one frame, the last."""
     if frames is None:
         return []
     return [steps - 1] if frames == 1 else np.linspace(0, steps - 1, frames).round().astype(int).tolist()

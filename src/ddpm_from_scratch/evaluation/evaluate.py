@@ -1,4 +1,4 @@
-"""Measure a saved model, and write what was found: `ddpm evaluate MODEL [--dataset_name ...]`."""
+"""Evaluate a saved model and write the results: `ddpm evaluate MODEL [--dataset_name ...]`."""
 
 import sys
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ from .measures import Evaluated, Options, RealImages, all_specs, check_enough, c
 
 
 def real_images(config: EvaluationConfig, channels: int, size: Size, names: list[str]) -> RealImages:
-    """The training images, and the held-out ones if there are any; with their classes if some are to be judged.
+    """Load the training images and any held-out ones, with their classes if generated images are to be classified.
 
     Args:
-        config: says where they are.
+        config: names the data sets.
         channels: of the images.
         size: their height and width.
         names: of the model's classes.
@@ -68,7 +68,7 @@ def labels_of_array(data: TrainingData, size: Size, names: list[str]) -> np.ndar
 
 
 def load(config: EvaluationConfig, accelerator: Accelerator) -> DiffusionPipeline:
-    """The model, in its precision.
+    """Load the model in its precision.
 
     Raises ValueError if it cannot be evaluated, or not in this precision; FileNotFoundError if there is no such model.
     """
@@ -88,7 +88,7 @@ def load(config: EvaluationConfig, accelerator: Accelerator) -> DiffusionPipelin
 
 
 def prepare(pipeline: DiffusionPipeline, device: torch.device, compiled: bool) -> None:
-    """Bring it to the device, in the form in which it computes fast there."""
+    """Move the pipeline to the device and set it up to compute fast there."""
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.to(memory_format=torch.channels_last)
@@ -99,7 +99,7 @@ def prepare(pipeline: DiffusionPipeline, device: torch.device, compiled: bool) -
 
 
 def main(arguments: Sequence[str]) -> Path:
-    """Load, measure, write.
+    """Load the model and the images, evaluate, and write the results.
 
     Returns:
         The results file.
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str]) -> Path:
 
 
 def make_options(config: EvaluationConfig, given: Samples | None) -> Options:
-    """Measures that the configuration asks for, of images that are to be drawn or are given."""
+    """The measures that the configuration asks for, of given images or of images to be drawn."""
     how: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed}
     counts = [len(given.images)] if given else list(config.num_images)
     steps = config.num_inference_steps
@@ -154,7 +154,7 @@ def make_options(config: EvaluationConfig, given: Samples | None) -> Options:
 
 
 def write(path: Path, model: dict[str, Any], evaluated: Evaluated, real: RealImages) -> None:
-    """The results, and all pictures beside them."""
+    """Write the results and the pictures."""
     folder = path.parent
     folder.mkdir(parents=True, exist_ok=True)
     merge_results(path, "evaluation", {**model, **evaluated.results})

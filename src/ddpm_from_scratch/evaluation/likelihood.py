@@ -48,7 +48,7 @@ class BitsPerDim(NamedTuple):
     timesteps: Tensor  # [K], ascending
 
     def mean(self) -> "BitsPerDim":
-        """Over images: total and prior are scalars then, terms [K]."""
+        """The mean over images: total and prior become scalars, terms [K]."""
         return self._replace(total=self.total.mean(), prior=self.prior.mean(), terms=self.terms.nanmean(0))
 
     def standard_error(self) -> "BitsPerDim":
@@ -66,7 +66,7 @@ class OdeBitsPerDim(NamedTuple):
     evaluations: Tensor  # [B]: calls of the network that the image took
 
     def mean(self) -> "OdeBitsPerDim":
-        """Over images: scalars."""
+        """The mean over images: scalars."""
         return OdeBitsPerDim(*(values.mean(0) for values in self))
 
     def standard_error(self) -> "OdeBitsPerDim":
@@ -139,7 +139,7 @@ def bits_per_dim(
 def _chain(
     scheduler: ScratchDDPMScheduler, count: int | None, timesteps: Sequence[int] | None, clip_sample: bool | None
 ) -> ScratchDDPMScheduler:
-    """Another scheduler, set to the chain that is measured."""
+    """A copy of the scheduler, set to the chain to measure."""
     check_scheduler(scheduler)
     if scheduler.config["eta"] == 0:
         raise ValueError(
@@ -157,7 +157,7 @@ def _chain(
 
 
 def _strata(count: int, num_terms: int | None) -> list[np.ndarray]:
-    """Places in the ascending chain, 0..K-1, as consecutive groups: the first alone, the others as equal as can be."""
+    """Split the positions 0..K-1 of the ascending chain into groups: 0 alone, then stretches as equal as possible."""
     num_terms = count if num_terms is None else num_terms
     least = min(2, count)
     if not (is_whole(num_terms) and least <= num_terms <= count):
@@ -178,7 +178,7 @@ def _bound(
     seed: int,
     bar: tqdm,
 ) -> Tensor:
-    """[B, 2 + K]: total, prior and terms of a batch, which is read from the device once."""
+    """Total, prior and terms of a batch, [B, 2 + K], read from the device in one transfer."""
     timesteps = chain.timesteps.flip(0)  # on the host, where the scheduler looks its coefficients up
     below = F.pad(timesteps[:-1], (1, 0), value=-1)
     first, size = (torch.tensor([of(stratum) for stratum in strata]) for of in (np.min, len))
@@ -205,7 +205,7 @@ def _bound(
 
 
 def _gather(own: Tensor, count: int, accelerator: Accelerator | None) -> Tensor:
-    """All rows in order, of which process r of n has r, r + n, ...; the last processes may have one less."""
+    """Gather all rows in order. Process r of n has rows r, r + n, ...; the last processes may have one less."""
     if accelerator is None or accelerator.num_processes == 1:
         return own
     each = math.ceil(count / accelerator.num_processes)
@@ -304,7 +304,7 @@ def ode_bits_per_dim(
 
 
 def _probes(x: Tensor, rows: range, seed: int, count: int) -> list[Tensor]:
-    """Vectors of independent signs, each shaped like x."""
+    """Draw probes of independent random signs, each shaped like x."""
     draws = [[_draw(torch.rand, x.shape[1:], seed, row, "probe", index) for row in rows] for index in range(count)]
     return [(torch.stack(u) - 0.5).sign().to(x) for u in draws]
 
@@ -339,7 +339,7 @@ def _flow(
 
 
 class _Network(NamedTuple):
-    """The network with the labels of all images."""
+    """A network together with the labels of all images."""
 
     unet: Any
     labels: Tensor | None
@@ -353,7 +353,7 @@ class _Network(NamedTuple):
 
 
 def _network(unet: Any, images: Tensor, class_labels: Any, batch_size: int, seed: int) -> _Network:  # noqa: ANN401
-    """Check what both measures take, and put network and labels together."""
+    """Check the arguments that both measures share; return the network with its labels."""
     check_not_training(unet)
     check_whole("batch_size", batch_size)
     check_whole("seed", seed, 0)
@@ -372,7 +372,7 @@ def _network(unet: Any, images: Tensor, class_labels: Any, batch_size: int, seed
 
 
 def check_scheduler(scheduler: object) -> None:
-    """Raise ValueError unless it is ours."""
+    """Raise ValueError unless it is a ScratchDDPMScheduler."""
     if not isinstance(scheduler, ScratchDDPMScheduler):
         raise ValueError(
             f"scheduler is a {type(scheduler).__name__}: pass ScratchDDPMScheduler.from_config(scheduler.config)."
@@ -403,7 +403,7 @@ def _check_images(images: Tensor) -> None:
 
 
 def _on_the_grid(images: Tensor) -> Tensor:
-    """Levels in [-1, 1], of uint8 or of rounded floats: float32, or float64 if images are."""
+    """Convert uint8 or float images to exact levels in [-1, 1]: float32, or float64 if images are."""
     levels = images.float() if images.dtype == torch.uint8 else ((images + 1) * 127.5).round().clamp(0, 255)
     return levels / 127.5 - 1
 
@@ -413,11 +413,11 @@ def _batches(rows: range, batch_size: int) -> list[range]:
 
 
 def _draw(kind: Callable[..., Tensor], shape: Sequence[int], seed: int, *names: str | int) -> Tensor:
-    """float32, on the CPU; the numbers follow from the seed and the names, such as an image's row."""
+    """Draw float32 numbers on the CPU; they follow from the seed and the names, such as an image's row."""
     return kind(shape, generator=generator(seed, *names), dtype=torch.float32)
 
 
 def _standard_error(x: Tensor) -> Tensor:
-    """[B, ...] -> [...]."""
+    """The standard error of the mean over the first dimension, NaN left out: [B, ...] -> [...]."""
     count = (~x.isnan()).sum(0)
     return ((x - x.nanmean(0)).square().nansum(0) / (count - 1) / count).sqrt()

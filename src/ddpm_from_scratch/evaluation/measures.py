@@ -47,7 +47,7 @@ class RealImages:
 
 @dataclass(frozen=True)
 class Options:
-    """Measures to take, and their settings."""
+    """What to measure, and how."""
 
     sample_specs: Sequence[SampleSpec]
     class_samples: SampleSpec | None = None  # whose images a classifier judges
@@ -61,7 +61,7 @@ class Options:
 
 
 class Evaluated(NamedTuple):
-    """Results, and the images of the first number of steps with their nearest training images."""
+    """The results, and the images of the first number of steps with their nearest training images."""
 
     results: dict[str, Any]
     images: np.ndarray
@@ -77,7 +77,7 @@ def all_specs(options: Options) -> list[SampleSpec]:
 
 
 def check_options(pipeline: DiffusionPipeline, options: Options) -> None:
-    """Refuse what the model cannot do, before any work.
+    """Check that the model can do what the options ask for, before any work.
 
     Raises ValueError if it has no such labels, or not so many steps or terms.
     """
@@ -147,9 +147,9 @@ def check_enough(real: RealImages, count: int) -> None:
 def prepare_reference(
     real: RealImages, count: int, size: int | None, options: Options, device: torch.device
 ) -> Reference:
-    """As many training images as are generated, drawn without replacement, and the others for the floor.
+    """Draw `count` training images without replacement, and other real images for the floor.
 
-    These are held-out images, or other training images where there are too few of them.
+    The others are held-out images, or other training images where there are too few held-out ones.
 
     Raises ValueError if there are too few images.
     """
@@ -196,7 +196,7 @@ def usual_distances(real: RealImages) -> np.ndarray | None:
 
 
 def describe_copies(near: Neighbors, usual: np.ndarray | None, num_training: int) -> dict[str, Any]:
-    """Share of generated images that come nearer to training images than held-out ones do."""
+    """Describe how many generated images are nearer to training images than held-out images are."""
     if usual is None:
         return {}
     # The distances are known: as features of one column, they are those to a training set of the origin alone.
@@ -220,7 +220,7 @@ def nearest(images: np.ndarray, training: np.ndarray) -> Neighbors:
 
 
 def flat(images: np.ndarray) -> np.ndarray:
-    """[N, H W C] in 0..1."""
+    """Flatten images to [N, H W C] in 0..1."""
     return images.reshape(len(images), -1) / 255
 
 
@@ -228,9 +228,9 @@ def flat(images: np.ndarray) -> np.ndarray:
 
 
 def judge_classes(drawn: Samples, pipeline: DiffusionPipeline, real: RealImages) -> dict[str, Any]:
-    """Whether a classifier, trained on the training images, finds the classes that images were drawn for.
+    """Train a classifier on the training images, and measure how often it finds the class that an image was drawn for.
 
-    What it finds in held-out images, if there are any, says how far it can be trusted.
+    Its accuracy on held-out images, if there are any, says how far it can be trusted.
     """
     assert real.labels is not None  # since it was asked for
     network = train_classifier(real.training, real.labels)
@@ -250,7 +250,7 @@ def judge_classes(drawn: Samples, pipeline: DiffusionPipeline, real: RealImages)
 
 
 def bound_scheduler(pipeline: DiffusionPipeline) -> ScratchDDPMScheduler | str:
-    """The scheduler whose bound is meant; or why the model has none."""
+    """The scheduler for the bound, or the reason why the model has no bound."""
     scheduler = pipeline.scheduler
     if "beta_schedule" not in scheduler.config:
         return f"{type(scheduler).__name__} is not on a discrete chain of betas"
@@ -302,7 +302,7 @@ def measure_bound(
 
 
 def finite(value: torch.Tensor) -> float | None:
-    """A number for JSON, which knows no NaN."""
+    """Convert to float, or to None if not finite, since JSON has no NaN."""
     return float(value) if value.isfinite() else None
 
 
@@ -311,21 +311,21 @@ def finite(value: torch.Tensor) -> float | None:
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Note how long it took."""
+    """Record the seconds that the block takes."""
     start = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - start
 
 
 class Known(NamedTuple):
-    """Distances and features of real images, computed before any are drawn."""
+    """Distances and features of real images, computed before images are drawn."""
 
     usual: np.ndarray | None  # see `usual_distances`
     references: dict[tuple[int, int | None], Reference]  # by the number of images and the size of features
 
 
 def prepare_known(real: RealImages, options: Options, device: torch.device) -> Known:
-    """Distances and features of real images, for all numbers of images and sizes; ValueError if there are too few."""
+    """Compute `Known` for all numbers of images and sizes; ValueError if there are too few real images."""
     counts = sorted({spec.num_images for spec in options.sample_specs})
     return Known(
         usual_distances(real),

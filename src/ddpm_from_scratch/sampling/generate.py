@@ -1,4 +1,4 @@
-"""Images that a model draws, over any number of processes: image i follows from the seed and i."""
+"""Generate images with any number of processes: image i depends only on the seed and i."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from .models import classes, image_form
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """Images to be drawn: image i follows from the seed and i."""
+    """What images to generate. Image i depends only on the seed and i."""
 
     num_inference_steps: int
     num_images: int
@@ -26,14 +26,14 @@ class SampleSpec:
 
 
 class Samples(NamedTuple):
-    """Images, uint8 [N, H, W, C], and how they came about."""
+    """Generated images, uint8 [N, H, W, C], and the settings that they were drawn with."""
 
     images: np.ndarray
     facts: dict[str, Any]
 
 
 def describe(pipeline: DiffusionPipeline, spec: SampleSpec) -> dict[str, Any]:
-    """Settings with which a pipeline draws."""
+    """The settings with which a pipeline draws images, for results."""
     return {
         "num_inference_steps": spec.num_inference_steps,
         "scheduler": type(pipeline.scheduler).__name__,
@@ -45,14 +45,14 @@ def describe(pipeline: DiffusionPipeline, spec: SampleSpec) -> dict[str, Any]:
 def generate(
     pipeline: DiffusionPipeline, spec: SampleSpec, accelerator: Accelerator, progress: bool = True
 ) -> np.ndarray:
-    """Images that a pipeline draws: uint8 [N, H, W, C], on every process; ValueError if an image is not finite."""
+    """Generate images, uint8 [N, H, W, C], on every process; ValueError if an image is not finite."""
     return np.concatenate(list(draw_from(pipeline, spec, accelerator, 0, progress)))
 
 
 def draw_from(
     pipeline: DiffusionPipeline, spec: SampleSpec, accelerator: Accelerator, first: int, progress: bool = True
 ) -> Iterator[np.ndarray]:
-    """The images from number `first` on, which begins a batch; in parts, to each of which every process adds a batch.
+    """Yield the images from number `first` on, which begins a batch, in parts of one batch from each process.
 
     Batches are always whole and dealt out to the processes as they are, so that neither their number nor N changes an
     image.
@@ -74,7 +74,7 @@ def draw_from(
 
 
 def draw_batch(pipeline: DiffusionPipeline, spec: SampleSpec, numbers: range) -> torch.Tensor:
-    """The images of these numbers: uint8 [B, H, W, C]; ValueError if one is not finite."""
+    """Generate the images with these numbers: uint8 [B, H, W, C]; ValueError if one is not finite."""
     of = classes(pipeline) if spec.balanced_labels else []
     images = np.asarray(
         pipeline(
@@ -91,10 +91,10 @@ def draw_batch(pipeline: DiffusionPipeline, spec: SampleSpec, numbers: range) ->
 
 
 def labels_of(of: list[int], numbers: range) -> list[int]:
-    """The classes in turn."""
+    """The labels of images with these numbers: the classes in turn."""
     return [of[number % len(of)] for number in numbers]
 
 
 def to_unit_range(images: np.ndarray) -> torch.Tensor:
-    """uint8 [N, H, W, C] as float [N, C, H, W] in [-1, 1]."""
+    """Convert uint8 images [N, H, W, C] to float [N, C, H, W] in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1

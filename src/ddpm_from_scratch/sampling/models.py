@@ -1,4 +1,4 @@
-"""Any model that draws pixels from noise alone, loaded: ours for DDPM, diffusers' own pipeline for others."""
+"""Load any model that draws pixels from noise alone: DDPM models with our pipeline, others with diffusers' own."""
 
 import inspect
 import json
@@ -20,7 +20,7 @@ ARGUMENTS = {"batch_size", "generator", "num_inference_steps", "output_type"}  #
 def load_pipeline(
     name: str, *, dtype: torch.dtype, stock: bool = False, revision: str | None = None, trust_remote_code: bool = False
 ) -> DiffusionPipeline:
-    """A pipeline that draws images from noise alone: ours for DDPM models, or the one that the model names.
+    """Load a pipeline that draws images from noise alone: ours for DDPM models, or the one that the model names.
 
     Args:
         name: a folder or Hub name, or the checkpoint of a run.
@@ -50,7 +50,7 @@ def load_pipeline(
 
 
 def read_index(name: str, revision: str | None) -> dict[str, Any]:
-    """The model's pipeline index; FileNotFoundError if there is no such model, or it is no pipeline."""
+    """Read a model's `model_index.json`; FileNotFoundError if there is no such model, or it is not a pipeline."""
     index = Path(name, DiffusionPipeline.config_name)
     if not Path(name).is_dir():
         try:
@@ -64,7 +64,7 @@ def read_index(name: str, revision: str | None) -> dict[str, Any]:
 
 
 def check_parts(name: str, named: str, index: dict[str, Any]) -> None:
-    """Refuse a pipeline of other parts than a network and a scheduler, before any of them is fetched."""
+    """Refuse a pipeline that has other parts than a network and a scheduler, before any part is downloaded."""
     parts = {key for key, value in index.items() if key[0] != "_" and isinstance(value, list) and value[0] is not None}
     if parts != {"unet", "scheduler"}:
         raise ValueError(
@@ -74,7 +74,7 @@ def check_parts(name: str, named: str, index: dict[str, Any]) -> None:
 
 
 def check_call(name: str, pipeline: DiffusionPipeline) -> None:
-    """Refuse a pipeline that is called in another way, such as with an image to fill in."""
+    """Refuse a pipeline whose call needs other arguments, such as an image to inpaint."""
     parameters = inspect.signature(pipeline.__call__).parameters
     kinds = inspect.Parameter
     required = {key for key, of in parameters.items() if of.default is kinds.empty and of.kind != kinds.VAR_KEYWORD}
@@ -95,7 +95,7 @@ def image_form(pipeline: DiffusionPipeline) -> tuple[int, tuple[int, int]]:
 
 
 def classes(pipeline: DiffusionPipeline) -> list[int]:
-    """The labels that stand for a class: those with names, or all but our null label; none for other networks."""
+    """The labels of classes: those with names, or all except our null label; empty for an unconditional network."""
     count, names = pipeline.unet.config.get("num_class_embeds"), pipeline.config.get("id2label")
     if count is None:
         return []
@@ -103,7 +103,7 @@ def classes(pipeline: DiffusionPipeline) -> list[int]:
 
 
 def class_names(pipeline: DiffusionPipeline) -> list[str]:
-    """The names of `classes`; their numbers where they have none."""
+    """The names of `classes`, or their numbers where they have no names."""
     names = {int(label): name for label, name in (pipeline.config.get("id2label") or {}).items()}
     return [names.get(label, str(label)) for label in classes(pipeline)]
 

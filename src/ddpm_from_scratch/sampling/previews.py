@@ -16,7 +16,7 @@ TINY = 64  # pixels; smaller images are enlarged so that a grid can be looked at
 
 
 def image_grid(images: Sequence[Image.Image], columns: int | None = None, scale: int | None = None) -> Image.Image:
-    """Images of one size in rows, enlarged without smoothing.
+    """Arrange images of one size in a grid, enlarged without smoothing.
 
     Args:
         images: at least one.
@@ -32,12 +32,12 @@ def image_grid(images: Sequence[Image.Image], columns: int | None = None, scale:
 
 
 def to_pil(images: np.ndarray) -> list[Image.Image]:
-    """uint8 [N, H, W, 1 or 3] as pictures."""
+    """Convert images, uint8 [N, H, W, 1 or 3], to PIL images."""
     return [Image.fromarray(image[..., 0] if image.shape[2] == 1 else image) for image in images]
 
 
 def _pictures(frame: Frame, part: str) -> list[Image.Image]:
-    """The images of a frame, in any output type, as PIL images."""
+    """Convert the images of a frame, in any output type, to PIL images."""
     images = getattr(frame, part)
     if images is None:
         raise ValueError(f"part={part!r}: the scheduler of this chain does not tell it. Take 'sample'.")
@@ -56,7 +56,7 @@ def _checked(trajectory: Sequence[Frame] | None, part: str, scale: int) -> Seque
 
 
 def strip(trajectory: Sequence[Frame], part: str = "sample", scale: int = 1) -> Image.Image:
-    """One row for each image of the batch, one column for each frame.
+    """A picture with a row for each image of the batch and a column for each frame.
 
     Args:
         trajectory: the frames.
@@ -77,7 +77,7 @@ def write_gif(
     scale: int = 1,
     milliseconds: int = 80,
 ) -> None:
-    """The frames as an animation, the images of the batch side by side; the last frame stays longer.
+    """Write the frames as an animated GIF, with the images of the batch side by side; the last frame stays longer.
 
     Args:
         trajectory: the frames.
