@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel
 from ddpm_from_scratch.data import dataset as data
+from ddpm_from_scratch.data.labels import find_label_column, read_labels
 from ddpm_from_scratch.runtime import random_streams as draws
 from ddpm_from_scratch.training.config import TrainingConfig
 from helpers.runs import (
@@ -106,7 +107,7 @@ def load(path, **options):
     ],
 )
 def test_label_column(columns, wanted, found):
-    assert data.find_label_column(datasets.Features(columns), wanted) == found
+    assert find_label_column(datasets.Features(columns), wanted) == found
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_label_column(columns, wanted, found):
 )
 def test_label_columns_that_are_refused(columns, wanted, message):
     with pytest.raises(ValueError) as raised:
-        data.find_label_column(datasets.Features(columns), wanted)
+        find_label_column(datasets.Features(columns), wanted)
     assert message in str(raised.value)
 
 
@@ -141,11 +142,11 @@ def test_label_columns_that_are_refused(columns, wanted, message):
     ],
 )
 def test_labels_and_names(kind, values, names, labels):
-    read = data.read_labels(kind, "kind", values)
+    read = read_labels(kind, "kind", values)
     assert (read.column, read.names, read.of_images.tolist()) == ("kind", names, labels)
     assert read.of_images.dtype == torch.long
     assert (read.null, read.num_class_embeds) == (len(names), len(names) + 1)
-    shuffled = data.read_labels(kind, "kind", [values[i] for i in (3, 1, 0, 2)])
+    shuffled = read_labels(kind, "kind", [values[i] for i in (3, 1, 0, 2)])
     assert shuffled.of_images.tolist() == [labels[i] for i in (3, 1, 0, 2)]
 
 
@@ -161,12 +162,12 @@ def test_labels_and_names(kind, values, names, labels):
 )
 def test_labels_that_are_refused(kind, values, message):
     with pytest.raises(ValueError, match=message):
-        data.read_labels(kind, "kind", values)
+        read_labels(kind, "kind", values)
 
 
 def test_a_label_beyond_the_named_classes_is_refused():
     with pytest.raises(ValueError, match=r"row 1 .* the label 3 in column 'kind', which is too large: .* at most 3"):
-        data.read_labels(CLASSES, "kind", [0, 3])
+        read_labels(CLASSES, "kind", [0, 3])
 
 
 def test_subfolders_are_classes(tmp_path):

@@ -15,8 +15,8 @@ from ..runtime.errors import BadImages
 from ..runtime.privacy import public_name
 from ..runtime.random_streams import WindowedOrder, batch_positions, dropped_labels, generator, image_index, noise_rows
 from .config import EMBEDDED_DATA, DataConfig
-from .images import PIL_MODE, DecodedOnDemand, Images, check_bad_images, decode_all, survey
-from .labels import Labels, find_label_column, read_labels
+from .images import PIL_MODE, REMEDY, DecodedOnDemand, Images, Survey, check_bad_images, decode_all, survey
+from .labels import Labels, labels_of
 from .sources import MIB, StreamedRows, evenly, open_source
 
 IN_MEMORY_BYTES = 2**30  # sets that decode to less are decoded once
@@ -93,18 +93,9 @@ def load_data(
         logger.info("no images are named, and none came with the package: taking %s from the Hub", config.source)
     source = open_source(config, split)
     logger.info("%s", source.about or f"{len(source.images)} images in {public_name(config.source)}")
-    labels = None
-    if config.class_conditional:
-        column = find_label_column(source.features, config.label_column)
-        labels = read_labels(source.features[column], column, source.values(column))
+    labels = labels_of(source.features, config.label_column, source.values) if config.class_conditional else None
     seen = survey(source, config.skip_bad_images)
-    if seen.transparent:
-        logger.info(
-            "%d of %d images looked at have transparent parts, which become %s (--background)",
-            seen.transparent,
-            len(source.surveyed),
-            config.background,
-        )
+    log_remarks(seen, len(source.surveyed), config.background)
     if channels not in (None, *PIL_MODE):
         raise ValueError(f"the network takes {channels} channels, images have 1 or 3")
     if channels == 1 and seen.channels == 3:
@@ -129,6 +120,23 @@ def load_data(
     if labels and unreadable:
         labels = replace(labels, of_images=labels.of_images[kept])
     return TrainingData(decoded, channels, resolution, fingerprint, labels, tuple(unreadable))
+
+
+def log_remarks(seen: Survey, looked_at: int, background: str) -> None:
+    """Say of which images not everything is trained on."""
+    if seen.transparent:
+        logger.info(
+            "%d of %d images looked at have transparent parts, which become %s (--background)",
+            seen.transparent,
+            looked_at,
+            background,
+        )
+    if seen.animated:
+        logger.warning(
+            "%d of %d images looked at have several frames or pages, of which the first is taken",
+            seen.animated,
+            looked_at,
+        )
 
 
 class Batch(NamedTuple):
@@ -170,7 +178,7 @@ class ImageStream(torch.utils.data.Dataset[Tensor]):
                 return self.augmented(self.data.images[index], position), index, unreadable
             except BadImages as error:
                 if not self.skip_bad_images:
-                    raise
+                    raise BadImages(f"{error}; {REMEDY}") from error
                 unreadable.append(str(error))
         raise BadImages(f"none of {total} images can be read")
 

@@ -6,8 +6,10 @@ none. Here a folder is all its images, unless all of them lie under folders that
 
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -33,6 +35,8 @@ READERS: dict[str, tuple[str, dict[str, str]]] = {  # what reads files of a suff
     ".parquet": ("parquet", {}),
     ".arrow": ("arrow", {}),
     ".tar": ("webdataset", {}),
+    ".tar.gz": ("webdataset", {}),
+    ".tgz": ("webdataset", {}),
     ".csv": ("csv", {}),
     ".tsv": ("csv", {"sep": "\t"}),
     ".json": ("json", {}),
@@ -43,7 +47,8 @@ READERS: dict[str, tuple[str, dict[str, str]]] = {  # what reads files of a suff
 
 def image_suffixes() -> set[str]:
     """The suffixes of the files that PIL opens."""
-    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    # PIL opens MPO, which is several JPEG files in one, as JPEG.
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in {*Image.OPEN, "MPO"}}
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,20 @@ class Folder:
 
 def files_of(path: Path) -> list[Path]:
     """The files in a folder, at any depth, but for hidden ones; of a file, itself."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    files = [path] if path.is_file() else walk(path)
     return sorted(file for file in files if not hidden(file.relative_to(path).parts))
+
+
+def walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """All files in a folder and in those that links in it lead to; OSError for a folder that cannot be read."""
+    here = folder.resolve()
+    if here in above:  # a link to a folder that it lies in
+        return
+    for entry in list(os.scandir(folder)):
+        if entry.is_dir():
+            yield from walk(folder / entry.name, above | {here})
+        elif entry.is_file() or entry.is_symlink():  # a link that leads nowhere is an image that cannot be read
+            yield folder / entry.name
 
 
 def read_folder(path: Path) -> Folder:
@@ -127,11 +144,40 @@ def archive_kind(name: str) -> str | None:
 
 def list_archive(path: Path, kind: str) -> list[str]:
     """The files of an archive, as addresses that `read_file` reads; ValueError if it cannot be read."""
-    try:
-        inside = open_archive(kind, str(path), os.getpid()).find("")
-    except Exception as error:  # zipfile, tarfile and every codec have their own
-        raise ValueError(f"{path} cannot be read as an archive: {error}") from error
+    with reading(path, "an archive"):
+        archive = open_archive(kind, str(path), os.getpid())
+        inside = archive.find("")
+        if kind == "tar":
+            check_end(archive.tar)
     return [f"{kind}://{name.lstrip('/')}::{path}" for name in inside if not hidden(Path(name.lstrip("/")).parts)]
+
+
+@contextmanager
+def reading(name: object, kind: str = "a data set") -> Iterator[None]:
+    """Errors in here are those of a file or folder; ValueError that names it if there was one.
+
+    zipfile, tarfile, pandas, pyarrow and every codec have their own.
+    """
+    try:
+        yield
+    except Exception as error:
+        fault = (isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__) or error
+        reason = str(fault).strip(" .\n") or type(fault).__name__
+        raise ValueError(
+            f"{name} cannot be read as {kind}: {reason}. It is damaged, or of another form than its name says: write "
+            "it anew"
+        ) from error
+
+
+def check_end(archive: tarfile.TarFile) -> None:
+    """Raise ValueError unless a tar that was listed ends in zeros: tarfile takes a damaged header for its end."""
+    file = cast(Any, archive.fileobj)
+    file.seek(archive.offset)
+    size, zeros = 0, True
+    while block := file.read(2**20):
+        size, zeros = size + len(block), zeros and not block.strip(b"\0")
+    if size < tarfile.BLOCKSIZE or not zeros:
+        raise ValueError(f"it is cut off, or damaged, after {len(archive.getmembers())} files")
 
 
 @lru_cache(maxsize=4)
@@ -142,13 +188,14 @@ def open_archive(kind: str, path: str, process: int) -> fsspec.AbstractFileSyste
 
 
 def read_file(path: str) -> bytes:
-    """The bytes of a file, on the disk or in an archive."""
+    """The bytes of a file, on the disk or in an archive; OSError or ValueError if it cannot be read."""
     if "://" not in path:
         return Path(path).read_bytes()
     inner, _, archive = path.partition("::")
     kind, _, name = inner.partition("://")
     if archive and "://" not in archive:
-        return cast(bytes, open_archive(kind, archive, os.getpid()).cat_file(name))
+        with reading(archive, "an archive"):
+            return cast(bytes, open_archive(kind, archive, os.getpid()).cat_file(name))
     with fsspec.open(path, "rb") as file:
         return cast(bytes, file.read())
 
@@ -167,10 +214,17 @@ def holds_pictures(path: Path) -> bool:
 
 
 def holds_samples(path: Path) -> bool:
-    """Whether files of a tar belong together, as `1.png` and `1.json` do in a webdataset."""
-    folder = read_folder(path)
-    keys = {image.partition("::")[0].partition(".")[0] for image in folder.images}
-    return bool(folder.others) or len(keys) < len(folder.images)
+    """Whether files of a tar belong together, as `1.png` and `1.json` do in a webdataset.
+
+    Those of `cat.1.png` and `cat.2.png` do not, and a file that stands alone is a note.
+    """
+    fields = defaultdict(list)
+    for name in list_archive(path, "tar"):
+        inner = Path(name.partition("::")[0])
+        stem, _, field = inner.name.partition(".")
+        fields[inner.parent / stem].append(field)
+    samples = [sample for sample in fields.values() if len(sample) > 1]
+    return any(not field[:1].isdigit() for sample in samples for field in sample)
 
 
 def has_configurations(path: Path) -> bool:
@@ -224,8 +278,10 @@ def open_folder(path: Path, split: str | None, cache_dir: str | None) -> tuple[d
         there = ", ".join(f"{name} ({len(images)} images)" for name, images in splits.items())
         raise ValueError(f"{path} has no split {chosen if split else 'train'!r}; it has {there}: choose with --split")
     if folder.metadata:
-        files = {chosen: [*splits[chosen], *folder.metadata]}
-        rows = datasets.load_dataset("imagefolder", data_files=files, split=chosen, cache_dir=cache_dir)
+        on_disk = [image for image in splits[chosen] if "://" not in image]  # metadata name none in archives
+        files = {chosen: [*on_disk, *folder.metadata]}
+        with reading(", ".join(folder.metadata), "metadata of images"):
+            rows = datasets.load_dataset("imagefolder", data_files=files, split=chosen, cache_dir=cache_dir)
     else:
         rows = with_classes(folder, chosen)
     return rows, folder.describe(len(rows), chosen)

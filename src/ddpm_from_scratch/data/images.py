@@ -20,8 +20,9 @@ GRAYSCALE_MODES = ("1", "L", "LA")
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # PIL would clip them to 8 bits, not scale them
 PIL_MODE = {1: "L", 3: "RGB"}
 
-# What PIL raises on bytes that are not an image, or only part of one.
-BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# What PIL raises on bytes that are not an image, or only part of one: its plugins, what their parsing runs into.
+BROKEN_IMAGE = (Exception,)
+REMEDY = "mend it or leave it out, or pass over such images with --skip_bad_images"
 
 
 def check_bad_images(messages: Sequence[str], most: int) -> None:
@@ -47,6 +48,7 @@ class Survey:
     channels: int  # 1 if all are grayscale, else 3
     sizes: frozenset[tuple[int, int]]  # (width, height)
     transparent: int  # how many may have transparent pixels
+    animated: int  # how many have frames, or pages, after the first
     fingerprint: str  # hash of the encoded images
 
     def own_resolution(self) -> int:
@@ -68,7 +70,10 @@ def encoded_image(row: Mapping[str, Any], index: int) -> bytes:
     image = row["image"]
     if image is None:
         raise ValueError(f"row {index} of the data set has no image")
-    return cast(bytes, image["bytes"]) if image["bytes"] is not None else read_file(image["path"])
+    encoded = cast(bytes, image["bytes"]) if image["bytes"] is not None else read_file(image["path"])
+    if not encoded:
+        raise ValueError("it is empty")
+    return encoded
 
 
 def where(row: Mapping[str, Any], index: int) -> str:
@@ -79,7 +84,7 @@ def where(row: Mapping[str, Any], index: int) -> str:
 
 def reason(error: Exception) -> str:
     """The fault of an image in words; PIL names an object in memory."""
-    return "it is no image file" if isinstance(error, UnidentifiedImageError) else str(error)
+    return "it is no image file" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
 
 
 def survey(source: Source, skip_bad_images: bool = False) -> Survey:
@@ -88,7 +93,7 @@ def survey(source: Source, skip_bad_images: bool = False) -> Survey:
     Raises BadImages if an image cannot be read, and such ones are not to be passed over; or none can; ValueError if an
     image has more than 8 bits per channel.
     """
-    gray, sizes, transparent = True, set(), 0
+    gray, sizes, transparent, animated = True, set(), 0, 0
     digest = hashlib.blake2b(source.extent.encode(), digest_size=16)
     for index in source.surveyed:
         row = source.images[index]
@@ -99,10 +104,11 @@ def survey(source: Source, skip_bad_images: bool = False) -> Survey:
                 mode, size = image.mode, image.size
                 gray = gray and is_gray(image)
                 transparent += image.has_transparency_data
+                animated += getattr(image, "is_animated", False)
         except BROKEN_IMAGE as error:
             if skip_bad_images:
                 continue
-            raise BadImages(f"{where(row, index)} cannot be read: {reason(error)}") from error
+            raise BadImages(f"{where(row, index)} cannot be read: {reason(error)}; {REMEDY}") from error
         if mode in DEEP_MODES:
             raise ValueError(
                 f"{where(row, index)} has more than 8 bits per channel (mode {mode}): convert it to 8 bits"
@@ -110,7 +116,7 @@ def survey(source: Source, skip_bad_images: bool = False) -> Survey:
         sizes.add(size)
     if not sizes:
         raise BadImages(f"none of {len(source.images)} images can be read")
-    return Survey(1 if gray else 3, frozenset(sizes), transparent, digest.hexdigest())
+    return Survey(1 if gray else 3, frozenset(sizes), transparent, animated, digest.hexdigest())
 
 
 def is_gray(image: Image.Image) -> bool:
@@ -193,7 +199,7 @@ def decode_all(images: DecodedOnDemand, skip_bad_images: bool = False) -> tuple[
             image = images[index]
         except BadImages as error:
             if not skip_bad_images:
-                raise
+                raise BadImages(f"{error}; {REMEDY}") from error
             unreadable.append(str(error))
             continue
         if not rows:  # one tensor that is filled, not parts that are joined: they would be there twice

@@ -1,7 +1,7 @@
 """The classes of the training images."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ..diffusion.checks import suggestion
 
-LABEL_COLUMNS = ("label", "labels", "class", "classes", "category", "target")  # names under which to look for labels
+# Names under which to look for labels; those of a webdataset only where there are none of the others.
+LABEL_COLUMNS = ("label", "labels", "class", "classes", "category", "target")
+WEBDATASET_COLUMNS = ("cls",)
 
 
 def holds_labels(feature: Any) -> bool:  # noqa: ANN401
@@ -23,22 +25,37 @@ def holds_labels(feature: Any) -> bool:  # noqa: ANN401
     return any(is_of_kind(feature.pa_type) for is_of_kind in kinds)
 
 
+def with_keys(features: Mapping[str, Any], above: tuple[str, ...] = ()) -> dict[str, tuple[tuple[str, ...], Any]]:
+    """Place and type of all columns and of the keys inside them, such as `json.class` of a webdataset's 1.json."""
+    found = {".".join((*above, name)): ((*above, name), feature) for name, feature in features.items()}
+    for name, feature in features.items():
+        if isinstance(feature, dict) and "bytes" not in feature:  # an encoded image has no labels inside
+            for key, inside in with_keys(feature, (*above, name)).items():
+                found.setdefault(key, inside)
+    return found
+
+
 def find_label_column(features: Mapping[str, Any], wanted: str | None) -> str:
     """The wanted column of labels; else the `ClassLabel` column, or strings or whole numbers under a usual name.
 
     Raises ValueError if the wanted column cannot be it, or there is not exactly one.
     """
-    columns = f"its columns: {', '.join(features)}"
+    everything = with_keys(features)
+    columns = f"its columns: {', '.join(everything)}"
     if wanted is not None:
-        if wanted not in features:
-            raise ValueError(f"the data set has no label_column {wanted!r}{suggestion(wanted, features)}; {columns}")
-        if not holds_labels(features[wanted]):
+        if wanted not in everything:
+            raise ValueError(f"the data set has no label_column {wanted!r}{suggestion(wanted, everything)}; {columns}")
+        if not holds_labels(everything[wanted][1]):
             raise ValueError(
-                f"label_column {wanted!r} must hold classes, strings or whole numbers, got {features[wanted]}"
+                f"label_column {wanted!r} must hold classes, strings or whole numbers, got {everything[wanted][1]}"
             )
         return wanted
-    named = [name for name in LABEL_COLUMNS if holds_labels(features.get(name))]
-    found = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)] or named
+    kinds = (
+        [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)],
+        [name for name in LABEL_COLUMNS if holds_labels(features.get(name))],
+        [name for name in WEBDATASET_COLUMNS if holds_labels(features.get(name))],
+    )
+    found = next((names for names in kinds if names), [])
     if not found:
         raise ValueError(
             f"no column of the data set holds labels; {columns}. Name one with --label_column; "
@@ -100,3 +117,22 @@ def read_labels(feature: Any, column: str, values: list[Any]) -> Labels:  # noqa
             f"large: classes are counted from 0, and there are at most {len(names)}"
         )
     return Labels(column, tuple(names), torch.tensor(values))
+
+
+def labels_of(features: Mapping[str, Any], wanted: str | None, values: Callable[[str], list[Any]]) -> Labels:
+    """The labels of a data set.
+
+    Args:
+        features: its columns.
+        wanted: the column of labels, or a key inside one; None to look for one.
+        values: gives a column, whole.
+
+    Raises:
+        ValueError: see `find_label_column` and `read_labels`.
+    """
+    name = find_label_column(features, wanted)
+    (column, *keys), feature = with_keys(features)[name]
+    found = values(column)
+    for key in keys:
+        found = [row and row.get(key) for row in found]
+    return read_labels(feature, name, found)

@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,13 +21,24 @@ from tqdm import tqdm
 from ..diffusion.checks import suggestion
 from ..runtime.random_streams import Block
 from .config import DataConfig, check_local, local_files
-from .folders import READERS, files_of, has_configurations, holds_pictures, open_folder, splits_by_words
+from .folders import (
+    READERS,
+    archive_kind,
+    files_of,
+    has_configurations,
+    holds_pictures,
+    list_archive,
+    open_folder,
+    reading,
+    splits_by_words,
+)
 
 READ_WHOLE_BYTES = 2**30  # a single parquet file up to this size
 SURVEYED_ROWS = 20_000  # of larger sets, this many rows are looked at before the run
 SURVEYED_STREAM_ROWS, LEAST_BLOCKS = 2000, 4  # of a streamed one, fewer rows, from at least so many blocks
 FOOTERS_AT_ONCE = 16
 MIB = 2**20
+SAVED = ("state.json", "dataset_dict.json")  # in a folder that save_to_disk wrote: of one split, or of several
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")  # of a set, beside its files
 PATH_COLUMNS = ("image", "file_name", "filename", "file", "path", "image_path", "filepath")
 TEXTS = (datasets.Value("string"), datasets.Value("large_string"))
@@ -99,20 +111,28 @@ def load_rows(config: DataConfig, split: str | None) -> tuple[datasets.Dataset, 
     path = files[0] if len(files) == 1 else None
     wanted = split or "train"
     if path and path.suffix == ".parquet" and path.is_file() and path.stat().st_size <= READ_WHOLE_BYTES:
-        table = datasets.table.InMemoryTable(pyarrow.parquet.read_table(path))  # no copy in the cache
-        return pick_split({"train": datasets.Dataset(table)}, wanted, path), ""
-    if path and (path / "state.json").is_file():
-        return pick_split({"train": datasets.load_from_disk(str(path))}, wanted, path), ""
-    if path and (path / "dataset_dict.json").is_file():
-        return pick_split(datasets.load_from_disk(str(path)), wanted, path), ""
+        with reading(path):
+            table = datasets.table.InMemoryTable(pyarrow.parquet.read_table(path))  # no copy in the cache
+            rows = datasets.Dataset(table)
+        return pick_split({"train": rows}, wanted, path), ""
+    if path and any((path / name).is_file() for name in SAVED):
+        with reading(path):
+            saved = datasets.load_from_disk(str(path))
+        return pick_split(saved if isinstance(saved, Mapping) else {"train": saved}, wanted, path), ""
     if path and holds_pictures(path):
         return open_folder(path, split, config.cache_dir)
     builder = table_builder(config)
-    builder.download_and_prepare()
+    with reading_local(config):
+        builder.download_and_prepare()
     named = re.split(r"[\[+]", wanted)[0]  # `datasets` takes parts and sums too: train[:1000], train+test
     if pick_split(builder.info.splits, named, config.source).num_examples == 0:
         raise ValueError(f"{config.source} holds no images")
     return builder.as_dataset(split=wanted), ""
+
+
+def reading_local(config: DataConfig) -> AbstractContextManager[None]:
+    """Errors in here name the set; those of a set on the Hub are the network's, and stay as they are."""
+    return reading(config.source) if local_files(config.source) else nullcontext()
 
 
 def pick_split(splits: Mapping[str, Any], split: str, name: object) -> Any:  # noqa: ANN401
@@ -198,16 +218,18 @@ def open_stream(config: DataConfig, split: str) -> Source:
     Raises ValueError as in `open_source`; or it is a folder that is read row by row anyway.
     """
     name, path = config.source, Path(config.source).expanduser()
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+    if any((path / saved).is_file() for saved in SAVED):
         raise ValueError(f"{name} was written by save_to_disk and is read row by row as it is: leave out --streaming")
     builder = table_builder(config)
     files = [str(file) for file in pick_split(builder.config.data_files or {}, split, name)]
     is_parquet = all(file.endswith(".parquet") for file in files)
-    stream = builder.as_streaming_dataset(split).reshard()
+    with reading_local(config):
+        stream = builder.as_streaming_dataset(split).reshard()
     if stream.features is None:
         raise ValueError(f"{name} does not say what its columns hold: convert it to Parquet to stream it")
     images = image_column(stream, config)
-    blocks = into_blocks(row_groups(files) if is_parquet else read_through(images))
+    with reading_local(config):
+        blocks = into_blocks(row_groups(files) if is_parquet else read_through(images))
     if not blocks or blocks[-1].stop == 0:
         raise ValueError(f"{name} holds no images")
 
@@ -232,6 +254,9 @@ def table_builder(config: DataConfig, **options: Any) -> datasets.DatasetBuilder
             str(folder or config.source), config.dataset_config_name, revision=config.dataset_revision, **cached
         )
     suffix, tables = one_kind(config.source, files_of(folder) if folder else files)
+    for table in tables:  # `datasets` takes a damaged tar for a short one
+        if kind := archive_kind(table.name):
+            list_archive(table, kind)
     splits = splits_by_words(folder, tables) if folder else {"train": [*map(str, tables)]}
     reader, how = READERS[suffix]
     return datasets.load_dataset_builder(reader, data_files=splits, **how, **cached)
@@ -280,7 +305,10 @@ def image_column(rows: Any, config: DataConfig) -> Any:  # noqa: ANN401
 
     Raises ValueError if the data set has no image column, or several and none is chosen.
     """
-    column = find_image_column(rows.features, config.image_column)
+    try:
+        column = find_image_column(rows.features, config.image_column)
+    except ValueError as error:
+        raise ValueError(f"{config.source}: {error}") from error
     rows = rows.select_columns([column])
     if column != "image":
         rows = rows.rename_column(column, "image")
@@ -308,7 +336,10 @@ def find_image_column(features: Mapping[str, Any], wanted: str | None = None) ->
         return wanted
     found = next((names for names in kinds if names), [])
     if not found:
-        raise ValueError(f"no column of the data set holds images; {columns}")
+        raise ValueError(
+            f"no column of the data set holds images; {columns}. Name one with --image_column; paths of images are "
+            f"looked for in columns called {', '.join(PATH_COLUMNS)}"
+        )
     if len(found) > 1:
         raise ValueError(f"the columns {', '.join(found)} all hold images: choose one with --image_column")
     return found[0]
@@ -327,6 +358,6 @@ def table_folder(config: DataConfig) -> Path:
     return files[0].parent if files[0].is_file() else files[0]
 
 
-def beside(folder: Path, row: Mapping[str, str]) -> dict[str, str]:
-    """A row whose path is seen from a folder."""
-    return {"image": str(folder / row["image"])}
+def beside(folder: Path, row: Mapping[str, str | None]) -> dict[str, str | None]:
+    """A row whose path, if it has one, is seen from a folder."""
+    return {"image": None if row["image"] is None else str(folder / row["image"])}
