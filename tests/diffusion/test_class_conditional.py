@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel
 from ddpm_from_scratch.data import dataset as data
-from ddpm_from_scratch.data import labels as label_columns
+from ddpm_from_scratch.data.labels import find_label_column, read_labels
 from ddpm_from_scratch.runtime import random_streams as draws
 from ddpm_from_scratch.training.config import TrainingConfig
 from helpers.runs import (
@@ -107,7 +107,7 @@ def load(path, **options):
     ],
 )
 def test_label_column(columns, wanted, found):
-    assert label_columns.find_label_column(datasets.Features(columns), wanted) == found
+    assert find_label_column(datasets.Features(columns), wanted) == found
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_label_column(columns, wanted, found):
 )
 def test_label_columns_that_are_refused(columns, wanted, message):
     with pytest.raises(ValueError) as raised:
-        label_columns.find_label_column(datasets.Features(columns), wanted)
+        find_label_column(datasets.Features(columns), wanted)
     assert message in str(raised.value)
 
 
@@ -142,11 +142,11 @@ def test_label_columns_that_are_refused(columns, wanted, message):
     ],
 )
 def test_labels_and_names(kind, values, names, labels):
-    read = label_columns.read_labels(kind, "kind", values)
+    read = read_labels(kind, "kind", values)
     assert (read.column, read.names, read.of_images.tolist()) == ("kind", names, labels)
     assert read.of_images.dtype == torch.long
     assert (read.null, read.num_class_embeds) == (len(names), len(names) + 1)
-    shuffled = label_columns.read_labels(kind, "kind", [values[i] for i in (3, 1, 0, 2)])
+    shuffled = read_labels(kind, "kind", [values[i] for i in (3, 1, 0, 2)])
     assert shuffled.of_images.tolist() == [labels[i] for i in (3, 1, 0, 2)]
 
 
@@ -162,12 +162,12 @@ def test_labels_and_names(kind, values, names, labels):
 )
 def test_labels_that_are_refused(kind, values, message):
     with pytest.raises(ValueError, match=message):
-        label_columns.read_labels(kind, "kind", values)
+        read_labels(kind, "kind", values)
 
 
 def test_a_label_beyond_the_named_classes_is_refused():
     with pytest.raises(ValueError, match=r"row 1 .* the label 3 in column 'kind', which is too large: .* at most 3"):
-        label_columns.read_labels(CLASSES, "kind", [0, 3])
+        read_labels(CLASSES, "kind", [0, 3])
 
 
 def test_subfolders_are_classes(tmp_path):
@@ -454,3 +454,10 @@ def test_fine_tuning_refuses_other_classes(inputs, whole_run, tmp_path, monkeypa
     with pytest.raises(ValueError, match=message):
         run_main(inputs, "model", "--model_config_name_or_path", whole_run / part, *flags)
     assert not Path("model").exists()
+
+
+def test_an_unconditional_model_is_not_fine_tuned_with_labels(inputs, tmp_path):
+    trained = run_main(inputs, tmp_path / "trained", "--class_conditional", "false", "--max_train_steps", "1")
+    with pytest.raises(ValueError, match="is not class-conditional: leave out --class_conditional, or train a new"):
+        run_main(inputs, tmp_path / "tuned", "--model_config_name_or_path", trained)
+    assert not (tmp_path / "tuned").exists()

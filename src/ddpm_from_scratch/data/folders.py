@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import datasets
 import fsspec
+from fsspec.implementations.zip import ZipFileSystem
 from PIL import Image
 
 # The folders that are splits, by the names under which people have them; and the words in names of tables.
@@ -147,8 +148,7 @@ def list_archive(path: Path, kind: str) -> list[str]:
     with reading(path, "an archive"):
         archive = open_archive(kind, str(path), os.getpid())
         inside = archive.find("")
-        if kind == "tar":
-            check_end(archive.tar)
+        check_whole(archive)
     return [f"{kind}://{name.lstrip('/')}::{path}" for name in inside if not hidden(Path(name.lstrip("/")).parts)]
 
 
@@ -169,8 +169,22 @@ def reading(name: object, kind: str = "a data set") -> Iterator[None]:
         ) from error
 
 
+def check_whole(archive: fsspec.AbstractFileSystem) -> None:
+    """Raise an error if the list of an archive may lack images.
+
+    tarfile takes a damaged header for the end of a tar, which only zeros follow. A zip has each name at two places,
+    which zipfile compares when it opens a file; and nobody opens what is not called as an image is.
+    """
+    if isinstance(archive, ZipFileSystem):
+        for about in archive.zip.infolist():
+            if suffix_of(about.filename) not in image_suffixes():
+                archive.zip.open(about).close()
+    else:
+        check_end(archive.tar)
+
+
 def check_end(archive: tarfile.TarFile) -> None:
-    """Raise ValueError unless a tar that was listed ends in zeros: tarfile takes a damaged header for its end."""
+    """Raise ValueError unless a tar that was listed ends in zeros."""
     file = cast(Any, archive.fileobj)
     file.seek(archive.offset)
     size, zeros = 0, True

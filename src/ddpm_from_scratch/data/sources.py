@@ -90,10 +90,16 @@ def open_rows(config: DataConfig, split: str | None) -> Source:
     rows, about = load_rows(config, split)
     if len(rows) == 0:
         raise ValueError(f"{config.source} holds no images")
+
+    def values(column: str) -> list[Any]:
+        with reading_local(config):
+            found: list[Any] = rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+        return found
+
     return Source(
         rows.features,
         image_column(rows, config),
-        lambda column: rows.select_columns([column]).with_format("arrow")[:][column].to_pylist(),
+        values,
         evenly(SURVEYED_ROWS, len(rows)).tolist(),
         about=about,
     )
@@ -178,9 +184,10 @@ class StreamedRows:
         return {"image": self.kept[number]["image"][index - self.starts[number]].as_py()}
 
     def read(self, number: int) -> pyarrow.Table:
-        """A block; ValueError if it is not as long as it was when the run started."""
-        table = pyarrow.concat_tables(tables(self.stream.shard(self.stream.num_shards, number)))
+        """A block; ValueError if it cannot be read, or is not as long as it was when the run started."""
         block = self.blocks[number]
+        with reading(f"rows {block.start} to {block.stop - 1} of the data set", "a block"):
+            table = pyarrow.concat_tables(tables(self.stream.shard(self.stream.num_shards, number)))
         if len(table) != block.stop - block.start:
             raise ValueError(
                 f"rows {block.start} to {block.stop - 1} of the data set are now {len(table)} rows: it was changed "
@@ -235,7 +242,9 @@ def open_stream(config: DataConfig, split: str) -> Source:
 
     def values(column: str) -> list[Any]:
         one = table_builder(config, columns=[column]).as_streaming_dataset(split) if is_parquet else stream
-        return pyarrow.concat_tables(tables(one.select_columns([column])))[column].to_pylist()
+        with reading_local(config):
+            found: list[Any] = pyarrow.concat_tables(tables(one.select_columns([column])))[column].to_pylist()
+        return found
 
     rows = StreamedRows(images, blocks, config.shuffle_window_mb * MIB)
     return Source(stream.features, rows, values, rows.evenly(SURVEYED_STREAM_ROWS), blocks)
@@ -313,7 +322,9 @@ def image_column(rows: Any, config: DataConfig) -> Any:  # noqa: ANN401
     if column != "image":
         rows = rows.rename_column(column, "image")
     if rows.features["image"] in TEXTS:
-        rows = rows.map(partial(beside, table_folder(config)))
+        with reading_local(config):
+            # A stream would forget the type.
+            rows = rows.map(partial(beside, table_folder(config)), features=datasets.Features(image=TEXTS[0]))
     return rows.cast_column("image", datasets.Image(decode=False))
 
 
