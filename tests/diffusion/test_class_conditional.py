@@ -454,10 +454,3 @@ def test_fine_tuning_refuses_other_classes(inputs, whole_run, tmp_path, monkeypa
     with pytest.raises(ValueError, match=message):
         run_main(inputs, "model", "--model_config_name_or_path", whole_run / part, *flags)
     assert not Path("model").exists()
-
-
-def test_an_unconditional_model_is_not_fine_tuned_with_labels(inputs, tmp_path):
-    trained = run_main(inputs, tmp_path / "trained", "--class_conditional", "false", "--max_train_steps", "1")
-    with pytest.raises(ValueError, match="is not class-conditional: leave out --class_conditional, or train a new"):
-        run_main(inputs, tmp_path / "tuned", "--model_config_name_or_path", trained)
-    assert not (tmp_path / "tuned").exists()
