@@ -8,6 +8,7 @@ import gc
 import io
 import json
 import os
+import re
 from functools import partial
 
 import datasets
@@ -273,6 +274,28 @@ def damaged_header(folder, files):
     return path
 
 
+def swallowed_record(folder, files):
+    """A zip whose list has a comment of 256 bytes after its second file, in which the third one disappears."""
+    path = zipped(folder, files)
+    content = bytearray(path.read_bytes())
+    content[[match.start() for match in re.finditer(b"PK\1\2", content)][1] + 33] = 1
+    path.write_bytes(content)
+    return path
+
+
+def renamed_in_the_list(folder, files):
+    path = zipped(folder, files)
+    before, _, after = path.read_bytes().rpartition(b"2.png")
+    path.write_bytes(before + b"2.pnf" + after)
+    return path
+
+
+def no_text(folder, files):
+    path = parquet(folder, files, compression="none", write_statistics=False)
+    path.write_bytes(path.read_bytes().replace(b"0.png", b"0.pn\xe7"))
+    return path
+
+
 def two_in_one(folder, files):
     path = tarred(folder, files[:1])
     path.write_bytes(path.read_bytes() + tarred(folder, files[1:], "more.tar").read_bytes())
@@ -299,6 +322,9 @@ REFUSED = {
         lambda folder, _: tree(folder, [("a.zip", b"text")]) / "a.zip",
         rf"a.zip cannot be .*\. {ANEW}",
     ),
+    "a zip that lists too few": (swallowed_record, rf"set.zip cannot be .*: it lists 2 files and says .* 3\. {ANEW}"),
+    "a zip that lists another name": (renamed_in_the_list, rf"set.zip cannot be read .*2.pnf.* differ.*\. {ANEW}"),
+    "a path that is no text": (no_text, f"image 0 cannot be read: .* a path that is no text; {MEND}"),
     "a cut tar": (cut_at_a_file, rf"set.tar cannot be read as an archive: it is cut off, .* after 2 files\. {ANEW}"),
     "a cut webdataset": (cut(webdataset, 0.5), rf"set.tar cannot be read as an archive: .*\. {ANEW}"),
     "a damaged tar": (

@@ -7,6 +7,7 @@ none. Here a folder is all its images, unless all of them lie under folders that
 import os
 import re
 import tarfile
+import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,6 @@ from typing import Any, cast
 
 import datasets
 import fsspec
-from fsspec.implementations.zip import ZipFileSystem
 from PIL import Image
 
 # The folders that are splits, by the names under which people have them; and the words in names of tables.
@@ -148,7 +148,10 @@ def list_archive(path: Path, kind: str) -> list[str]:
     with reading(path, "an archive"):
         archive = open_archive(kind, str(path), os.getpid())
         inside = archive.find("")
-        check_whole(archive)
+        if kind == "zip":
+            check_zip(archive.zip, path)
+        else:
+            check_end(archive.tar)
     return [f"{kind}://{name.lstrip('/')}::{path}" for name in inside if not hidden(Path(name.lstrip("/")).parts)]
 
 
@@ -169,22 +172,26 @@ def reading(name: object, kind: str = "a data set") -> Iterator[None]:
         ) from error
 
 
-def check_whole(archive: fsspec.AbstractFileSystem) -> None:
-    """Raise an error if the list of an archive may lack images.
+def check_zip(archive: zipfile.ZipFile, path: Path) -> None:
+    """Raise an error if the list of a zip may lack images.
 
-    tarfile takes a damaged header for the end of a tar, which only zeros follow. A zip has each name at two places,
-    which zipfile compares when it opens a file; and nobody opens what is not called as an image is.
+    A zip says how many files there are, which zipfile does not compare. It has each name at two places, which zipfile
+    compares when it opens a file; and nobody opens what is not called as an image is.
     """
-    if isinstance(archive, ZipFileSystem):
-        for about in archive.zip.infolist():
-            if suffix_of(about.filename) not in image_suffixes():
-                archive.zip.open(about).close()
-    else:
-        check_end(archive.tar)
+    with path.open("rb") as file:
+        file.seek(-min(path.stat().st_size, 2**16 + 22), os.SEEK_END)
+        _, _, end = file.read().rpartition(b"PK\5\6")
+    count, listed = int.from_bytes(end[6:8], "little"), len(archive.infolist())
+    if count not in (0xFFFF, listed % 2**16):  # that many in the records of large zips
+        raise ValueError(f"it lists {listed} files and says that they are {count}")
+    suffixes = image_suffixes()
+    for about in archive.infolist():
+        if suffix_of(about.filename) not in suffixes:
+            archive.open(about).close()
 
 
 def check_end(archive: tarfile.TarFile) -> None:
-    """Raise ValueError unless a tar that was listed ends in zeros."""
+    """Raise ValueError unless a tar that was listed ends in zeros: tarfile takes a damaged header for its end."""
     file = cast(Any, archive.fileobj)
     file.seek(archive.offset)
     size, zeros = 0, True

@@ -74,11 +74,19 @@ def encoded_image(row: Mapping[str, Any], index: int) -> bytes:
     """The bytes of an image, from the row itself or from the file that it names; ValueError if the row has none."""
     image = row["image"]
     if image is None:
-        raise ValueError(f"row {index} of the data set has no image")
+        raise ValueError(f"row {index} of the data set has no image, or a path that is no text")
     encoded = cast(bytes, image["bytes"]) if image["bytes"] is not None else read_file(image["path"])
     if not encoded:
         raise ValueError("it is empty")
     return encoded
+
+
+def row_at(rows: Rows, index: int) -> Mapping[str, Any]:
+    """A row; without its image if the image's path is no text."""
+    try:
+        return rows[index]
+    except UnicodeDecodeError:
+        return {"image": None}
 
 
 def where(row: Mapping[str, Any], index: int) -> str:
@@ -101,7 +109,7 @@ def survey(source: Source, skip_bad_images: bool = False) -> Survey:
     gray, sizes, transparent, animated = True, set(), 0, 0
     digest = hashlib.blake2b(source.extent.encode(), digest_size=16)
     for index in source.surveyed:
-        row = source.images[index]
+        row = row_at(source.images, index)
         try:
             encoded = encoded_image(row, index)
             digest.update(encoded)
@@ -177,7 +185,7 @@ class DecodedOnDemand:
 
     def __getitem__(self, index: int) -> Tensor:
         """Uint8 [C, H, W]."""
-        return decode(self.rows[index], index, self.channels, self.size, self.background)
+        return decode(row_at(self.rows, index), index, self.channels, self.size, self.background)
 
 
 def decode_all(images: DecodedOnDemand, skip_bad_images: bool = False) -> tuple[Images, list[int], list[str]]:
