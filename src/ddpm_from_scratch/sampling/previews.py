@@ -9,7 +9,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 from ..diffusion.checks import check_choice, check_whole
-from ..diffusion.pipeline import Frame
+from ..diffusion.pipeline import PICTURE_CHANNELS, Frame
 
 FRAME_PARTS = ("sample", "pred_original_sample")
 TINY = 64  # pixels; smaller images are enlarged so that a grid can be looked at
@@ -32,7 +32,9 @@ def image_grid(images: Sequence[Image.Image], columns: int | None = None, scale:
 
 
 def to_pil(images: np.ndarray) -> list[Image.Image]:
-    """uint8 [N, H, W, 1 or 3] as pictures."""
+    """uint8 [N, H, W, C] as pictures: gray, RGB or RGBA; of other numbers of channels, all side by side in gray."""
+    if images.shape[3] not in PICTURE_CHANNELS:
+        return [Image.fromarray(np.concatenate(np.moveaxis(image, -1, 0), axis=1)) for image in images]
     return [Image.fromarray(image[..., 0] if image.shape[2] == 1 else image) for image in images]
 
 

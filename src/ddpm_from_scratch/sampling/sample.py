@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -16,7 +17,7 @@ from ..runtime.atomic_files import replace_file
 from ..runtime.devices import PRECISIONS, prepare_cpu, resolve_precision
 from ..runtime.random_streams import generator
 from .models import load_pipeline
-from .previews import image_grid
+from .previews import image_grid, to_pil
 from .samplers import SAMPLERS
 
 SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".bmp")
@@ -60,7 +61,9 @@ def draw(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list[Image.Im
         if labels:
             options["class_labels"] = [labels[number % len(labels)] for number in numbers]
             options["guidance_scale"] = args.guidance_scale
-        images += pipeline(generator=[generator(args.seed, "sample", number) for number in numbers], **options).images
+        generators = [generator(args.seed, "sample", number) for number in numbers]
+        drawn = np.asarray(pipeline(generator=generators, output_type="np", **options).images)
+        images += to_pil((drawn * 255).round().astype(np.uint8))
     return images
 
 
