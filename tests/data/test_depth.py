@@ -21,6 +21,7 @@ from ddpm_from_scratch.data import dataset as data
 from ddpm_from_scratch.data.config import DataConfig
 from ddpm_from_scratch.evaluation import calibrate, evaluate
 from ddpm_from_scratch.evaluation.features import extract
+from ddpm_from_scratch.runtime import random_streams
 from ddpm_from_scratch.runtime.errors import BadImages
 from ddpm_from_scratch.sampling import sample
 from ddpm_from_scratch.sampling.editing import ScratchDDPMImg2ImgPipeline
@@ -286,6 +287,30 @@ def test_rgba_as_four_channels_where_the_network_asks_for_it(tmp_path, caplog):
         ValueError, match="network takes 2 channels, pictures have 1 or 3, or 4 with their transparency"
     ):
         load(tmp_path, 2)
+
+
+def test_a_run_on_rgba(tmp_path, inputs):
+    for seed in range(22):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        Image.fromarray(numbers("uint8", (8, 8, 4), seed)).save(tmp_path / "set" / f"{seed}.png")
+    flags = ("--dataset_name", tmp_path / "set", "--model.in_channels", 4, "--max_train_steps", 2)
+    run_main(inputs, tmp_path / "model", *flags, "--eval_steps", 2, "--eval_num_images", 20)
+    results = json.loads((tmp_path / "model" / "results.json").read_text())
+    assert results["dataset"]["channels"] == 4 and results["evaluations"][0]["kernel_distance"] > 0
+    own = ScratchDDPMPipeline.from_pretrained(tmp_path / "model")
+    own.set_progress_bar_config(disable=True)
+    flags = ["--num_images", "3", "--num_inference_steps", "2", "--mixed_precision", "no"]
+    sample.main([str(tmp_path / "model"), *flags, "--out", str(tmp_path / "a.png")])
+    how = {"generator": [random_streams.generator(0, "sample", number) for number in range(3)]}
+    images = own(3, num_inference_steps=2, **how).images
+    with Image.open(tmp_path / "a.png") as grid:
+        assert grid.mode == "RGBA" and grid.size == (32, 32)
+        for number, image in enumerate(images):
+            left, top = number % 2 * 16, number // 2 * 16
+            part = grid.crop((left, top, left + 16, top + 16)).resize((8, 8), Image.Resampling.NEAREST)
+            np.testing.assert_array_equal(np.asarray(part), np.asarray(image))
+    with pytest.raises(ValueError, match="JPEG has no transparency"):
+        sample.main([str(tmp_path / "model"), "--out", str(tmp_path / "a.jpg")])
 
 
 # --- TIFF of several bands -----------------------------------------------------------------------------------------

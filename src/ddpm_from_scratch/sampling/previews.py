@@ -5,7 +5,6 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-from diffusers.utils import make_image_grid
 from PIL import Image
 
 from ..diffusion.checks import check_choice, check_whole
@@ -26,8 +25,9 @@ def image_grid(images: Sequence[Image.Image], columns: int | None = None, scale:
     first = images[0]
     columns = columns or math.ceil(math.sqrt(len(images) * first.height / first.width))
     rows, scale = math.ceil(len(images) / columns), scale or (2 if max(first.size) < TINY else 1)
-    blank = [Image.new(first.mode, first.size)] * (rows * columns - len(images))
-    grid = make_image_grid([*images, *blank], rows, columns).convert(first.mode)
+    grid = Image.new(first.mode, (columns * first.width, rows * first.height))  # diffusers' own has no transparency
+    for number, image in enumerate(images):
+        grid.paste(image, (number % columns * first.width, number // columns * first.height))
     return grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
 
 

@@ -83,6 +83,8 @@ def main(arguments: Sequence[str]) -> None:
     pipeline = load_pipeline(args.model, dtype=dtype, **options)
     if args.class_labels and not isinstance(pipeline, ScratchDDPMPipeline):
         raise ValueError(f"--class_labels: {type(pipeline).__name__} is drawn from without classes.")
+    if pipeline.unet.config.in_channels == 4 and args.out.suffix.lower() in (".jpg", ".jpeg"):
+        raise ValueError(f"--out {args.out}: JPEG has no transparency, which this model draws: take .png or .webp.")
     pipeline.scheduler = SAMPLERS[args.scheduler](pipeline.scheduler)
     image_grid(draw(pipeline.to(device), args)).save(
         file := io.BytesIO(), Image.registered_extensions()[args.out.suffix.lower()]
