@@ -117,7 +117,7 @@ def test_values_beyond_the_range_are_refused_by_name(tmp_path, monkeypatch, wron
     assert len(data.ImageStream(skipped, 0, True, False, 0.0, True).__getitems__(range(4)).images) == 4
 
 
-@pytest.mark.parametrize("wrong", [[1, 0], [0, 0], [0, float("nan")], [0, float("inf")], [0], [0, 1, 2]])
+@pytest.mark.parametrize("wrong", [[1, 0], [0, 0], [0, float("nan")], [0, float("inf")], [0], [0, 1, 2], [None, 1]])
 def test_a_range_that_is_none(wrong):
     with pytest.raises(ValueError, match="value_range must be two finite numbers, the lower one first"):
         DataConfig(value_range=wrong).validate()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import ImageColor
 
+from ..diffusion.checks import is_number
 from ..runtime.privacy import looks_local
 from ..runtime.shipped import EMBEDDED_DATASET, shipped
 from .fields import FRACTION, Allowed, at_least, check_fields, knob
@@ -51,7 +52,7 @@ class DataConfig:
     )
     value_range: list[float] | None = knob(
         None,
-        "LOW HIGH, the values that become -1 and 1; their type's own range if left out, 0 and 1 for floats",
+        "the values that become -1 and 1; their type's own range if left out, 0 and 1 for floats",
         Allowed("two finite numbers, the lower one first", lambda pair: is_range(pair)),
     )
     background: str = knob(BACKGROUND, "colour that transparent pixels show: a name, or #rrggbb")
@@ -109,7 +110,7 @@ class DataConfig:
 
 def is_range(values: Sequence[float]) -> bool:
     """Whether values are two finite numbers, the lower one first."""
-    return len(values) == 2 and -math.inf < values[0] < values[1] < math.inf
+    return len(values) == 2 and all(map(is_number, values)) and -math.inf < values[0] < values[1] < math.inf
 
 
 def embedded_set(split: str = "train") -> tuple[str, str]:
