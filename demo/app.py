@@ -342,6 +342,8 @@ def load(model: str, revision: str | None) -> ScratchDDPMPipeline:
             f"{model} cannot be loaded as a DDPM model. It must be the folder of one, or its name on the Hub. "
             f"{type(error).__name__}: {error}"
         ) from error
+    if pipeline.unet.config.in_channels not in (1, 3):
+        raise ValueError(f"{model} draws images of {pipeline.unet.config.in_channels} channels; the page shows 1 or 3.")
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -358,6 +358,11 @@ def test_without_a_model_the_command_says_what_it_needs(capsys, tmp_path, monkey
     assert "no model is named" in exits_with([], capsys)
 
 
+def test_a_model_whose_images_are_no_pictures(capsys, tmp_path):
+    tiny_pipeline(in_channels=5, out_channels=5).save_pretrained(tmp_path)
+    assert f"{tmp_path} draws images of 5 channels; the page shows 1 or 3" in exits_with([str(tmp_path)], capsys)
+
+
 def test_a_model_that_cannot_be_loaded(capsys, tmp_path):
     (tmp_path / "model_index.json").write_text("{")
     assert f"{tmp_path} cannot be loaded as a DDPM model" in exits_with([str(tmp_path)], capsys)

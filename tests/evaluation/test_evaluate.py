@@ -586,7 +586,7 @@ def test_the_embedded_data_have_held_out_images(monkeypatch):
         images = torch.from_numpy(TRAINING if config.dataset_name is None else HELD_OUT)[:, None]
         assert not config.class_conditional
         describe = lambda config: {"name": Path(config.dataset_name or "own").name}  # noqa: E731
-        return SimpleNamespace(images=images, labels=None, describe=describe)
+        return SimpleNamespace(images=images, labels=None, value_range=None, describe=describe)
 
     monkeypatch.setattr(evaluate, "load_data", load)
     real = evaluate.real_images(evaluate.parse(["model"]), 1, (SIDE, SIDE), [])

@@ -28,7 +28,6 @@ WRONG = {
     "floats": (np.zeros((2, 8, 8)), {}, "dtype float64"),
     "one image": (uint8(8, 8), {}, r"shape \(8, 8\)"),
     "no images": (uint8(0, 8, 8), {}, r"shape \(0, 8, 8\)"),
-    "channels first": (uint8(2, 3, 8, 8), {}, "8 channels"),
     "a tensor": (torch.zeros(2, 8, 8, dtype=torch.uint8), {}, "images is a Tensor"),
     "size": (uint8(2, 8, 8), {"size": 0}, "size=0"),
     "half a size": (uint8(2, 8, 8), {"size": 8.5}, "size=8.5"),

@@ -76,6 +76,17 @@ def test_frechet_distance_of_covariances_without_full_rank():
     assert frechet_distance(a, b) == pytest.approx(frechet_formula(a, b, singular_values.sum()), rel=1e-7)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_frechet_distance_of_more_columns_than_a_network_has(monkeypatch, shared):
+    a, b = normal(30, 60, 0), normal(20, 60, 1) * 2 + 1
+    b = a if shared else b
+    dense = frechet_distance(a, b)
+    monkeypatch.setattr(metrics, "WIDE", 50)
+    assert frechet_distance(a, b) == pytest.approx(
+        dense, rel=1e-7, abs=1e-5
+    )  # of equal sets, the dense one rounds more
+
+
 def test_frechet_distance_of_equal_sets_is_zero():
     x = normal(60, 10, 0)
     assert frechet_distance(x, x[::-1]) == pytest.approx(0, abs=1e-12)

@@ -334,6 +334,20 @@ def test_images_that_are_not_square(tmp_path):
     assert "of 8 × 16 RGB images" in page_of(folder).content
 
 
+@pytest.mark.parametrize("classes", [None, NAMES])
+def test_code_of_the_page_for_images_that_are_no_pictures(tmp_path, monkeypatch, classes):
+    folder = save(tmp_path / "model", classes, in_channels=5, out_channels=5, sample_size=(8, 12))
+    page = page_of(folder, str(folder))
+    assert "of 8 × 12 5-channel images" in page.content
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"```python\n(.*?)```", page.content, re.DOTALL):
+        if "google/" not in block and "images" in block:
+            exec(compile(block, "page", "exec"), found := {})
+            assert found["images"].shape[1:] == (8, 12, 5)
+    with Image.open("usage.png") as picture:
+        assert picture.size == (5 * 12, (len(classes) if classes else 8) * 8)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("kind", MODELS)
 def test_all_code_of_the_page_runs(tmp_path, monkeypatch, kind):

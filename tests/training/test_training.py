@@ -597,9 +597,9 @@ def test_sets_that_cannot_be_trained_on(tmp_path):
     mixed = write_parquet(tmp_path / "mixed.parquet", [picture(size=(8, 8)), picture(size=(16, 12))])
     with pytest.raises(ValueError, match=r"from 8x8 to 12x16 pixels large \(height x width\).*--resolution"):
         load(dataset_name=str(mixed))
-    deep = write_parquet(tmp_path / "deep.parquet", [Image.fromarray(np.full((8, 8), 40_000, np.uint16))])
-    with pytest.raises(ValueError, match="more than 8 bits"):
-        load(dataset_name=str(deep))
+    deep = [Image.fromarray(np.full((8, 8), 40_000, np.uint16)), picture()]
+    with pytest.raises(ValueError, match="image 0 is uint16 of 1 channels, and image 1 is an 8-bit picture"):
+        load(dataset_name=str(write_parquet(tmp_path / "deep.parquet", deep)))
     empty = tmp_path / "empty.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"image": pyarrow.array([], pyarrow.binary())}), empty)
     with pytest.raises(ValueError, match="holds no images"):

@@ -1,11 +1,14 @@
 """Which images: a data set, and how its images are read, cropped, flipped and labelled."""
 
 import glob
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import ImageColor
 
+from ..diffusion.checks import is_number
 from ..runtime.privacy import looks_local
 from ..runtime.shipped import EMBEDDED_DATASET, shipped
 from .fields import FRACTION, Allowed, at_least, check_fields, knob
@@ -47,6 +50,11 @@ class DataConfig:
         "image size in pixels, 64 or, as height x width, 64x128; the images' own if left out (paper: 32)",
         SIZES,
     )
+    value_range: list[float] | None = knob(
+        None,
+        "the values that become -1 and 1; their type's own range if left out, 0 and 1 for floats",
+        Allowed("two finite numbers, the lower one first", lambda pair: is_range(pair)),
+    )
     background: str = knob(BACKGROUND, "colour that transparent pixels show: a name, or #rrggbb")
     center_crop: bool = knob(False, "crop images of another shape at the centre; at a random place otherwise")
     random_flip: bool = knob(False, "mirror half of the images (paper: true)")
@@ -87,7 +95,8 @@ class DataConfig:
 
     def of_another_set(self, name: str) -> "DataConfig":
         """Another set, such as one of held-out images, read as this one is."""
-        return DataConfig(dataset_name=name, image_column=self.image_column, background=self.background)
+        same = {field: getattr(self, field) for field in ("image_column", "background", "value_range")}
+        return DataConfig(dataset_name=name, **same)
 
     def validate(self) -> None:
         """Check what concerns the data; nothing is downloaded.
@@ -97,6 +106,11 @@ class DataConfig:
         """
         check_fields(self)
         check_data(self)
+
+
+def is_range(values: Sequence[float]) -> bool:
+    """Whether values are two finite numbers, the lower one first."""
+    return len(values) == 2 and all(map(is_number, values)) and -math.inf < values[0] < values[1] < math.inf
 
 
 def embedded_set(split: str = "train") -> tuple[str, str]:

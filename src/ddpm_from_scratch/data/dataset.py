@@ -5,6 +5,7 @@ import logging
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import pyarrow
@@ -14,8 +15,9 @@ from torch import Tensor
 from ..runtime.errors import BadImages
 from ..runtime.privacy import public_name
 from ..runtime.random_streams import WindowedOrder, batch_positions, dropped_labels, generator, image_index, noise_rows
+from .arrays import ValueRange, range_of
 from .config import EMBEDDED_DATA, DataConfig
-from .images import PIL_MODE, REMEDY, DecodedOnDemand, Images, Survey, check_bad_images, decode_all, survey
+from .images import REMEDY, DecodedOnDemand, Form, Images, Survey, check_bad_images, decode_all, survey
 from .labels import Labels, labels_of
 from .sizes import Size, as_size, resolution_of
 from .sources import MIB, StreamedRows, evenly, open_source
@@ -36,6 +38,7 @@ class TrainingData:
     labels: Labels | None  # None for unconditional training
     unreadable: tuple[str, ...] = ()  # what is wrong with images that were left out
     order: WindowedOrder | None = None  # of a streamed set; any other is shuffled as a whole
+    value_range: ValueRange | None = None  # the values that became -1 and 1; None: the images are uint8
 
     @property
     def resolution(self) -> int | str:
@@ -63,6 +66,7 @@ class TrainingData:
             "channels": self.channels,
             "resolution": self.resolution,
             "fingerprint": self.fingerprint,
+            **({"value_range": list(self.value_range)} if self.value_range else {}),
             **({"streaming": True} if self.order else {}),
             **({"split": config.split} if config.split else {}),
             **self.describe_labels(config),
@@ -88,7 +92,7 @@ def load_data(
 
     Args:
         config: says where the images are.
-        channels: what the network takes (1 or 3); the images' own if None.
+        channels: what the network takes; the images' own if None.
         size: what the network takes, as `as_size` reads it; the images' own if None.
         split: of the data set; that of the configuration if None.
 
@@ -101,20 +105,22 @@ def load_data(
     logger.info("%s", source.about or f"{len(source.images)} images in {public_name(config.source)}")
     labels = labels_of(source.features, config.label_column, source.values) if config.class_conditional else None
     seen = survey(source, config.skip_bad_images)
-    log_remarks(seen, len(source.surveyed), config.background)
-    if channels not in (None, *PIL_MODE):
-        raise ValueError(f"the network takes {channels} channels, images have 1 or 3")
-    if channels == 1 and seen.channels == 3:
-        raise ValueError("the network takes 1 channel (grayscale), the images have colours")
-    channels, size = channels or seen.channels, seen.own_size() if size is None else as_size(size)
-    images = DecodedOnDemand(source.images, channels, size, config.background)
-    small = len(images) * channels * seen.pixels_covering(size) <= IN_MEMORY_BYTES
-    fingerprint = labels.extended(seen.fingerprint) if labels else seen.fingerprint
-    if source.blocks:
-        order = WindowedOrder(source.blocks, config.shuffle_window_mb * MIB)
-        return TrainingData(images, channels, size, fingerprint, labels, order=order)
-    if not small:
-        return TrainingData(images, channels, size, fingerprint, labels)
+    form = choose_form(config, seen, channels, size)
+    log_remarks(seen, len(source.surveyed), form)
+    images = DecodedOnDemand(source.images, form)
+    num_bytes = len(images) * form.channels * seen.pixels_covering(form.size) * (4 if form.value_range else 1)
+    known_of = partial(
+        TrainingData,
+        channels=form.channels,
+        size=form.size,
+        fingerprint=labels.extended(seen.fingerprint) if labels else seen.fingerprint,
+        order=WindowedOrder(source.blocks, config.shuffle_window_mb * MIB) if source.blocks else None,
+        value_range=form.value_range,
+    )
+    if form.value_range and not config.skip_bad_images:
+        images[source.surveyed[0]]  # so that a wrong range is told before any work
+    if source.blocks or num_bytes > IN_MEMORY_BYTES:
+        return known_of(images, labels=labels)
     decoded, kept, unreadable = decode_all(images, config.skip_bad_images)
     del source, images
     pyarrow.default_memory_pool().release_unused()  # twice the decoded images would be kept for later use
@@ -123,17 +129,28 @@ def load_data(
     check_bad_images(unreadable, config.max_bad_images)
     if labels and unreadable:
         labels = replace(labels, of_images=labels.of_images[kept])
-    return TrainingData(decoded, channels, size, fingerprint, labels, tuple(unreadable))
+    return known_of(decoded, labels=labels, unreadable=tuple(unreadable))
 
 
-def log_remarks(seen: Survey, looked_at: int, background: str) -> None:
+def choose_form(config: DataConfig, seen: Survey, channels: int | None, size: int | str | Sequence[int] | None) -> Form:
+    """The form of the images that a configuration and a network ask for; ValueError if these have no such form."""
+    return Form(
+        seen.channels_for(channels),
+        seen.own_size() if size is None else as_size(size),
+        config.background,
+        seen.kind,
+        range_of(seen.kind, config.value_range),
+    )
+
+
+def log_remarks(seen: Survey, looked_at: int, form: Form) -> None:
     """Say of which images not everything is trained on."""
-    if seen.transparent:
+    if seen.transparent and form.channels != 4:
         logger.info(
             "%d of %d images looked at have transparent parts, which become %s (--background)",
             seen.transparent,
             looked_at,
-            background,
+            form.background,
         )
     if seen.animated:
         logger.warning(
@@ -146,7 +163,7 @@ def log_remarks(seen: Survey, looked_at: int, background: str) -> None:
 class Batch(NamedTuple):
     """Images, labels and noise of one backward pass of one process."""
 
-    images: Tensor  # uint8 [B, C, H, W]
+    images: Tensor  # uint8 [B, C, H, W], or float32 in [-1, 1]
     labels: Tensor | None  # int64 [B], some of them the null label; None for unconditional training
     noise: Tensor  # float32, of the images' shape
     unreadable: tuple[str, ...] = ()  # what is wrong with images that were passed over
@@ -164,7 +181,7 @@ class ImageStream(torch.utils.data.Dataset[Tensor]):
     skip_bad_images: bool = False
 
     def __getitem__(self, position: int) -> Tensor:
-        """The image at a position of the stream: uint8 [C, H, W]."""
+        """The image at a position of the stream: uint8 [C, H, W], or float32 in [-1, 1]."""
         return self.load(position)[0]
 
     def load(self, position: int) -> tuple[Tensor, int, list[str]]:
@@ -251,7 +268,7 @@ def leave_signals_to_the_run(_: int) -> None:
 def build_loader(
     stream: ImageStream, batches: StreamBatches, num_workers: int, pin_memory: bool
 ) -> torch.utils.data.DataLoader[Any]:
-    """Batches of uint8 images and their labels, in the order that `batches` says, whatever the number of workers."""
+    """Batches of images and their labels, in the order that `batches` says, whatever the number of workers."""
     return torch.utils.data.DataLoader(
         stream,
         batch_sampler=cast(Any, batches),  # DataLoader only iterates over it

@@ -33,6 +33,13 @@ POSITIVE = Allowed("above 0 and finite", lambda value: 0 < value < float("inf"))
 FRACTION = Allowed("in [0, 1)", lambda value: 0 <= value < 1)
 
 
+# How a flag of a type is read, where not as the type alone: `--use_ema` means true, `--value_range 0 1` is two values.
+FLAGS: dict[Any, dict[str, Any]] = {
+    bool: {"type": bool, "nargs": "?", "const": True},
+    list[float] | None: {"type": float | None, "nargs": 2, "metavar": ("LOW", "HIGH")},
+}
+
+
 def knob(default: T, help: str, allowed: Allowed | None = None) -> T:
     """A dataclass field with its explanation and the values that it takes beside None."""
     return dataclasses.field(default=default, metadata={"help": help, "allowed": allowed})
@@ -54,6 +61,6 @@ def add_flags(parser: Any, config: type, names: Iterable[str] | None = None) -> 
     for name in fields if names is None else names:
         field, allowed = fields[name], fields[name].metadata.get("allowed")
         choices = f" [{', '.join(allowed.choices)}]" if allowed and allowed.choices else ""
-        switch = {"nargs": "?", "const": True} if types[name] is bool else {}  # `--use_ema` means true
+        how = FLAGS.get(types[name], {"type": types[name]})
         text = field.metadata["help"].replace("%", "%%") + choices
-        parser.add_argument(f"--{name}", type=types[name], default=field.default, help=text, **switch)
+        parser.add_argument(f"--{name}", default=field.default, help=text, **how)

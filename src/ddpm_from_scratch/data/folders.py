@@ -30,6 +30,7 @@ SPLIT_FOLDERS = {
 }
 SPLIT_WORDS = {**SPLIT_FOLDERS, "training": "train", "dev": "validation", "testing": "test", "eval": "test"}
 ARCHIVES = {".zip": "zip", ".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", ".tar.bz2": "tar", ".tar.xz": "tar"}
+ARRAYS = ".npy"
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # columns of a folder, as `datasets` reads them
 TABLES = {".parquet", ".arrow"}  # never notes beside pictures, as other tables may be
 READERS: dict[str, tuple[str, dict[str, str]]] = {  # what reads files of a suffix, and how; the first that is there
@@ -123,6 +124,8 @@ def read_folder(path: Path) -> Folder:
         names += list_archive(file, archive) if archive else [str(file)]
     suffixes = image_suffixes()
     images = [name for name in names if suffix_of(name) in suffixes]
+    # Beside pictures, arrays are something else.
+    images = images or [name for name in names if suffix_of(name) == ARRAYS]
     metadata = [name for name in names if Path(name).name in METADATA]
     rest = Counter(suffix_of(name) or "without suffix" for name in set(names) - set(images) - set(metadata))
     return Folder(path, tuple(sorted(images)), tuple(metadata), rest)
@@ -291,13 +294,15 @@ def open_folder(path: Path, split: str | None, cache_dir: str | None) -> tuple[d
     if not splits:
         found = f", but {folder.not_images}" if folder.others else ""
         raise ValueError(
-            f"{path} holds no images{found}: images are files such as .png, .jpg, .webp or .tiff, or .zip and .tar "
-            "archives of them"
+            f"{path} holds no images{found}: images are files such as .png, .jpg, .webp, .tiff or .npy, or .zip and "
+            ".tar archives of them"
         )
     chosen = split or ("train" if "train" in splits else next(iter(splits)))
     if chosen not in splits or (split is None and "train" not in splits and len(splits) > 1):
         there = ", ".join(f"{name} ({len(images)} images)" for name, images in splits.items())
         raise ValueError(f"{path} has no split {chosen if split else 'train'!r}; it has {there}: choose with --split")
+    if folder.metadata and suffix_of(folder.images[0]) == ARRAYS:
+        raise ValueError(f"{path} holds arrays, of which {folder.metadata[0]} is the table: pass it as --dataset_name")
     if folder.metadata:
         on_disk = [image for image in splits[chosen] if "://" not in image]  # metadata name none in archives
         files = {chosen: [*on_disk, *folder.metadata]}

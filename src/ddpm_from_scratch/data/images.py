@@ -1,10 +1,10 @@
-"""Images as files hold them: surveyed by their headers, decoded to uint8, resized."""
+"""Images as files hold them: surveyed by their headers, decoded, resized."""
 
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -12,14 +12,22 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..runtime.errors import BadImages
+from .arrays import (
+    PICTURE,
+    Kind,
+    ValueRange,
+    kind_of_array,
+    kind_of_picture,
+    read_array,
+    to_tensor,
+)
 from .config import BACKGROUND
 from .folders import read_file
 from .sizes import Size, scale_that_covers, size_that_covers, upright_size
 from .sources import Rows, Source
 
 GRAYSCALE_MODES = ("1", "L", "LA")
-DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # PIL would clip them to 8 bits, not scale them
-PIL_MODE = {1: "L", 3: "RGB"}
+PIL_MODE = {1: "L", 3: "RGB", 4: "RGBA"}
 
 # What PIL raises on bytes that are not an image, or only part of one: its plugins, what their parsing runs into.
 BROKEN_IMAGE = (Exception,)
@@ -35,7 +43,10 @@ def check_bad_images(messages: Sequence[str], most: int) -> None:
 
 
 class Images(Protocol):
-    """Decoded images by index: a uint8 tensor [N, C, H, W], a list of [C, H, W], or a decoder behind the same face."""
+    """Decoded images by index: a tensor [N, C, H, W], a list of [C, H, W], or a decoder behind the same face.
+
+    They are uint8, or float32 in [-1, 1] where the files hold more than 8 bits.
+    """
 
     def __len__(self) -> int: ...  # noqa: D105
 
@@ -46,11 +57,25 @@ class Images(Protocol):
 class Survey:
     """Channels, sizes and fingerprint of images, from their headers."""
 
-    channels: int  # 1 if all are grayscale, else 3
+    kind: Kind
+    channels: int  # of 8-bit pictures, 1 if all are grayscale, else 3
     sizes: frozenset[Size]
     transparent: int  # how many may have transparent pixels
     animated: int  # how many have frames, or pages, after the first
     fingerprint: str  # hash of the encoded images
+
+    def channels_for(self, wanted: int | None) -> int:
+        """The channels that the images are to have: those wanted, or their own.
+
+        Raises ValueError if no such images can be made of these.
+        """
+        if self.kind != PICTURE and wanted not in (None, self.channels):
+            raise ValueError(f"the network takes {wanted} channels, and the images are {self.kind}")
+        if wanted not in (None, *PIL_MODE) and self.kind == PICTURE:
+            raise ValueError(f"the network takes {wanted} channels, pictures have 1 or 3, or 4 with their transparency")
+        if wanted == 1 and self.channels == 3:
+            raise ValueError("the network takes 1 channel (grayscale), the images have colours")
+        return wanted or self.channels
 
     def own_size(self) -> Size:
         """The images' size, if it is the same for all.
@@ -103,33 +128,61 @@ def reason(error: Exception) -> str:
 def survey(source: Source, skip_bad_images: bool = False) -> Survey:
     """Read the headers of some images.
 
-    Raises BadImages if an image cannot be read, and such ones are not to be passed over; or none can; ValueError if an
-    image has more than 8 bits per channel.
+    Raises BadImages if an image cannot be read, and such ones are not to be passed over; or none can; ValueError if
+    they are of several kinds.
     """
-    gray, sizes, transparent, animated = True, set(), 0, 0
+    kinds: dict[Kind, str] = {}
+    gray, sizes, transparent, animated, fault = True, set(), 0, 0, ""
     digest = hashlib.blake2b(source.extent.encode(), digest_size=16)
     for index in source.surveyed:
         row = row_at(source.images, index)
         try:
             encoded = encoded_image(row, index)
             digest.update(encoded)
-            with Image.open(io.BytesIO(encoded)) as image:
-                mode, size = image.mode, upright_size(image)
-                gray = gray and is_gray(image)
-                transparent += image.has_transparency_data
-                animated += getattr(image, "is_animated", False)
+            header = read_header(encoded)
         except BROKEN_IMAGE as error:
+            fault = f"{where(row, index)} cannot be read: {reason(error)}"
             if skip_bad_images:
                 continue
-            raise BadImages(f"{where(row, index)} cannot be read: {reason(error)}; {REMEDY}") from error
-        if mode in DEEP_MODES:
-            raise ValueError(
-                f"{where(row, index)} has more than 8 bits per channel (mode {mode}): convert it to 8 bits"
-            )
-        sizes.add(size)
+            raise BadImages(f"{fault}; {REMEDY}") from error
+        kinds.setdefault(header.kind, where(row, index))
+        check_kinds(kinds)
+        gray = gray and header.gray
+        transparent += header.transparent
+        animated += header.animated
+        sizes.add(header.size)
     if not sizes:
-        raise BadImages(f"none of {len(source.images)} images can be read")
-    return Survey(1 if gray else 3, frozenset(sizes), transparent, animated, digest.hexdigest())
+        raise BadImages(f"none of {len(source.images)} images can be read; the last: {fault}")
+    kind = next(iter(kinds))
+    channels = kind.channels or (1 if gray else 3)
+    return Survey(kind, channels, frozenset(sizes), transparent, animated, digest.hexdigest())
+
+
+class Header(NamedTuple):
+    """What a file says of its image."""
+
+    kind: Kind
+    size: Size
+    gray: bool = False
+    transparent: bool = False
+    animated: bool = False
+
+
+def read_header(encoded: bytes) -> Header:
+    """The header of a picture; an array is read whole."""
+    if (array := read_array(encoded)) is not None:
+        return Header(kind_of_array(array), (array.shape[0], array.shape[1]))
+    with Image.open(io.BytesIO(encoded)) as image:
+        animated = getattr(image, "is_animated", False)
+        kind, transparent = kind_of_picture(image), image.has_transparency_data
+        return Header(kind, upright_size(image), is_gray(image), transparent, animated)
+
+
+def check_kinds(kinds: Mapping[Kind, str]) -> None:
+    """Raise ValueError for images of several kinds, given with the place of the first one of each."""
+    if len(kinds) > 1:
+        said = (f"{place} is {kind}" for kind, place in kinds.items())
+        raise ValueError(f"{', and '.join(said)}: all images of a set must be of one kind")
 
 
 def is_gray(image: Image.Image) -> bool:
@@ -148,26 +201,62 @@ def flattened(image: Image.Image, background: str) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", seen.size, background), seen)
 
 
-def decode(row: Mapping[str, Any], index: int, channels: int, size: Size, background: str = BACKGROUND) -> Tensor:
-    """An image, resized so that it just covers a size: uint8 [channels, H, W].
+@dataclass(frozen=True)
+class Form:
+    """The form in which the images of a set come out."""
 
-    Transparent pixels show the background, a colour as PIL names it.
+    channels: int
+    size: Size  # that they just cover
+    background: str = BACKGROUND  # behind transparent pixels, as PIL names colours
+    kind: Kind = PICTURE  # of the files
+    value_range: ValueRange | None = None  # None: uint8 as they are
 
-    Raises BadImages if the image cannot be read, or it has colours where the network takes none.
+    def refuse_others(self, kind: Kind) -> None:
+        """Raise ValueError for a file of another kind than those that were surveyed."""
+        if kind != self.kind:
+            raise ValueError(f"it is {kind}, and the images before are {self.kind}")
+
+
+def decode(row: Mapping[str, Any], index: int, form: Form) -> Tensor:
+    """An image, resized so that it just covers a size: [channels, H, W], uint8 or, with a range, float32 in [-1, 1].
+
+    Raises BadImages if the image cannot be read, has colours where the network takes none, or values beyond the range.
     """
     try:
-        with Image.open(io.BytesIO(encoded_image(row, index))) as opened:
+        encoded = encoded_image(row, index)
+        array = read_array(encoded)
+        if array is not None:
+            form.refuse_others(kind_of_array(array))
+            return to_tensor(array, form.value_range, form.size)
+        with Image.open(io.BytesIO(encoded)) as opened:
+            form.refuse_others(kind_of_picture(opened))
             image = ImageOps.exif_transpose(opened)
-            if channels == 1 and not is_gray(image):
-                raise ValueError(f"it is of mode {image.mode}, the training is on grayscale images")
-            image = flattened(image, background).convert(PIL_MODE[channels])
+            if form.kind == PICTURE:
+                image = in_channels(image, form)
+        if form.value_range is not None:
+            return to_tensor(as_array(image), form.value_range, form.size)
     except BROKEN_IMAGE as error:
         raise BadImages(f"{where(row, index)} cannot be read: {reason(error)}") from error
-    height, width = size_that_covers((image.height, image.width), size)
+    height, width = size_that_covers((image.height, image.width), form.size)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))  # [H, W] or [H, W, C]
-    return pixels.reshape(image.height, image.width, channels).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(as_array(image)).permute(2, 0, 1).contiguous()
+
+
+def in_channels(image: Image.Image, form: Form) -> Image.Image:
+    """An 8-bit picture as gray, RGB or RGBA; only the last keeps its transparency.
+
+    Raises ValueError if it has colours, and is to be gray.
+    """
+    if form.channels == 1 and not is_gray(image):
+        raise ValueError(f"it is of mode {image.mode}, the training is on grayscale images")
+    seen = image if form.channels == 4 else flattened(image, form.background)
+    return seen.convert(PIL_MODE[form.channels])
+
+
+def as_array(image: Image.Image) -> np.ndarray:
+    """The values of a picture, [H, W, C]."""
+    return np.array(image).reshape(image.height, image.width, -1)
 
 
 @dataclass(frozen=True)
@@ -175,17 +264,15 @@ class DecodedOnDemand:
     """Images of a set too large to keep decoded."""
 
     rows: Rows
-    channels: int
-    size: Size
-    background: str = BACKGROUND
+    form: Form
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Uint8 [C, H, W]."""
-        return decode(row_at(self.rows, index), index, self.channels, self.size, self.background)
+        """[C, H, W], as `decode` gives it."""
+        return decode(row_at(self.rows, index), index, self.form)
 
 
 def decode_all(images: DecodedOnDemand, skip_bad_images: bool = False) -> tuple[Images, list[int], list[str]]:

@@ -26,6 +26,7 @@ from .unet import ScratchUNet2DModel
 from .unet_config import sample_sides
 
 OUTPUT_TYPES = ("pil", "np", "pt")
+PICTURE_CHANNELS = (1, 3, 4)  # of which PIL makes gray, RGB and RGBA images
 HUB_OPTIONS = ("cache_dir", "force_download", "token", "revision", "local_files_only")
 # This folder, in the order in which it makes one file.
 MODULES = (
@@ -147,8 +148,8 @@ class ScratchDDPMPipeline(DiffusionPipeline):
             batch_size: number of images; if left out, one for each class label, or 1.
             generator: of all the noise; with a list, one for each image, an image does not depend on the others.
             num_inference_steps: K; if left out, every step of the training chain.
-            output_type: "pil", a list of images; "np", an array [B, H, W, C] in [0, 1]; "pt", a tensor [B, C, H, W]
-                in [0, 1].
+            output_type: "pil", a list of images of 1, 3 or 4 channels; "np", an array [B, H, W, C] in [0, 1]; "pt", a
+                tensor [B, C, H, W] in [0, 1].
             return_dict: False for a tuple.
             height: of the images, in pixels; the network's sample_size if left out.
             width: as height. The network was trained at its own size; at others, images may fall apart.
@@ -176,7 +177,8 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         condition, batch_size = self._check_labels(class_labels, batch_size, guidance)
         shape = self._check_shape(batch_size, height, width)
         check_generator(generator, batch_size)
-        _check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        self._check_output_type(output_type)
+        _check_callback(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         steps = self._check_steps(num_inference_steps)
         if return_trajectory is not None and not (is_whole(return_trajectory) and 1 <= return_trajectory <= steps):
             raise ValueError(f"return_trajectory={return_trajectory!r} must be a number of frames, from 1 to {steps}.")
@@ -325,6 +327,13 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         none = labels if null is None else torch.full_like(labels, null)
         return Condition(labels, torch.cat([labels, none]), guidance), len(labels)
 
+    def _check_output_type(self, output_type: str) -> None:
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        if output_type == "pil" and self.unet.config.in_channels not in PICTURE_CHANNELS:
+            raise ValueError(
+                f"output_type='pil' has no pictures of {self.unet.config.in_channels} channels: pass 'np' or 'pt'."
+            )
+
     def _check_shape(self, batch_size: Any, height: int | None = None, width: int | None = None) -> tuple[int, ...]:  # noqa: ANN401
         """The shape of the samples, [B, C, H, W]."""
         check_whole("batch_size", batch_size)
@@ -408,8 +417,7 @@ def _reads_variance(scheduler: SchedulerMixin) -> bool:
     return learned and isinstance(scheduler, ScratchDDPMScheduler | DDPMScheduler)
 
 
-def _check_output(output_type: str, asked: Sequence[str], offered: Sequence[str]) -> None:
-    check_choice("output_type", output_type, OUTPUT_TYPES)
+def _check_callback(asked: Sequence[str], offered: Sequence[str]) -> None:
     if isinstance(asked, str) or not set(asked) <= set(offered):
         raise ValueError(f"callback_on_step_end_tensor_inputs={asked!r} must be a list from {', '.join(offered)}.")
 

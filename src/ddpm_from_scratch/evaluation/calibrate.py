@@ -29,6 +29,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="folder of a saved pipeline")
     parser.add_argument("--dataset_name", help="as for `ddpm train`; without it: the embedded Fashion-MNIST")
     parser.add_argument("--train_data_dir", help="as for `ddpm train`")
+    parser.add_argument("--value_range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="as for `ddpm train`")
     parser.add_argument("--num_images", type=int, default=512, help="of the data set, evenly spaced")
     parser.add_argument("--num_timesteps", type=int, default=64, help="at which the moments are estimated")
     parser.add_argument("--batch_size", type=int, default=64, help="images per call of the network")
@@ -38,12 +39,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def training_images(args: argparse.Namespace, channels: int, size: Size) -> torch.Tensor:
     """Load `num_images` images, evenly spaced in the data set and cropped at the centre: [N, C, H, W] in [-1, 1]."""
-    config = DataConfig(dataset_name=args.dataset_name, train_data_dir=args.train_data_dir)
+    names = ("dataset_name", "train_data_dir", "value_range")
+    config = DataConfig(**{name: getattr(args, name) for name in names})
     images = load_data(config, channels, size).images
     if args.num_images > len(images):
         raise ValueError(f"--num_images {args.num_images}: from 1 to {len(images)} are allowed, as many as there are.")
     chosen = [images[index * len(images) // args.num_images] for index in range(args.num_images)]
-    return torch.stack([center_crop(image, size) for image in chosen]).float() / 127.5 - 1
+    stacked = torch.stack([center_crop(image, size) for image in chosen])
+    return stacked if stacked.is_floating_point() else stacked.float() / 127.5 - 1
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

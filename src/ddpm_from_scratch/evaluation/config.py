@@ -57,6 +57,7 @@ class EvaluationConfig:
     split: str | None = knob(None, "as for `ddpm train`")
     image_column: str | None = knob(None, "as for `ddpm train`")
     background: str = knob(BACKGROUND, "as for `ddpm train`")
+    value_range: Sequence[float] | None = knob(None, "as for `ddpm train`")
     streaming: bool = knob(False, "as for `ddpm train`")
     test_set: str | None = knob(
         None, "held-out images, like --dataset_name; default: the embedded ones, for the embedded data"
@@ -105,7 +106,7 @@ class EvaluationConfig:
         """The training images, with their classes if generated images are to be classified."""
         names = (
             *("dataset_name", "dataset_config_name", "dataset_revision", "train_data_dir", "split", "streaming"),
-            *("image_column", "background"),
+            *("image_column", "background", "value_range"),
         )
         return DataConfig(**{name: getattr(self, name) for name in names}, **self.judged)
 
@@ -181,6 +182,8 @@ def parse(arguments: Sequence[str]) -> EvaluationConfig:
             options["action"] = argparse.BooleanOptionalAction
         elif field.name in SEVERAL:
             options |= {"type": int, "nargs": "+"}
+        elif field.name == "value_range":
+            options |= {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
         else:
             options |= {"type": kind, "choices": allowed.choices if allowed and allowed.choices else None}
         group.add_argument(f"--{field.name}", **options)

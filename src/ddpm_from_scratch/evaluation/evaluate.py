@@ -44,12 +44,13 @@ def real_images(config: EvaluationConfig, channels: int, size: Size, names: list
     labels = labels_of_array(data, size, names)
     held_out = (None, config.test_split) if config.test_split else config.data.held_out(config.test_set)
     if held_out is None:
-        return RealImages(training, None, facts, labels)
+        return RealImages(training, None, facts, labels, deep=data.value_range is not None)
     name, split = held_out
     tests_config = replace(config.data.of_another_set(name), **config.judged) if name else config.data
     tests = load_data(tests_config, channels, size, split)
     facts["held_out"] = tests.describe(tests_config) | ({"split": config.test_split} if config.test_split else {})
-    return RealImages(training, to_array(tests.images, size), facts, labels, labels_of_array(tests, size, names))
+    tests_labels, deep = labels_of_array(tests, size, names), bool(data.value_range or tests.value_range)
+    return RealImages(training, to_array(tests.images, size), facts, labels, tests_labels, deep)
 
 
 def labels_of_array(data: TrainingData, size: Size, names: list[str]) -> np.ndarray | None:

@@ -235,7 +235,8 @@ def extract(
     | inception | the FID network's, pooled | 2048 | 299 | as TensorFlow 1 did | GitHub, 90 MB; extra `fid` |
 
     Args:
-        images: uint8, [N, H, W] (gray), [N, H, W, 1] (gray) or [N, H, W, 3] (RGB).
+        images: uint8, [N, H, W] (gray), [N, H, W, 1] (gray), [N, H, W, 3] (RGB), or [N, H, W, C] with another number of
+            channels, each of which is taken for a gray image: their features stand side by side, [N, C D].
         extractor: one of these names.
         size: side in pixels of the squares that the network sees, to which images of any shape are stretched; None
             for the one in the table. inception takes no other; efficientnet-lite0, best none below that of the images,
@@ -255,6 +256,10 @@ def extract(
     check_images(images)
     check_whole("batch_size", batch_size)
     size, files, weights = _resolved(extractor, size, model)
+    if images.ndim == 4 and images.shape[3] not in (1, 3):
+        how: dict[str, Any] = {"size": size, "batch_size": batch_size, "device": device, "progress": progress}
+        parts = [extract(images[..., c], extractor, model=model, **how).values for c in range(images.shape[3])]
+        return Features(np.concatenate(parts, axis=1), extractor, size, weights)
     network = _network(extractor, files, weights).to(device)
     if not images.flags.writeable or min(images.strides) < 0:  # which tensors cannot share
         images = images.copy()
@@ -271,7 +276,7 @@ def efficientnet_lite0_features(images: np.ndarray, size: int = EFFICIENTNET_SIZ
 
 
 def check_images(images: np.ndarray) -> None:
-    """Raise ValueError unless images are uint8 [N, H, W] or [N, H, W, 1 or 3], with N >= 1."""
+    """Raise ValueError unless images are uint8 [N, H, W] or [N, H, W, C], with N >= 1."""
     if not isinstance(images, np.ndarray):
         raise ValueError(f"images is a {type(images).__name__}: pass a numpy array, uint8.")
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.size == 0:
@@ -279,8 +284,6 @@ def check_images(images: np.ndarray) -> None:
             f"images of shape {images.shape} and dtype {images.dtype} are not allowed: uint8 [N, H, W] or [N, H, W, C] "
             "with N >= 1 are."
         )
-    if images.ndim == 4 and images.shape[3] not in (1, 3):
-        raise ValueError(f"images have {images.shape[3]} channels; 1 (gray) or 3 (RGB) are allowed.")
 
 
 def _resolved(extractor: str, size: int | None, model: str | Path | None) -> tuple[int, Files, str]:

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
+from ..data.arrays import to_8_bits
 from ..data.images import Images
 from ..data.sizes import Size, center_crop
 from ..data.sources import evenly
@@ -32,17 +33,22 @@ MOST_IMAGES, MOST_BYTES = 100_000, 2**31  # of a real set that are looked at; of
 MOST_HELD_OUT = 2000  # images to which the distances of generated ones to the training set are compared
 ENTRIES = 2**25  # of images in float64, 256 MiB, that are compared at once
 QUANTILE = 0.05
+NO_LEVELS = "the images are not 8-bit, and bits per dimension are those of 8-bit levels"
 
 
 @dataclass(frozen=True)
 class RealImages:
-    """Real images to compare with: uint8 [N, H, W, C], and their classes [N] where a classifier needs them."""
+    """Real images to compare with: uint8 [N, H, W, C], and their classes [N] where a classifier needs them.
+
+    Deep images are rounded to 8 bits here, as generated ones are, but have no bits per dimension.
+    """
 
     training: np.ndarray
     held_out: np.ndarray | None  # None: nobody named any
     facts: dict[str, Any]  # where they are from
     labels: np.ndarray | None = None  # of the training images
     held_out_labels: np.ndarray | None = None
+    deep: bool = False  # whether the files hold other values than 8-bit levels
 
 
 @dataclass(frozen=True)
@@ -110,8 +116,8 @@ def taken(images: Images, size: Size) -> list[int]:
 
 
 def to_array(images: Images, size: Size) -> np.ndarray:
-    """The images of `taken`, cropped at the centre: uint8 [N, H, W, C]."""
-    cropped = [center_crop(images[index], size) for index in taken(images, size)]
+    """The images of `taken`, cropped at the centre: uint8 [N, H, W, C]; deep ones are rounded to 8 bits."""
+    cropped = [to_8_bits(center_crop(images[index], size)) for index in taken(images, size)]
     return torch.stack(cropped).permute(0, 2, 3, 1).numpy()
 
 
@@ -271,6 +277,8 @@ def measure_bound(
     scheduler = bound_scheduler(pipeline)
     if isinstance(scheduler, str):
         return {"left_out": scheduler}
+    if real.deep:
+        return {"left_out": NO_LEVELS}
     if real.held_out is None:
         return {"left_out": "there are no held-out images: name them with --test_set or --test_split"}
     images = real.held_out[evenly(options.num_bound_images, len(real.held_out))]

@@ -46,6 +46,7 @@ ENTRIES = 2**24  # of a matrix of distances that is held at once: 128 MiB
 # Squared distances are ‖x‖² + ‖y‖² - 2 x·y, whose rounding is some 1e-15 of the squared norms. Those that differ by
 # less than this share of the largest squared norm count as equal, so that ties do not hang on it.
 ROUNDING = 1e-12
+WIDE = 2048  # columns, the most of a single network; of images of many channels there are some for each
 
 
 # --- distances of distributions ------------------------------------------------------------------------------------
@@ -132,12 +133,27 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
         ValueError: for other shapes, or values that are not finite.
     """
     a, b = _checked(a, b)
+    if a.shape[1] > WIDE and min(len(a), len(b)) < a.shape[1]:
+        return _frechet_by_rows(a, b)
     covariance_a, covariance_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
     eigenvalues, vectors = np.linalg.eigh(covariance_a)
     root = (vectors * np.sqrt(eigenvalues.clip(min=0))) @ vectors.T
     trace_of_root = np.sqrt(np.linalg.eigvalsh(root @ covariance_b @ root).clip(min=0)).sum()
     distance = np.sum((a.mean(0) - b.mean(0)) ** 2)
     return float(distance + np.trace(covariance_a) + np.trace(covariance_b) - 2 * trace_of_root)
+
+
+def _frechet_by_rows(a: np.ndarray, b: np.ndarray) -> float:
+    """The Fréchet distance without matrices [D, D], for more columns than rows.
+
+    With centred rows A [N, D] and B [M, D], the eigenvalues of C_a C_b are the squared singular values of
+    A Bᵀ / √((N - 1) (M - 1)), so that the trace of its root is their sum.
+    """
+    mean_a, mean_b = a.mean(0), b.mean(0)
+    rows_a, rows_b = (a - mean_a) / np.sqrt(len(a) - 1), (b - mean_b) / np.sqrt(len(b) - 1)
+    trace_of_root = np.linalg.svd(rows_a @ rows_b.T, compute_uv=False).sum()
+    traces = np.square(rows_a).sum() + np.square(rows_b).sum()
+    return float(np.sum((mean_a - mean_b) ** 2) + traces - 2 * trace_of_root)
 
 
 # --- fidelity and diversity apart ----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import yaml
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..diffusion.pipeline import PICTURE_CHANNELS
 from ..diffusion.scheduler import ScratchDDPMScheduler
 from ..diffusion.unet_config import sides
 
@@ -23,7 +24,7 @@ TAGS = ("diffusers", "ddpm", "image-generation", "ddpm-from-scratch")
 GALLERY = {"usage.png": "What the code on this page draws", "samples.png": "Samples, not chosen"}
 SHOWN_LABELS = 8  # in the code of the page
 TINY = 64  # pixels; smaller images are enlarged
-CHANNELS = {1: "grey", 3: "RGB"}
+CHANNELS = {1: "grey", 3: "RGB"}  # in words
 METRICS = {
     "kernel_distance": "Kernel distance",
     "frechet_distance": "Fréchet distance",
@@ -108,9 +109,10 @@ def page_facts(pipeline: DiffusionPipeline, folder: Path, repository: str) -> di
     """The variables of the template, from the model's configuration and the files beside it.
 
     Returns:
-        `repository` and its `name`; of the network: `size` and `channels` (in words), `tiny`, `parameters`,
-        `conditional`, `classes` (in words); of its use: `labels`, code for some of them, `guided`, whether there is a
-        null label, `stock`, whether diffusers' own pipeline runs it, `ddpm`, whether its scheduler is that of DDPM, and
+        `repository` and its `name`; of the network: `size` and `channels` (in words), `pictures`, whether PIL has such,
+        `tiny`, `parameters`, `conditional`, `classes` (in words); of its use: `labels`, code for some of them,
+        `guided`, whether there is a null label,
+        `stock`, whether diffusers' own pipeline runs it, `ddpm`, whether its scheduler is that of DDPM, and
         `num_steps`, T; `scheduler`, its configuration; `training`, `comparison` and `evaluation` from results.json and
         `config` from training_config.yaml, empty if there is none; `measures`, the rows of the evaluation's table;
         `by_class`, the accuracies of its classes in words; `files`, the names of those in the folder.
@@ -131,6 +133,7 @@ def page_facts(pipeline: DiffusionPipeline, folder: Path, repository: str) -> di
         "name": repository.rpartition("/")[2],
         "size": f"{height} × {width}",
         "tiny": max(height, width) < TINY and height == width,  # diffusers' grid enlarges to squares
+        "pictures": network["in_channels"] in PICTURE_CHANNELS,
         "channels": CHANNELS.get(network["in_channels"], f"{network['in_channels']}-channel"),
         "parameters": pipeline.unet.num_parameters(),
         "conditional": count > 0,

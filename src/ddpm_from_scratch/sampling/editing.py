@@ -15,10 +15,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from ..diffusion.checks import check_choice, check_generator, check_range, check_whole
+from ..diffusion.checks import check_generator, check_range, check_whole
 from ..diffusion.gaussian import Generators
 from ..diffusion.guidance import Condition, Guidance, null_label
-from ..diffusion.pipeline import OUTPUT_TYPES, ScratchDDPMPipeline, ScratchDDPMPipelineOutput
+from ..diffusion.pipeline import ScratchDDPMPipeline, ScratchDDPMPipelineOutput
 from ..diffusion.scheduler import Prediction, ScratchDDPMScheduler
 from ..diffusion.scheduler_config import make_alpha_bar
 from ..diffusion.stock import altered
@@ -76,13 +76,15 @@ def image_tensor(name: str, image: Any, channels: int, size: tuple[int, int]) ->
 
 def _array(name: str, image: Image.Image, channels: int) -> np.ndarray:
     """Convert a PIL image to a uint8 array [H, W, C]; ValueError for a mode that does not fit."""
-    allowed = {1: ("L", "1"), 3: ("L", "1", "RGB")}.get(channels, ())
+    allowed = {1: ("L", "1"), 3: ("L", "1", "RGB"), 4: ("L", "1", "RGB", "RGBA")}.get(channels, ())
     if image.mode not in allowed:
         raise ValueError(
             f"{name} is of mode {image.mode}; {channels} channels are made of {' or '.join(allowed) or 'no mode'}: "
             "convert it first."
         )
-    return np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(image.height, image.width, channels)
+    return np.asarray(image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])).reshape(
+        image.height, image.width, channels
+    )
 
 
 class _EditingPipeline(ScratchDDPMPipeline):
@@ -144,7 +146,7 @@ class ScratchDDPMImg2ImgPipeline(_EditingPipeline):
             ValueError: for an argument that does not fit, before any work.
         """
         check_range("strength", strength, 0, 1)
-        check_choice("output_type", output_type, OUTPUT_TYPES)
+        self._check_output_type(output_type)
         steps = self._check_steps(num_inference_steps)
         if int(steps * strength) < 1:
             raise ValueError(f"strength={strength!r} of {steps} steps is less than one step: raise one of the two.")
@@ -214,7 +216,7 @@ class ScratchDDPMInpaintPipeline(_EditingPipeline):
             ValueError: for an argument that does not fit, before any work.
         """
         scheduler = self._own_scheduler()
-        check_choice("output_type", output_type, OUTPUT_TYPES)
+        self._check_output_type(output_type)
         check_whole("jump_length", jump_length)
         check_whole("jump_n_sample", jump_n_sample)
         paper = min(250, self.scheduler.config.num_train_timesteps)
@@ -292,7 +294,7 @@ class ScratchDDPMInterpolationPipeline(_EditingPipeline):
         Raises:
             ValueError: for an argument that does not fit, before any work.
         """
-        check_choice("output_type", output_type, OUTPUT_TYPES)
+        self._check_output_type(output_type)
         check_whole("num_frames", num_frames, 2)
         check_whole("num_iterations", num_iterations)
         ends = {"image": self._images("image", image), "other_image": self._images("other_image", other_image)}
@@ -339,7 +341,7 @@ class ScratchDDPMInterpolationPipeline(_EditingPipeline):
         Raises:
             ValueError: for an argument that does not fit.
         """
-        check_choice("output_type", output_type, OUTPUT_TYPES)
+        self._check_output_type(output_type)
         shape = self._check_shape(1)[1:]
         if not isinstance(noise, Tensor) or noise.ndim != 4 or tuple(noise.shape[1:]) != shape:
             raise ValueError(f"noise must be a tensor [B, {', '.join(map(str, shape))}], such as `invert` returns.")

@@ -5,11 +5,10 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-from diffusers.utils import make_image_grid
 from PIL import Image
 
 from ..diffusion.checks import check_choice, check_whole
-from ..diffusion.pipeline import Frame
+from ..diffusion.pipeline import PICTURE_CHANNELS, Frame
 
 FRAME_PARTS = ("sample", "pred_original_sample")
 TINY = 64  # pixels; smaller images are enlarged so that a grid can be looked at
@@ -26,13 +25,16 @@ def image_grid(images: Sequence[Image.Image], columns: int | None = None, scale:
     first = images[0]
     columns = columns or math.ceil(math.sqrt(len(images) * first.height / first.width))
     rows, scale = math.ceil(len(images) / columns), scale or (2 if max(first.size) < TINY else 1)
-    blank = [Image.new(first.mode, first.size)] * (rows * columns - len(images))
-    grid = make_image_grid([*images, *blank], rows, columns).convert(first.mode)
+    grid = Image.new(first.mode, (columns * first.width, rows * first.height))  # diffusers' own has no transparency
+    for number, image in enumerate(images):
+        grid.paste(image, (number % columns * first.width, number // columns * first.height))
     return grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
 
 
 def to_pil(images: np.ndarray) -> list[Image.Image]:
-    """Convert images, uint8 [N, H, W, 1 or 3], to PIL images."""
+    """Convert images, uint8 [N, H, W, C], to pictures: gray, RGB or RGBA; other channels all side by side in gray."""
+    if images.shape[3] not in PICTURE_CHANNELS:
+        return [Image.fromarray(np.concatenate(np.moveaxis(image, -1, 0), axis=1)) for image in images]
     return [Image.fromarray(image[..., 0] if image.shape[2] == 1 else image) for image in images]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -16,7 +17,7 @@ from ..runtime.atomic_files import replace_file
 from ..runtime.devices import PRECISIONS, prepare_cpu, resolve_precision
 from ..runtime.random_streams import generator
 from .models import load_pipeline
-from .previews import image_grid
+from .previews import image_grid, to_pil
 from .samplers import SAMPLERS
 
 SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".bmp")
@@ -60,7 +61,9 @@ def draw(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list[Image.Im
         if labels:
             options["class_labels"] = [labels[number % len(labels)] for number in numbers]
             options["guidance_scale"] = args.guidance_scale
-        images += pipeline(generator=[generator(args.seed, "sample", number) for number in numbers], **options).images
+        generators = [generator(args.seed, "sample", number) for number in numbers]
+        drawn = np.asarray(pipeline(generator=generators, output_type="np", **options).images)
+        images += to_pil((drawn * 255).round().astype(np.uint8))
     return images
 
 
@@ -77,6 +80,8 @@ def main(arguments: Sequence[str]) -> None:
     pipeline = load_pipeline(args.model, dtype=dtype, revision=args.revision, trust_remote_code=args.trust_remote_code)
     if args.class_labels and not isinstance(pipeline, ScratchDDPMPipeline):
         raise ValueError(f"--class_labels: {type(pipeline).__name__} is drawn from without classes.")
+    if pipeline.unet.config.in_channels == 4 and args.out.suffix.lower() in (".jpg", ".jpeg"):
+        raise ValueError(f"--out {args.out}: JPEG has no transparency, which this model draws: take .png or .webp.")
     pipeline.scheduler = SAMPLERS[args.scheduler](pipeline.scheduler)
     image_grid(draw(pipeline.to(device), args)).save(
         file := io.BytesIO(), Image.registered_extensions()[args.out.suffix.lower()]

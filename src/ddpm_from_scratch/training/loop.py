@@ -123,8 +123,8 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
-    """Uint8 0 .. 255 to float32 in [-1, 1]."""
-    return pixels.float() / 127.5 - 1
+    """Uint8 0 .. 255 to float32 in [-1, 1], in which deep images are already."""
+    return pixels if pixels.is_floating_point() else pixels.float() / 127.5 - 1
 
 
 def advance(run: Run, passes: Iterator[Pass]) -> Tensor:

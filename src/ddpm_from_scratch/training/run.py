@@ -135,6 +135,8 @@ class Run:
             same.append("skip_bad_images")
         if config.background != BACKGROUND:
             same.append("background")
+        if config.value_range is not None:
+            same.append("value_range")
         if config.streaming:
             same += ["streaming", "shuffle_window_mb"]
         if config.loss != "simple":  # the bound is that of a variance

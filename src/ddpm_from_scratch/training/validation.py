@@ -1,5 +1,6 @@
 """The small evaluation in the course of a training run, and the best model so far."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,15 @@ import torch
 from ..data.dataset import TrainingData, load_data
 from ..evaluation.features import Features, extract
 from ..evaluation.likelihood import bits_per_dim
-from ..evaluation.measures import to_array
+from ..evaluation.measures import NO_LEVELS, to_array
 from ..evaluation.metrics import kernel_distance_with_error
 from ..runtime.atomic_files import begin_folder, finish_folder
 from ..runtime.results import write_json
 from ..sampling.generate import SampleSpec, generate
 from .config import TrainingConfig
 from .run import Run
+
+logger = logging.getLogger("train")
 
 BEST = "best"  # folder of the best model, inside output_dir
 NUM_BOUND_IMAGES = 32
@@ -27,7 +30,7 @@ class ValidationSet:
     """Real images that the network is measured against, the same at every evaluation."""
 
     reference: Features  # of as many training images as are generated
-    held_out: torch.Tensor | None  # uint8 [N, C, H, W]; None: nobody named any
+    held_out: torch.Tensor | None  # uint8 [N, C, H, W]; None: nobody named any, or they are not 8-bit
 
 
 def build_validation_set(config: TrainingConfig, data: TrainingData) -> ValidationSet:
@@ -46,6 +49,9 @@ def build_validation_set(config: TrainingConfig, data: TrainingData) -> Validati
         return ValidationSet(reference, None)
     name, split = held_out
     tests = load_data(config.of_another_set(name), data.channels, data.size, split)
+    if data.value_range or tests.value_range:
+        logger.warning("the bound of the held-out images is left out: %s", NO_LEVELS)
+        return ValidationSet(reference, None)
     some = [tests.images[index] for index in tests.evenly(NUM_BOUND_IMAGES)]
     return ValidationSet(reference, torch.from_numpy(to_array(some, data.size)).permute(0, 3, 1, 2).contiguous())
 
