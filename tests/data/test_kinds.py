@@ -89,6 +89,8 @@ def matches(images, expected, tolerance=2):
         expected = [seen @ [[0.299], [0.587], [0.114]] for seen in expected]
     assert len(images) == len(expected)
     arrays = images.permute(0, 2, 3, 1).double().numpy()
+    if images.is_floating_point():  # deep images are in [-1, 1]
+        arrays = (arrays + 1) * 127.5
     distances = np.array([[np.abs(array - seen).max() for array in arrays] for seen in expected])
     nearest = distances.argmin(1)
     return sorted(nearest) == [*range(len(arrays))] and distances.min(1).max() <= tolerance
@@ -101,7 +103,7 @@ def test_pictures_are_trained_on_as_they_look(tmp_path, kind, container):
         pytest.skip(f"PIL without {picture.suffix}")
     files = [(f"{seed}{picture.suffix}", picture.write(seed)) for seed in range(COUNT)]
     (tmp_path / "in").mkdir()
-    config = configuration(CONTAINERS[container](tmp_path / "in", files), tmp_path)
+    config = configuration(CONTAINERS[container](tmp_path / "in", files), tmp_path, **picture.options)
     if picture.refused:
         with pytest.raises(ValueError, match=picture.refused) as error:
             two_steps(config)

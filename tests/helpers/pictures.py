@@ -2,15 +2,14 @@
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 from PIL import Image
 
 SIZE = 8
-DEEP = "has more than 8 bits per channel .*: convert it to 8 bits"
-NO_IMAGES = r"holds no images, but 3 {}: images are files such as \.png"
+RANGE = r"say with --value_range LOW HIGH which values become -1 and 1"
 
 # --- how a picture looks, by PIL's plain conversions and numpy -------------------------------------------------------
 
@@ -120,7 +119,10 @@ class Picture:
     channels: int = 3
     seen: Callable[[bytes], np.ndarray] = as_seen
     refused: str | None = None
+    options: dict[str, object] = field(default_factory=dict)  # of the configuration
 
+
+EIGHT_BITS = {"value_range": [0.0, 255.0]}
 
 PICTURES = {
     **{f"PNG {mode}": Picture(".png", partial(saved, "PNG", mode), 1) for mode in ("1", "L", "LA")},
@@ -130,7 +132,7 @@ PICTURES = {
     "PNG L with a transparent gray": Picture(".png", partial(saved, "PNG", "L", transparency=9), 1),
     "PNG P of grays": Picture(".png", gray_palette, 1),
     "PNG of frames": Picture(".png", partial(animated, "PNG")),
-    "PNG I;16": Picture(".png", partial(deep, "PNG"), 1, partial(in_eight_bits, 65535), DEEP),
+    "PNG I;16": Picture(".png", partial(deep, "PNG"), 1, partial(in_eight_bits, 65535)),
     "JPEG L": Picture(".jpg", partial(saved, "JPEG", "L"), 1),
     "JPEG RGB": Picture(".jpeg", partial(saved, "JPEG", "RGB")),
     "JPEG YCbCr": Picture(".JPG", partial(saved, "JPEG", "YCbCr")),
@@ -150,9 +152,10 @@ PICTURES = {
     "TIFF compressed": Picture(".tif", partial(saved, "TIFF", "RGB", compression="tiff_lzw")),
     "TIFF of YCbCr by JPEG": Picture(".tif", partial(saved, "TIFF", "RGB", compression="jpeg")),
     "TIFF of pages": Picture(".tif", partial(animated, "TIFF")),
-    "TIFF I;16": Picture(".tif", partial(deep, "TIFF"), 1, partial(in_eight_bits, 65535), DEEP),
-    "TIFF I": Picture(".tif", partial(of_numbers, "I"), 1, partial(in_eight_bits, 255), DEEP),
-    "TIFF F": Picture(".tif", partial(of_numbers, "F"), 1, partial(in_eight_bits, 255), DEEP),
+    "TIFF I;16": Picture(".tif", partial(deep, "TIFF"), 1, partial(in_eight_bits, 65535)),
+    "TIFF I": Picture(".tif", partial(of_numbers, "I"), 1, partial(in_eight_bits, 255), options=EIGHT_BITS),
+    "TIFF F": Picture(".tif", partial(of_numbers, "F"), 1, partial(in_eight_bits, 255), options=EIGHT_BITS),
+    "TIFF F beyond its range": Picture(".tif", partial(of_numbers, "F"), refused=RANGE),
     "GIF": Picture(".gif", partial(saved, "GIF", "P")),
     "GIF animated": Picture(".gif", partial(animated, "GIF")),
     "GIF with a transparent colour": Picture(".gif", partial(saved, "GIF", "P", transparency=3)),
@@ -165,7 +168,7 @@ PICTURES = {
     "ICO": Picture(".ico", icon),
     "JPEG 2000": Picture(".jp2", partial(saved, "JPEG2000", "RGB", irreversible=False)),
     "PCX": Picture(".pcx", partial(saved, "PCX", "RGB")),
-    "NPY gray": Picture(".npy", lambda seed: npy(seed, SIZE, SIZE), 1, as_array, NO_IMAGES.format(r"\.npy")),
-    "NPY colours": Picture(".npy", lambda seed: npy(seed, SIZE, SIZE, 3), 3, as_array, NO_IMAGES.format(r"\.npy")),
+    "NPY gray": Picture(".npy", lambda seed: npy(seed, SIZE, SIZE), 1, as_array),
+    "NPY colours": Picture(".npy", lambda seed: npy(seed, SIZE, SIZE, 3), 3, as_array),
 }
 NEEDS = {".avif": "avif", ".jp2": "jpg_2000"}  # what PIL may come without

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..data.arrays import to_8_bits
 from ..data.dataset import ImageStream
 from ..evaluation.figures import LOSS_LABELS, plot_losses
 from ..runtime.atomic_files import replace_file, replacing_files
@@ -54,7 +55,7 @@ def data_grid(run: Run) -> Image.Image:
     stream = ImageStream(
         run.data, config.seed, config.center_crop, config.random_flip, skip_bad_images=config.skip_bad_images
     )
-    images = [stream[position] for position in range(min(SHOWN_IMAGES, len(run.data.images)))]
+    images = [to_8_bits(stream[position]) for position in range(min(SHOWN_IMAGES, len(run.data.images)))]
     return image_grid(to_pil(torch.stack(images).permute(0, 2, 3, 1).numpy()))
 
 
