@@ -10,6 +10,9 @@ ARGS ?=
 # For evaluate and demo: a model's folder or Hub name.
 MODEL ?= outputs/ddpm-fashion-mnist-quick
 
+# Threads that spin while they wait hold up whatever else the machine does, and each other.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --constraint $(CONSTRAINTS)
 

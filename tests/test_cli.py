@@ -1,6 +1,7 @@
 """The command `ddpm`: its commands, the launcher's flags, and the processes that it starts."""
 
 import importlib
+import os
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import torch
 import ddpm_from_scratch
 from ddpm_from_scratch import cli
 from ddpm_from_scratch.runtime.errors import CannotSave
+from helpers.paths import ROOT
 
 
 def test_help_lists_every_command(capsys):
@@ -27,6 +29,32 @@ def test_help_waits_for_nothing():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "ddpm_from_scratch.cli" in done.stdout.split()
     assert not {"torch", "diffusers", "numpy"} & set(done.stdout.split())
+
+
+SEES = """
+import os, sys
+
+class Sees:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            print("policy", os.environ.get("OMP_WAIT_POLICY"))
+
+sys.meta_path.insert(0, Sees())
+"""
+STARTS = {"ddpm": "from ddpm_from_scratch import cli; cli.main(['sample', 'nothing'])", "train.py": "import train"}
+
+
+@pytest.mark.parametrize("user", [None, "ACTIVE"])
+@pytest.mark.parametrize("start", STARTS)
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(start, user):
+    """libgomp reads the variable when torch is loaded."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": user} if user else {}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "training")])
+    command = [sys.executable, "-c", SEES + STARTS[start]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert f"policy {user or 'PASSIVE'}" in done.stdout
 
 
 def test_public_names_are_imported_on_first_use():

@@ -4,9 +4,13 @@
 """
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+# Read when torch is loaded: threads that spin while they wait hold up whatever else the machine does, and each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from ddpm_from_scratch.runtime.errors import Fault, refusing
 from ddpm_from_scratch.training.arguments import parse

@@ -298,3 +298,31 @@ def test_the_page_and_the_demo_say_their_shape(trained, tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     assert "grey images of 16 × 8 pixels" in drawing.describe(pipeline)
     assert drawing.fitted(pipeline, picture("RGB", (50, 50))).size == drawing.example(pipeline).size == (WIDTH, HEIGHT)
+
+
+@pytest.mark.parametrize(
+    ("found", "target", "words"),
+    [
+        ({(64, 64)}, (64, 64), None),
+        ({(128, 128)}, (64, 64), "are 128 pixels large (height x width); they are resized to cover 64x64"),
+        (
+            {(100, 200)},
+            (50, 50),
+            (
+                "100x200 pixels large (height x width); they are resized to cover 50x50, cropped: of the "
+                "longest, 50% is cut off"
+            ),
+        ),
+        (
+            {(32, 32), (64, 64), (64, 96)},
+            (64, 64),
+            (
+                "from 32 to 64x96 pixels large (height x width); they are resized to "
+                "cover 64x64, cropped: of the longest, 33% is cut off, enlarged where they are smaller: 1 of 3 sizes met"
+            ),
+        ),
+    ],
+)
+def test_what_becomes_of_the_images_is_said(found, target, words):
+    said = sizes.describe_fit(found, target)
+    assert said is None if words is None else said.endswith(words)

@@ -19,7 +19,7 @@ from .arrays import ValueRange, range_of
 from .config import EMBEDDED_DATA, DataConfig
 from .images import REMEDY, DecodedOnDemand, Form, Images, Survey, check_bad_images, decode_all, survey
 from .labels import Labels, labels_of
-from .sizes import Size, as_size, resolution_of
+from .sizes import Size, as_size, describe_fit, resolution_of
 from .sources import MIB, StreamedRows, evenly, open_source
 
 IN_MEMORY_BYTES = 2**30  # sets that decode to less are decoded once
@@ -144,7 +144,9 @@ def choose_form(config: DataConfig, seen: Survey, channels: int | None, size: in
 
 
 def log_remarks(seen: Survey, looked_at: int, form: Form) -> None:
-    """Say of which images not everything is trained on."""
+    """Say what becomes of the images, and of which not everything is trained on."""
+    if (fit := describe_fit(seen.sizes, form.size)) is not None:
+        logger.info("%s", fit)
     if seen.transparent and form.channels != 4:
         logger.info(
             "%d of %d images looked at have transparent parts, which become %s (--background)",

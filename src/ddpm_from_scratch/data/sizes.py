@@ -1,7 +1,7 @@
 """Sizes of images, (height, width) in pixels everywhere; and crops of one size."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from PIL import Image
 from torch import Tensor
@@ -53,6 +53,23 @@ def size_that_covers(image: Size, target: Size) -> Size:
 def scale_that_covers(image: Size, target: Size) -> float:
     """The factor by which `size_that_covers` scales."""
     return max(wanted / side for side, wanted in zip(image, target, strict=True))
+
+
+def describe_fit(found: Collection[Size], target: Size) -> str | None:
+    """What becomes of images of these sizes, in words; None if all have the target's size."""
+    if set(found) == {target}:
+        return None
+    least, most = (resolution_of(size) for size in (min(found), max(found)))
+    words = [f"resized to cover {target[0]}x{target[1]}"]
+    covering = [size_that_covers(size, target) for size in found]
+    cut = 1 - target[0] * target[1] / max(height * width for height, width in covering)
+    if cut > 0:
+        words.append(f"cropped: of the longest, {cut:.0%} is cut off")
+    enlarged = sum(scale_that_covers(size, target) > 1 for size in found)
+    if enlarged:
+        words.append(f"enlarged where they are smaller: {enlarged} of {len(found)} sizes met")
+    between = f"from {least} to {most}" if least != most else f"{most}"
+    return f"the images are {between} pixels large (height x width); they are {', '.join(words)}"
 
 
 def upright_size(image: Image.Image) -> Size:
