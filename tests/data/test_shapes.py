@@ -300,6 +300,10 @@ def test_the_page_and_the_demo_say_their_shape(trained, tmp_path):
     assert drawing.fitted(pipeline, picture("RGB", (50, 50))).size == drawing.example(pipeline).size == (WIDTH, HEIGHT)
 
 
+TOO_LONG = "cropped: of the longest, 50% is cut off"
+SMALLER = "cropped: of the longest, 33% is cut off, enlarged where they are smaller: 1 of 3 sizes met"
+
+
 @pytest.mark.parametrize(
     ("found", "target", "words"),
     [
@@ -308,19 +312,9 @@ def test_the_page_and_the_demo_say_their_shape(trained, tmp_path):
         (
             {(100, 200)},
             (50, 50),
-            (
-                "100x200 pixels large (height x width); they are resized to cover 50x50, cropped: of the "
-                "longest, 50% is cut off"
-            ),
+            f"are 100x200 pixels large (height x width); they are resized to cover 50x50, {TOO_LONG}",
         ),
-        (
-            {(32, 32), (64, 64), (64, 96)},
-            (64, 64),
-            (
-                "from 32 to 64x96 pixels large (height x width); they are resized to "
-                "cover 64x64, cropped: of the longest, 33% is cut off, enlarged where they are smaller: 1 of 3 sizes met"
-            ),
-        ),
+        ({(32, 32), (64, 64), (64, 96)}, (64, 64), f"(height x width); they are resized to cover 64x64, {SMALLER}"),
     ],
 )
 def test_what_becomes_of_the_images_is_said(found, target, words):
