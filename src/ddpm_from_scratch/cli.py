@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 if it is done, 2 if it was asked for something impossible; of `ddpm train`, see
         `runtime/errors.py`.
     """
-    # Read when torch is loaded: threads that spin while they wait hold up whatever else the machine does, and each other.
+    # Read when torch is loaded: threads that spin while they wait hold up each other, and all else on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     command = COMMANDS[build_parser().parse_args([name]).command]

@@ -1,6 +1,5 @@
 """Plan of a run, from a few timed steps; nothing is written."""
 
-import statistics
 import time
 from datetime import timedelta
 
@@ -8,11 +7,9 @@ import torch
 
 from ..runtime.devices import device_name
 from ..runtime.results import versions
-from .loop import passes_from, train_step
-from .plan import fix_length, peak_memory, synchronize
+from .loop import advance, passes_from
+from .plan import TIMED_STEPS, fix_length, peak_memory, synchronize, typical
 from .run import Run
-
-TIMED_STEPS = 4
 
 
 def dry_run(run: Run) -> None:
@@ -21,10 +18,11 @@ def dry_run(run: Run) -> None:
     Args:
         run: as built; its weights are changed by the timed steps.
     """
-    progress = run.progress
-    step_seconds = seconds_per_step(run, min(TIMED_STEPS, run.total_steps - progress.step))
-    fix_length(run, step_seconds, progress.seconds)
-    steps_left = run.total_steps - progress.step
+    done = run.progress.step
+    step_seconds = seconds_per_step(run, min(TIMED_STEPS, run.total_steps - done))
+    run.progress.step = done
+    fix_length(run, step_seconds, run.progress.seconds)
+    steps_left = run.total_steps - done
     grids = 1 + (steps_left // run.config.sample_steps if run.config.sample_steps else 0)
     grid_seconds = seconds_per_call(run) * run.config.ddpm_num_inference_steps
     facts = {
@@ -37,6 +35,7 @@ def dry_run(run: Run) -> None:
         "seconds per step": round(step_seconds, 3),
         "images per second": round(run.global_batch_size / step_seconds, 1),
         "time for training": timedelta(seconds=round(step_seconds * steps_left)),
+        **({"time to the first sample grid": first_grid(run, step_seconds)} if grids > 1 else {}),
         "time for sample grids": timedelta(seconds=round(grid_seconds * grids)),
         "peak memory": f"{peak_memory(run.accelerator.device) / 2**30:.2f} GiB",
         "device": device_name(run.accelerator.device),
@@ -50,16 +49,22 @@ def dry_run(run: Run) -> None:
 
 
 def seconds_per_step(run: Run, count: int) -> float:
-    """The median over a few optimiser steps; the first, which sets things up, counts only if it is alone."""
+    """Take some optimiser steps; the seconds of one that nothing disturbs."""
     run.unet.train()
     passes = passes_from(run, run.progress.step)
     seconds = []
-    for step in range(run.progress.step, run.progress.step + count):
+    for _ in range(count):
         start = time.perf_counter()
-        train_step(run, passes, step)
+        advance(run, passes)
         synchronize(run.accelerator.device)
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:] or seconds)
+    return typical(run, seconds)
+
+
+def first_grid(run: Run, step_seconds: float) -> timedelta:
+    """The time of the steps before the first sample grid on the way."""
+    every = run.config.sample_steps or 0
+    return timedelta(seconds=round(step_seconds * (every - run.progress.step % every)))
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ class Stopwatch:
 
 def typical(run: Run, seconds: Sequence[float]) -> float:
     """Seconds of a step that nothing disturbs: the median, the same for all processes."""
-    each = torch.tensor(statistics.median(seconds[SETTLING_STEPS:]), device=run.accelerator.device)
+    each = torch.tensor(statistics.median(seconds[SETTLING_STEPS:] or seconds), device=run.accelerator.device)
     return float(run.accelerator.reduce(each, reduction="mean"))
 
 
