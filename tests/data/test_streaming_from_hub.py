@@ -1,8 +1,10 @@
 """A data set that is streamed from the Hub: real processes, and a stand-in for the Hub."""
 
+import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 from helpers.hub_runs import run
 from helpers.hub_server import Hub
 from helpers.paths import ROOT
-from helpers.runs import TINY, assert_equal, run_main
+from helpers.runs import TINY, assert_equal, encode, picture, run_main
 from helpers.shards import write_shards
 
 STEPS, STOP = 8, 4
@@ -83,3 +85,26 @@ def test_a_private_set_needs_a_token(hub, tmp_path):
     done = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and NAME in done.stderr, done.stderr
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.full
+def test_a_set_of_zips_is_all_its_pictures(hub, tmp_path):
+    for name, seeds in {"first": range(6), "second": range(6, 12)}.items():
+        (tmp_path / "zips").mkdir(exist_ok=True)
+        with zipfile.ZipFile(tmp_path / "zips" / f"{name}.zip", "w") as archive:
+            for seed in seeds:
+                archive.writestr(f"{seed}.png", encode(picture(seed=seed)))
+    run(hub.server, tmp_path, "-c", PUSH.replace(NAME, "user/zips"), tmp_path / "zips", token="hf_user")
+    flags = ("--dataset_name", "user/zips", "--streaming", "false", "--class_conditional", "false")
+    output = tmp_path / "model"
+    run(
+        hub.server,
+        tmp_path,
+        ROOT / "training" / "train.py",
+        hub.preset,
+        "--output_dir",
+        output,
+        *flags,
+        token="hf_user",
+    )
+    assert json.loads((output / "results.json").read_text())["dataset"]["num_images"] == 12
