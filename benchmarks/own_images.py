@@ -158,7 +158,9 @@ def main() -> None:
         folder = args.models_dir / name.replace(" ", "_").replace("'", "")
         facts = folder / "facts.json"
         if not facts.is_file():
-            replace_json(facts, train(args.minutes, folder))
+            replace_json(facts, {"minutes": args.minutes, **train(args.minutes, folder)})
+        if json.loads(facts.read_text(encoding="utf-8"))["minutes"] != args.minutes:
+            raise ValueError(f"{folder} was trained for another time: choose another --models_dir")
         found, images = measure(folder, reference, args)
         results["rows"].append({"name": name, **json.loads(facts.read_text(encoding="utf-8")), **found})
         print(results["rows"][-1], flush=True)

@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,10 +16,12 @@ from ddpm_from_scratch.sampling.checkpoints import read_state
 from ddpm_from_scratch.training import arguments, loop, plan
 from ddpm_from_scratch.training.config import TrainingConfig
 from ddpm_from_scratch.training.optimizer import learning_rate
+from helpers.paths import ROOT
 from helpers.runs import assert_equal, checkpoint_tensors, run_main
 
 EACH = 3.0  # seconds of a step, by the clock of these tests
 BUDGET = ("--max_train_minutes", "1", "--checkpointing_steps", "2")
+SCRIPT = str(ROOT / "training" / "train.py")
 TOTAL = 20  # 12 steps are timed, and what is left of a minute after them is 24 seconds
 
 
@@ -42,8 +46,8 @@ def steps_of(folder):
 
 def test_a_minute_is_as_many_steps_as_it_takes(inputs, tmp_path, pace):
     assert steps_of(run_main(inputs, tmp_path / "model", *BUDGET)) == TOTAL
-    progress = read_state(tmp_path / "model" / "checkpoints" / f"step_{TOTAL:08d}")["progress"]
-    assert progress["total_steps"] == TOTAL and progress["planned_minutes"] == 1
+    progress = progress_of(tmp_path / "model", TOTAL)
+    assert progress["total_steps"] == TOTAL and progress["budget"] == [1, None]
 
 
 def test_never_more_than_max_train_steps(inputs, tmp_path, pace):
@@ -79,8 +83,35 @@ def test_more_minutes_go_on_with_a_run_that_is_done(inputs, tmp_path, pace):
     weights = load_file(done / "unet/diffusion_pytorch_model.safetensors")
     assert steps_of(run_main(inputs, tmp_path / "model", *BUDGET)) == TOTAL
     assert_equal(load_file(done / "unet/diffusion_pytorch_model.safetensors"), weights)
-    more = run_main(inputs, tmp_path / "model", "--max_train_minutes", "3")
-    assert steps_of(more) > TOTAL
+    seconds = progress_of(done, TOTAL)["seconds"]  # that its steps took in truth
+    more = ("--checkpointing_steps", "2", "--max_train_minutes", 1.5 * seconds / 60)
+    assert steps_of(run_main(inputs, tmp_path / "model", *more)) == 1.5 * TOTAL
+    with pytest.raises(ValueError, match="has trained for .* minutes already"):
+        run_main(inputs, tmp_path / "model", "--max_train_minutes", seconds / 60)
+
+
+def test_more_steps_go_on_within_the_budget(inputs, tmp_path, pace):
+    assert steps_of(run_main(inputs, tmp_path / "model", *BUDGET, "--max_train_steps", "15")) == 15
+    assert steps_of(run_main(inputs, tmp_path / "model", *BUDGET, "--max_train_steps", "18")) == 18
+    assert steps_of(run_main(inputs, tmp_path / "model", "--max_train_steps", "22")) == 22  # and no budget
+
+
+def progress_of(folder, step):
+    return read_state(folder / "checkpoints" / f"step_{step:08d}")["progress"]
+
+
+@pytest.mark.full
+def test_two_processes_agree_on_the_length(inputs, tmp_path):
+    """Each has a clock of its own, and one of them writes files before the other waits for it."""
+    flags = ("--max_train_minutes", "0.02", "--checkpointing_steps", "5", "--log_steps", "1")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", SCRIPT, inputs.preset, *flags]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "model")], env=environment, timeout=300, check=False
+    )
+    assert done.returncode == 0
+    steps = steps_of(tmp_path / "model")
+    assert steps >= plan.TIMED_STEPS and progress_of(tmp_path / "model", steps)["total_steps"] == steps
 
 
 def test_flags_for_the_length_replace_that_of_the_preset(inputs, tmp_path):

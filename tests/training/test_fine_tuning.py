@@ -159,3 +159,14 @@ def test_betas_of_a_models_own_are_part_of_the_run(inputs, tmp_path):
     with pytest.raises(ValueError, match="another run"):
         tune(inputs, tmp_path / "tuned", other, *flags)
     assert isinstance(ScratchDDPMPipeline.from_pretrained(tmp_path / "tuned").scheduler, ScratchDDPMScheduler)
+
+
+def test_a_calibration_is_that_of_the_network_as_it_was(inputs, tmp_path, caplog):
+    calibrated = {"x_0_mse": np.linspace(0.01, 1, 1000).tolist(), "optimal_variance": True}
+    pipeline = ScratchDDPMPipeline.from_pretrained(stock_model(tmp_path / "stock"))
+    scheduler = ScratchDDPMScheduler.from_config(pipeline.scheduler.config, **calibrated)
+    ScratchDDPMPipeline(pipeline.unet, scheduler).save_pretrained(tmp_path / "model")
+    assert "x_0_mse" in scheduler_of(tmp_path / "model")
+    tuned = tune(inputs, tmp_path / "tuned", tmp_path / "model")
+    assert not {"x_0_mse", "optimal_variance"} & set(scheduler_of(tuned))
+    assert "run `ddpm calibrate`" in caplog.text

@@ -22,6 +22,7 @@ LEVELS = {  # height x width of the images: pixels of the shorter side at the lo
     (128, 64): (8, 4, 1),
     (7, 7): (7, 1, 1),
     (36, 36): (9, 3, 1),  # 9 is odd
+    (1024, 1024): (16, 7, 1),
 }
 
 
@@ -59,6 +60,11 @@ def test_sizes_that_cannot_be_halved_are_refused_with_the_nearest(size, advice):
     with pytest.raises(ValueError, match=f"--resolution {advice}"):
         suited_network(size, 100, "small")
     suited_network(tuple(map(int, (advice.strip(",").split("x") * 2)[:2])), 100, "small")
+
+
+def test_photographs_of_a_camera_are_refused_with_a_size_that_can_be_trained():
+    with pytest.raises(ValueError, match="--resolution 64 or 128"):
+        suited_network((3000, 4000), 100, "small")
 
 
 def test_the_learning_rate_is_that_of_the_nearest_width():
@@ -104,6 +110,8 @@ def test_the_preset_and_the_data_may_both_be_named(folder):
     assert config.dataset_name == "uoft-cs/cifar10" and config.max_train_minutes == 20
     config, _ = arguments.parse(["--train_data_dir", str(folder)])
     assert config.model is None and config.max_train_minutes == 20
+    config, _ = arguments.parse([str(folder), "--preset", "cifar10"])
+    assert config.dataset_name == str(folder) and config.train_batch_size == 128
     config, _ = arguments.parse([])
     assert config.model["block_out_channels"] == [32, 64, 128] and config.max_train_minutes is None
 
@@ -111,8 +119,9 @@ def test_the_preset_and_the_data_may_both_be_named(folder):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--dataset_name", "x.parquet"), "both name the training data"),
-        (("--train_data_dir", "x"), "both name the training data"),
+        (("--dataset_name", "x.parquet"), "both name the data"),
+        (("--train_data_dir", "x"), "both name the data"),
+        (("cifar10",), "both name the data: give one (ddpm train [preset] [data] ...)"),
         (("--model_size", "bas"), "did you mean 'base'"),
         (("--model_size", "base", "--model.block_out_channels", "[8]"), "leave one of them out"),
     ],
@@ -121,3 +130,33 @@ def test_what_contradicts_itself_is_refused(folder, capsys, flags, message):
     with pytest.raises(SystemExit, match="2"):
         arguments.parse([str(folder), *flags])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("my-phots",),
+            "Nor is it a file or folder of images; a Hub data set without an owner is named by --dataset_name",
+        ),
+        (("cifar10", "--preset", "fashion_mnist"), "cifar10 and --preset both name the preset"),
+        (("cifar10", "fashion_mnist"), "cifar10 and fashion_mnist both name the preset"),
+        (("no/such/*.parquet",), "no file or folder no/such/*.parquet"),
+    ],
+)
+def test_names_of_nothing_and_of_two_presets_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        arguments.parse(words)
+    assert message in capsys.readouterr().err
+
+
+def test_a_preset_wins_over_a_folder_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar10").mkdir()
+    assert arguments.parse(["cifar10"])[0].train_batch_size == 128
+    assert arguments.parse(["./cifar10"])[0].dataset_name == "./cifar10"
+
+
+def test_switches_need_no_value():
+    config, _ = arguments.parse(["--ddpm_clip_sample", "--prediction_type", "v_prediction", "--rescale_betas_zero_snr"])
+    assert config.ddpm_clip_sample is True and config.rescale_betas_zero_snr is True

@@ -36,6 +36,7 @@ FRACTION = Allowed("in [0, 1)", lambda value: 0 <= value < 1)
 # How a flag of a type is read, where not as the type alone: `--use_ema` means true, `--value_range 0 1` is two values.
 FLAGS: dict[Any, dict[str, Any]] = {
     bool: {"type": bool, "nargs": "?", "const": True},
+    bool | None: {"type": bool | None, "nargs": "?", "const": True},
     list[float] | None: {"type": float | None, "nargs": 2, "metavar": ("LOW", "HIGH")},
 }
 

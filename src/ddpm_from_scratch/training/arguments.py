@@ -76,8 +76,10 @@ def preset_names() -> list[str]:
 
 
 def is_preset(name: str) -> bool:
-    """Whether an argument names a preset and not data."""
-    return name.endswith((".yaml", ".yml")) or ("/" not in name and not Path(name).exists())
+    """Whether an argument names a preset and not data: one of the package's, a YAML file, or nothing that is there."""
+    if name in preset_names() or name.endswith((".yaml", ".yml")):
+        return True
+    return not Path(name).expanduser().exists() and not set("/*") & set(name)
 
 
 def find_preset(name: str) -> Path:
@@ -90,7 +92,10 @@ def find_preset(name: str) -> Path:
     shipped = PRESETS / f"{Path(name).name.removesuffix('.yaml')}.yaml"
     if not shipped.is_file():
         names = preset_names()
-        raise FileNotFoundError(f"no preset {name}{suggestion(shipped.stem, names)}; there are {', '.join(names)}")
+        raise FileNotFoundError(
+            f"no preset {name}{suggestion(shipped.stem, names)}; there are {', '.join(names)}. Nor is it a file or "
+            f"folder of images; a Hub data set without an owner is named by --dataset_name"
+        )
     return shipped
 
 
@@ -100,24 +105,30 @@ def flags_in(arguments: Sequence[str]) -> set[str]:
 
 
 def split_preset(argv: Sequence[str]) -> list[str]:
-    """The arguments with the preset and the data, positional or default, as flags in front.
+    """The arguments with the preset and the data, positional or default, as flags.
 
-    Raises FileNotFoundError if there is no such preset; ValueError if data are named twice.
+    Raises FileNotFoundError if there is no such preset; ValueError if presets or data are named twice.
     """
     arguments = list(argv)
     positional: list[str] = []
-    while arguments and not arguments[0].startswith("-") and len(positional) < 2:
+    while arguments and not arguments[0].startswith("-"):
         positional.append(arguments.pop(0))
     flags = flags_in(arguments)
-    named = [positional.pop(0)] if positional and is_preset(positional[0]) else []
-    if positional and flags & {"dataset_name", "train_data_dir"}:
-        raise ValueError(f"{positional[0]} and a flag both name the training data: give one")
+    presets = [positional.pop(0)] if positional and is_preset(positional[0]) else []
+    data_flags = flags & {"dataset_name", "train_data_dir"}
+    check_named_once("preset", [*presets, *(["--preset"] if "preset" in flags else []), *filter(is_preset, positional)])
+    check_named_once("data", [*positional, *(f"--{name}" for name in sorted(data_flags))])
     data = [word for name in positional for word in ("--dataset_name", name)]
     if "preset" in flags:
-        return with_found_preset([*data, *arguments])
-    own_data = data or flags & {"dataset_name", "train_data_dir"}
-    preset = find_preset(named[0] if named else PRESET_OF_OWN_DATA if own_data else DEFAULT_PRESET)
-    return ["--preset", str(preset), *data, *arguments]
+        return [*with_found_preset(arguments), *data]  # what comes later wins
+    default = PRESET_OF_OWN_DATA if data or data_flags else DEFAULT_PRESET
+    return ["--preset", str(find_preset(presets[0] if presets else default)), *arguments, *data]
+
+
+def check_named_once(what: str, names: Sequence[str]) -> None:
+    """Raise ValueError for several names of one thing."""
+    if len(names) > 1 and not (what == "data" and set(names) <= {"--dataset_name", "--train_data_dir"}):
+        raise ValueError(f"{' and '.join(names)} both name the {what}: give one (ddpm train [preset] [data] ...)")
 
 
 def with_found_preset(arguments: list[str]) -> list[str]:
@@ -152,14 +163,14 @@ def choose_length(options: dict[str, Any], flags: set[str]) -> None:
         options.update({name: None for name in LENGTHS[1:] if name not in given})
 
 
-def leave_process_to_model(options: dict[str, Any], flags: set[str], preset: str) -> None:
+def leave_process_to_model(options: dict[str, Any], flags: set[str], presets: Sequence[Path]) -> None:
     """Let a model to fine-tune keep its process and sampler, all but what a flag says of them.
 
     A preset that names the model itself counts as a flag.
     """
     if not brings_scheduler(options["model_config_name_or_path"]):
         return
-    of_preset = set(yaml.safe_load(Path(preset).read_text(encoding="utf-8")) or ())
+    of_preset = {key for preset in presets for key in yaml.safe_load(preset.read_text(encoding="utf-8")) or ()}
     said = flags | of_preset if "model_config_name_or_path" in of_preset - flags else flags
     options.update({name: None for name in (*PROCESS_FLAGS, *SAMPLER_FLAGS) if name not in said})
 
@@ -182,9 +193,9 @@ def parse(argv: Sequence[str] | None = None) -> tuple[TrainingConfig, bool]:
     try:
         options = parser.parse_args(split_preset(arguments)).as_dict()
         dry_run, print_config = options.pop("dry_run"), options.pop("print_config")
-        preset, flags = str(options.pop("preset")[0]), flags_in(arguments)
+        presets, flags = options.pop("preset"), flags_in(arguments)
         choose_length(options, flags)
-        leave_process_to_model(options, flags, preset)
+        leave_process_to_model(options, flags, [Path(str(preset)) for preset in presets])
         config = TrainingConfig(**options)
         if config.model_config_name_or_path is not None:
             if any(argument.startswith("--model.") for argument in arguments):

@@ -33,7 +33,7 @@ class Progress:
     skipped_steps: int = 0  # since their gradients were not finite
     skipped_in_a_row: int = 0  # up to here
     total_steps: int | None = None  # that a budget of time has become
-    planned_minutes: float | None = None  # that budget
+    budget: list[float | None] | None = None  # those minutes, and the most steps that were allowed
     gradient_scaler: dict[str, float] = field(default_factory=dict)  # fp16's loss scale and its counters
 
 

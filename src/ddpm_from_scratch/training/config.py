@@ -273,7 +273,7 @@ def check_model_keys(model: Mapping[str, Any], class_conditional: bool) -> None:
 
 def check_halvings(model: Mapping[str, Any], size: int | Sequence[int] | None) -> None:
     """Both sides of the size are multiples of what the network's levels halve them by."""
-    channels = model.get("block_out_channels", (224, 448, 672, 896))  # UNet2DModel's default
+    channels = model["block_out_channels"]
     if not isinstance(channels, list | tuple) or not channels:
         raise ValueError(f"model.block_out_channels must be a list of channel counts, got {channels!r}")
     factor = halvings(channels)

@@ -19,6 +19,10 @@ def dry_run(run: Run) -> None:
         run: as built; its weights are changed by the timed steps.
     """
     done = run.progress.step
+    if done == run.total_steps:
+        return print(
+            f"the run is done: {done} steps. Give it more (--max_train_steps or --max_train_minutes).", flush=True
+        )
     step_seconds = seconds_per_step(run, min(TIMED_STEPS, run.total_steps - done))
     run.progress.step = done
     fix_length(run, step_seconds, run.progress.seconds)

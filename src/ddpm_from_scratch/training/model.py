@@ -1,6 +1,7 @@
 """The network and the diffusion process that a configuration asks for."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,10 @@ from ..sampling.checkpoints import PROCESS_FLAGS, SAMPLER_FLAGS, is_checkpoint, 
 from .config import TrainingConfig, check_diffusion, check_halvings, check_model_keys, check_objective
 from .network import SIZES, suited_network
 from .objectives import Objective
+
+CALIBRATED = ("optimal_variance", "timestep_choice")  # keys of a scheduler that its calibration serves
+
+logger = logging.getLogger(__name__)
 
 OBJECTIVE_FLAGS = {
     "loss": "loss",
@@ -130,10 +135,12 @@ def load_trained(config: TrainingConfig) -> Trained | None:
     except OSError as error:
         if "use_safetensors=False" not in str(error):
             raise
+        kind = ScratchDDPMPipeline.__name__ if brings_scheduler(name) else ScratchUNet2DModel.__name__
+        place = path if path.is_dir() else name
         raise OSError(
             f"{name} has pickled weights (.bin), which can run code as they are read, and none in safetensors. If you "
-            f'trust them, convert it once: python -c "from ddpm_from_scratch import ScratchDDPMPipeline as P; '
-            f"P.from_pretrained('{name}', use_safetensors=False).save_pretrained('converted')\""
+            f'trust them, convert it once: python -c "from ddpm_from_scratch import {kind} as Model; '
+            f"Model.from_pretrained('{place}', use_safetensors=False).save_pretrained('converted')\""
         ) from error
     if trained.unet.config.num_class_embeds is not None and not config.class_conditional:
         raise ValueError(f"{name} is class-conditional: fine-tune it with --class_conditional")
@@ -142,8 +149,12 @@ def load_trained(config: TrainingConfig) -> Trained | None:
 
 
 def trained_parts(pipeline: ScratchDDPMPipeline) -> Trained:
-    """A pipeline as a model to fine-tune."""
-    scheduler = ScratchDDPMScheduler.from_config(pipeline.scheduler.config)
+    """A pipeline as a model to fine-tune; without a calibration, which is that of the network as it was."""
+    config = dict(pipeline.scheduler.config)
+    if config.pop("x_0_mse", None) is not None:
+        logger.warning("the model's calibration for few steps is left out: run `ddpm calibrate` on the tuned one")
+        config = {key: value for key, value in config.items() if key not in CALIBRATED}
+    scheduler = ScratchDDPMScheduler.from_config(config)
     return Trained(pipeline.unet, scheduler, pipeline.config.id2label)
 
 

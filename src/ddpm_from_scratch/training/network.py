@@ -42,6 +42,7 @@ DROPOUT = ((2_000, 0.2), (10_000, 0.1))  # with fewer images than the first numb
 # Pixels of the shorter side: halve above the first; the lowest level must not be above the second.
 SMALLEST, LARGEST_UNHALVED = 8, 16
 ATTENTION_PIXELS = 16 * 16
+LARGEST = 1024  # pixels of a side: more can hardly be trained
 
 
 def suited_network(size: tuple[int, int], num_images: int, model_size: str) -> dict[str, Any]:
@@ -56,9 +57,9 @@ def suited_network(size: tuple[int, int], num_images: int, model_size: str) -> d
         ValueError: the size cannot be halved often enough.
     """
     sides = [size]
-    while min(sides[-1]) > SMALLEST and not any(side % 2 for side in sides[-1]):
+    while min(sides[-1]) > SMALLEST and not any(side % 2 for side in sides[-1]) and len(sides) < max(MULTIPLIERS):
         sides.append((sides[-1][0] // 2, sides[-1][1] // 2))
-    if min(sides[-1]) > LARGEST_UNHALVED or len(sides) > len(MULTIPLIERS):
+    if min(sides[-1]) > LARGEST_UNHALVED:
         raise ValueError(unsuited(size))
     word = SIZES[model_size]
     attends = [height * width <= ATTENTION_PIXELS for height, width in sides]
@@ -80,7 +81,9 @@ def unsuited(size: tuple[int, int]) -> str:
         factor *= 2
     nearest = [max(1, round(side / factor)) * factor for side in size]
     words = str(nearest[0]) if nearest[0] == nearest[1] else "x".join(map(str, nearest))
+    if max(size) > LARGEST:
+        words = "64 or 128, for instance"
     return (
-        f"images of {size[0]}x{size[1]} pixels cannot be halved down to {LARGEST_UNHALVED} pixels or fewer: choose "
-        f"--resolution {words}, or describe a network under `model:`"
+        f"a network of at most {max(MULTIPLIERS)} levels cannot halve images of {size[0]}x{size[1]} pixels down to "
+        f"{LARGEST_UNHALVED} pixels or fewer: choose --resolution {words}, or describe a network under `model:`"
     )

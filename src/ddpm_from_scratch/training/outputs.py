@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..data.arrays import to_8_bits
 from ..data.dataset import ImageStream
+from ..evaluation.config import LEAST_IMAGES
 from ..evaluation.figures import LOSS_LABELS, plot_losses
 from ..runtime.atomic_files import replace_file, replacing_files
 from ..runtime.errors import Diverged, Stopped, saving
@@ -26,11 +27,7 @@ from .run import Run, results
 
 SHOWN_IMAGES = 64  # of the training images, in data.png
 FEW_IMAGES = 1000  # fewer are learned by heart
-IMAGE_TRACKERS = (
-    "wandb",
-    "clearml",
-    "swanlab",
-)  # of accelerate's, beside tensorboard: those that take lists of pictures
+IMAGE_TRACKERS = ("wandb", "swanlab")  # those of accelerate, beside tensorboard, that take lists of pictures
 
 logger = logging.getLogger("train")
 
@@ -45,7 +42,7 @@ def start_output(run: Run, config: TrainingConfig) -> None:
             save_picture(data_grid(run), folder / "data.png")
             log_start(run)
     # Trackers take plain values; a list, a mapping or None becomes text.
-    plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in config.to_dict().items()}
+    plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in run.config.to_dict().items()}
     run.accelerator.init_trackers("ddpm", config=plain)
 
 
@@ -75,9 +72,11 @@ def log_start(run: Run) -> None:
     )
     if count < FEW_IMAGES:
         logger.warning(
-            "%d images are few: a long run learns them by heart. `ddpm evaluate` shows the nearest training image of "
-            "each sample (neighbors.png); fine-tuning a model (--model_config_name_or_path) needs fewer images",
+            "%d images are few: a long run learns them by heart. `ddpm evaluate --num_images %d` shows the nearest "
+            "training image of each sample (neighbors.png); fine-tuning a model (--model_config_name_or_path) needs "
+            "fewer images",
             count,
+            max(LEAST_IMAGES, count // 2),
         )
 
 

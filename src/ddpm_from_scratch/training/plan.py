@@ -6,10 +6,13 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import broadcast_object_list
 
-from .run import Run
+if TYPE_CHECKING:
+    from .run import Run
 
 logger = logging.getLogger("train")
 
@@ -20,7 +23,7 @@ RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in the unit of ru_ma
 class Stopwatch:
     """The seconds of a run's first steps, from which its plan follows."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: "Run") -> None:
         self.run = run
         self.seconds: list[float] = []
         self.start = time.perf_counter()
@@ -39,24 +42,50 @@ class Stopwatch:
             tell_plan(self.run, each)
 
 
-def typical(run: Run, seconds: Sequence[float]) -> float:
+def typical(run: "Run", seconds: Sequence[float]) -> float:
     """Seconds of a step that nothing disturbs: the median, the same for all processes."""
     each = torch.tensor(statistics.median(seconds[SETTLING_STEPS:] or seconds), device=run.accelerator.device)
     return float(run.accelerator.reduce(each, reduction="mean"))
 
 
-def fix_length(run: Run, step_seconds: float, spent: float) -> None:
+def budget_of(run: "Run") -> list[float | None]:
+    """The budget of time and the most steps, from which the length of a run follows."""
+    return [run.config.max_train_minutes, run.config.max_train_steps]
+
+
+def fix_length(run: "Run", step_seconds: float, spent: float) -> None:
     """Turn a budget of time, if there is one, into a number of steps, which is part of the run from now on."""
-    budget, progress = run.config.max_train_minutes, run.progress
-    if budget is None or progress.total_steps is not None:
+    minutes, progress = run.config.max_train_minutes, run.progress
+    if minutes is None or progress.total_steps is not None:
         return
-    left = max(0.0, 60 * budget - max(spent, progress.seconds))
+    left = max(0.0, 60 * minutes - max(spent, progress.seconds))
     most = run.total_steps  # as long as it is not fixed
-    progress.total_steps = min(most, progress.step + round(left / step_seconds))
-    progress.planned_minutes = budget
+    # One process decides: each has a clock of its own.
+    total = broadcast_object_list([min(most, progress.step + round(left / step_seconds))])
+    progress.total_steps, progress.budget = total[0], budget_of(run)
 
 
-def tell_plan(run: Run, step_seconds: float) -> None:
+def renew_length(run: "Run") -> None:
+    """Give a run that goes on the length that its budget says now, at the speed that it has had so far.
+
+    Raises ValueError if it has trained for longer already.
+    """
+    minutes, progress = run.config.max_train_minutes, run.progress
+    if progress.budget == budget_of(run) or (minutes is None and progress.total_steps is None):
+        return
+    progress.total_steps, progress.budget = None, None
+    if minutes is None or progress.step < TIMED_STEPS:
+        return
+    if progress.seconds >= 60 * minutes:
+        raise ValueError(
+            f"this run has trained for {progress.seconds / 60:.1f} minutes already, and max_train_minutes is "
+            f"{minutes:g}: give it more, or start anew in another --output_dir"
+        )
+    steps = round(60 * minutes * progress.step / progress.seconds)
+    progress.total_steps, progress.budget = min(run.total_steps, steps), budget_of(run)
+
+
+def tell_plan(run: "Run", step_seconds: float) -> None:
     """Log how fast the run is, what it will see, and when to expect pictures."""
     if not run.accelerator.is_main_process:
         return

@@ -53,6 +53,7 @@ from .model import (
 )
 from .objectives import TIMESTEP_SAMPLERS, LossAwareSampler, Objective, UniformSampler
 from .optimizer import EMA, build_optimizer, in_optimizer_steps, learning_rate
+from .plan import renew_length
 
 # What `accelerate launch` sets for each.
 SPLITTING_ENGINES = {
@@ -272,8 +273,7 @@ def load(run: Run, checkpoint: Path) -> None:
     older = {name: getattr(TrainingConfig(), name) for name in (*OBJECTIVE_FLAGS, "timestep_sampling")}
     check_same_run({**older, **state["identity"]}, run.identity())  # version 0.1.0 had no other objective
     run.progress = Progress(**state["progress"])
-    if run.progress.planned_minutes != run.config.max_train_minutes:  # a new budget, or none: another length
-        run.progress.total_steps = run.progress.planned_minutes = None
+    renew_length(run)
     if run.progress.step > run.total_steps:
         raise ValueError(f"{checkpoint} has done {run.progress.step} steps, the run has {run.total_steps}")
     run.guard.go_on(run.progress.skipped_steps, run.progress.skipped_in_a_row)

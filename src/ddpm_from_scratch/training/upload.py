@@ -58,7 +58,7 @@ class Upload:
             TEMPLATE,
             license=self.config.hub_license,
             datasets=hub_datasets(self.config.to_dict()),
-            unfinished=(run.progress.step, run.total_steps),
+            unfinished=(run.progress.step, run.known_steps or run.progress.step),
         )
         page.save(stage / "README.md")
 
