@@ -86,7 +86,7 @@ def test_more_minutes_go_on_with_a_run_that_is_done(inputs, tmp_path, pace):
     seconds = progress_of(done, TOTAL)["seconds"]  # that its steps took in truth
     more = ("--checkpointing_steps", "2", "--max_train_minutes", 1.5 * seconds / 60)
     assert steps_of(run_main(inputs, tmp_path / "model", *more)) == 1.5 * TOTAL
-    with pytest.raises(ValueError, match="has trained for .* minutes already"):
+    with pytest.raises(ValueError, match=r"has trained for .* minutes already"):
         run_main(inputs, tmp_path / "model", "--max_train_minutes", seconds / 60)
 
 
