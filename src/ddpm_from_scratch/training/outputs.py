@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -142,6 +143,12 @@ def finish(run: Run) -> None:
         write_json(results(run), unfinished / "results.json")
     for picture in ("neighbors.png", "bound.png"):  # of an evaluation of the model that was here before
         (folder / picture).unlink(missing_ok=True)
+    name = shlex.quote(str(folder))
+    more = "--max_train_minutes" if run.config.max_train_minutes else "--max_train_steps"
+    logger.info(
+        f"next: ddpm sample {name} | ddpm evaluate {name} | ddpm publish {name}; the same command with a higher {more} "
+        "goes on with this run"
+    )
 
 
 def log_to_stderr() -> None:
