@@ -12,6 +12,8 @@ from pathlib import Path
 # Read when torch is loaded: threads that spin while they wait hold up whatever else the machine does, and each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from tqdm.contrib.logging import logging_redirect_tqdm
+
 from ddpm_from_scratch.runtime.errors import Fault, refusing
 from ddpm_from_scratch.training.arguments import parse
 from ddpm_from_scratch.training.dry_run import dry_run
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         validation_set = build_validation_set(config, run.data) if config.eval_steps else None
         upload = Upload(config) if config.push_to_hub and run.accelerator.is_main_process else None
         start_output(run, config)
-    with StopSignals() as signals, leaving_together(run):
+    with StopSignals() as signals, leaving_together(run), logging_redirect_tqdm():
         train(run, validation_set, upload, signals)  # Algorithm 1
         finish(run)  # the model folder: network, samples, loss curve, results
     run.accelerator.end_training()
