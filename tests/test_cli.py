@@ -37,8 +37,8 @@ import os, sys
 class Sees:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
-            sys.meta_path.remove(self)
-            print("policy", os.environ.get("OMP_WAIT_POLICY"))
+            print("policy", os.environ.get("OMP_WAIT_POLICY"), flush=True)
+            os._exit(0)  # the rest takes seconds
 
 sys.meta_path.insert(0, Sees())
 """
