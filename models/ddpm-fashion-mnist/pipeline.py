@@ -1187,7 +1187,7 @@ def sides(sample_size: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def halvings(block_out_channels: Sequence[int]) -> int:
-    """The factor by which the levels of a network halve its input, of which height and width are multiples."""
+    """2 to the number of times that a network halves its input; height and width must be multiples of it."""
     return 2 ** (len(block_out_channels) - 1)
 
 
@@ -1199,8 +1199,8 @@ def sample_sides(config: Mapping[str, Any], height: int | None, width: int | Non
     size, factor = config["sample_size"], halvings(config["block_out_channels"])
     if size is None and None in (height, width):
         raise ValueError(
-            "The network's configuration has no sample_size: set it to the side of the images, or pass height and "
-            "width."
+            "The network's configuration has no sample_size: set it to the side of the images or to [height, "
+            "width], or pass height and width where the pipeline takes them."
         )
     own = (0, 0) if size is None else sides(size)
     asked = {"height": own[0] if height is None else height, "width": own[1] if width is None else width}

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from ddpm_from_scratch.data import dataset as data
 from ddpm_from_scratch.data import sources
+from ddpm_from_scratch.evaluation import calibrate, evaluate
 from ddpm_from_scratch.runtime.errors import BadImages
 from ddpm_from_scratch.sampling import checkpoints
 from ddpm_from_scratch.training.config import TrainingConfig
@@ -124,6 +125,45 @@ def test_none_that_can_be_read(tmp_path):
     path = str(write_parquet(tmp_path / "set.parquet", [b"", b"no"]))
     with pytest.raises(BadImages, match="none of 2 images can be read"):
         load(path, skip_bad_images=True)
+
+
+@pytest.mark.parametrize("place", [f"ddpm_from_scratch.data.images.{name}" for name in ("Image.open", "to_tensor")])
+@pytest.mark.parametrize("error", [MemoryError(), KeyError("a mistake")])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_what_is_no_fault_of_the_image_is_not_passed_over(tmp_path, monkeypatch, place, error, lazy):
+    """Too little memory anywhere; our own mistakes, but for those that look like PIL's."""
+    if lazy:
+        monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
+    path = str(write_parquet(tmp_path / "set.parquet", [picture(seed=seed) for seed in range(2)]))
+    options = {"skip_bad_images": True, "value_range": [0, 256]}
+    loaded = load(path, **options) if lazy else None
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(place, fail)
+    expected = BadImages if isinstance(error, KeyError) and place.endswith("open") else type(error)
+    message = "none of 2 images can be read; .*: KeyError: 'a mistake'" if expected is BadImages else None
+    with pytest.raises(expected, match=message):
+        data.ImageStream(loaded, 0, True, False, skip_bad_images=True).load(0) if lazy else load(path, **options)
+
+
+def test_a_missing_file_is_named_with_the_words_of_the_system(tmp_path):
+    (tmp_path / "set.csv").write_text("image\nno.png\n")
+    with pytest.raises(BadImages, match=r"no.png\) cannot be read: \[Errno 2\] No such file or directory"):
+        load(str(tmp_path / "set.csv"))
+
+
+def test_only_commands_with_the_flag_name_it(tmp_path):
+    path = str(write_parquet(tmp_path / "set.parquet", [picture(), b"no image"]))
+    flags = ["--dataset_name", path]
+    with pytest.raises(BadImages, match=r"image 1 cannot be read: it is no image file; mend it or leave it out$"):
+        evaluate.real_images(evaluate.parse(["model", *flags]), 1, (8, 8), [])
+    arguments = calibrate.parse(["model", *flags])
+    with pytest.raises(BadImages, match=r"it is no image file; mend it or leave it out$"):
+        calibrate.training_images(arguments, calibrate.data_config(arguments), 1, (8, 8))
+    with pytest.raises(BadImages, match=r"mend it or leave it out, or pass over such images with --skip_bad_images$"):
+        load(path)
 
 
 def test_colours_where_the_network_takes_none_are_named(tmp_path, monkeypatch):

@@ -3,7 +3,9 @@
 import io
 import json
 import logging
+import struct
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -16,16 +18,17 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
-from ddpm_from_scratch.data import arrays
+from ddpm_from_scratch.data import arrays, images
 from ddpm_from_scratch.data import dataset as data
 from ddpm_from_scratch.data.config import DataConfig
 from ddpm_from_scratch.evaluation import calibrate, evaluate
+from ddpm_from_scratch.evaluation import config as evaluate_config
 from ddpm_from_scratch.evaluation.features import extract
 from ddpm_from_scratch.runtime import random_streams
 from ddpm_from_scratch.runtime.errors import BadImages
 from ddpm_from_scratch.sampling import sample
 from ddpm_from_scratch.sampling.editing import ScratchDDPMImg2ImgPipeline
-from ddpm_from_scratch.sampling.previews import to_pil
+from ddpm_from_scratch.sampling.previews import to_pil, write_gif
 from ddpm_from_scratch.training import loop
 from ddpm_from_scratch.training.arguments import parse
 from ddpm_from_scratch.training.export import main as export
@@ -111,13 +114,33 @@ def test_values_beyond_the_range_are_refused_by_name(tmp_path, monkeypatch, wron
         monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
     images = [numbers("float32") for _ in range(2)]
     images[0][3, 4] = wrong
-    with pytest.raises(BadImages, match=r"0.npy\) cannot be read: its values are from .* 0 to 1 are taken: .*--value_"):
+    fault = r"its values are from .* 0 to 1 are taken: .*--value_range .*"
+    fault = fault if np.isfinite(wrong) else "some of its values are NaN or infinite: put numbers in their place"
+    with pytest.raises(BadImages, match=rf"0.npy\) cannot be read: {fault}; mend it or .*--skip_bad_images$"):
         load(write(tmp_path / "set", *images))
     skipped = load(tmp_path / "set", skip_bad_images=True)
     assert len(data.ImageStream(skipped, 0, True, False, 0.0, True).__getitems__(range(4)).images) == 4
 
 
-@pytest.mark.parametrize("wrong", [[1, 0], [0, 0], [0, float("nan")], [0, float("inf")], [0], [0, 1, 2], [None, 1]])
+@pytest.mark.parametrize("wrong", [-0.01, 1.01, np.nan])
+def test_values_beyond_the_range_are_refused_before_any_work(tmp_path, monkeypatch, wrong):
+    """Of all arrays that are looked at, not only of the first."""
+    found = [numbers("float32") for _ in range(4)]
+    found[2][3, 4] = wrong
+    monkeypatch.setattr(images, "to_tensor", lambda *_: pytest.fail("too late"))
+    with pytest.raises(BadImages, match=r"2.npy\) cannot be read: .*; mend it or leave it out, or pass over such"):
+        load(write(tmp_path / "set", *found))
+
+
+def test_a_set_of_which_nothing_is_left(tmp_path):
+    write(tmp_path, *(numbers("float32") + 2 for _ in range(3)))
+    with pytest.raises(BadImages, match=r"none of 3 images can be read; the last: image 2 .*2.npy\) .* 0 to 1 are"):
+        load(tmp_path, skip_bad_images=True)
+
+
+@pytest.mark.parametrize(
+    "wrong", [5, "01", [1, 0], [0, 0], [0, float("nan")], [0, float("inf")], [0], [0, 1, 2], [None, 1]]
+)
 def test_a_range_that_is_none(wrong):
     with pytest.raises(ValueError, match="value_range must be two finite numbers, the lower one first"):
         DataConfig(value_range=wrong).validate()
@@ -241,7 +264,19 @@ def test_arrays_beside_pictures_are_not_images(tmp_path, caplog):
     picture().save(tmp_path / "a.png")
     with caplog.at_level(logging.INFO):
         assert load(tmp_path).images.shape == (1, 1, 8, 8)
-    assert "no images: 1 .npy" in caplog.text
+    assert "no images: 1 .npy" in caplog.text and "are left out" not in caplog.text
+    write(tmp_path, *(numbers("float32") for _ in range(3)))
+    assert load(tmp_path).images.shape == (1, 1, 8, 8)
+    assert "3 .npy files in" in caplog.text and "such as" in caplog.text and "a.png: move these else" in caplog.text
+
+
+def test_arrays_beside_a_table_that_names_none(tmp_path):
+    write(tmp_path, *(numbers("float32") for _ in range(2)))
+    (tmp_path / "notes.json").write_text('[{"n": 1}]')
+    with pytest.raises(ValueError, match=r"holds images; .* 2 .npy files, such as 0.npy, pass it as --train_data_dir"):
+        load(tmp_path)
+    config = DataConfig(train_data_dir=str(tmp_path))
+    assert data.load_data(config, None, None).images.shape == (2, 1, *SHAPE)
 
 
 def test_metadata_of_arrays_are_a_table(tmp_path):
@@ -266,15 +301,53 @@ def test_deep_pictures_keep_their_depth(tmp_path, suffix, dtype):
     np.testing.assert_allclose(loaded.images[0], scaled(image, *RANGES[dtype]), atol=2e-7)
 
 
-def test_deep_pictures_of_32_bits_are_taken_for_16(tmp_path):
-    image = numbers("uint16").astype("int32")
-    Image.fromarray(image).save(tmp_path / "a.tiff")
-    with Image.open(tmp_path / "a.tiff") as opened:
-        assert opened.mode == "I"
-    np.testing.assert_allclose(load(tmp_path).images[0], scaled(image, 0, 65535), atol=2e-7)
-    Image.fromarray(-image).save(tmp_path / "a.tiff")
-    with pytest.raises(BadImages, match=r"a.tiff\) cannot be read: its values are from -65535 to 0, and 0 to 65535"):
+def tiff(samples, bits, form, size, order):
+    """A TIFF of one band by its tags alone: so many bits for a sample, whose format is 1 (unsigned) or 2 (signed)."""
+    width, height = size
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8 + 2 + 12 * 10 + 4, 277: 1, 278: height}
+    tags |= {279: len(samples), 339: form}
+    found = struct.pack(order + "2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(tags))
+    found += b"".join(struct.pack(order + "HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return found + struct.pack(order + "I", 0) + samples
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "uint32", "int32"])
+def test_the_type_of_a_tiff_is_that_of_its_tags(tmp_path, dtype, order):
+    if dtype == "uint32":
+        pytest.importorskip("tifffile")  # PIL does not read them in the other order
+    bounds = np.iinfo(dtype)
+    image = np.random.default_rng(0).integers(bounds.min, bounds.max, SHAPE, dtype, endpoint=True)
+    image.flat[:2] = bounds.min, bounds.max
+    form = 1 if dtype.startswith("u") else 2
+    samples = image.astype(image.dtype.newbyteorder(order)).tobytes()
+    (tmp_path / "a.tif").write_bytes(tiff(samples, bounds.bits, form, SHAPE[::-1], order))
+    if bounds.bits == 32:
+        with pytest.raises(ValueError, match=f"the images are {dtype} of 1 channels: say with --value_range LOW HIGH"):
+            load(tmp_path)
+    wanted = [bounds.min, bounds.max] if bounds.bits == 32 else None
+    loaded = load(tmp_path, value_range=wanted)
+    np.testing.assert_allclose(loaded.images[0], scaled(image, bounds.min, bounds.max), atol=2e-7)
+
+
+def test_tiff_of_12_bits_has_the_range_of_12_bits(tmp_path):
+    image = np.random.default_rng(0).integers(0, 2**12, SHAPE)
+    image.flat[:2] = 0, 4095
+    bits = "".join(f"{value:012b}" for value in image.ravel())
+    samples = int(bits, 2).to_bytes(len(bits) // 8, "big")
+    (tmp_path / "a.tif").write_bytes(tiff(samples, 12, 1, SHAPE[::-1], "<"))
+    loaded = load(tmp_path)
+    np.testing.assert_allclose(loaded.images[0], scaled(image, 0, 4095), atol=2e-7)
+    assert loaded.value_range == (0, 4095)
+
+
+def test_deep_pictures_have_no_transparent_colour(tmp_path, caplog):
+    Image.fromarray(numbers("uint16")).save(tmp_path / "a.png", transparency=5)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.has_transparency_data
+    with caplog.at_level(logging.INFO):
         load(tmp_path)
+    assert "1 images" in caplog.text and "transparent" not in caplog.text
 
 
 def test_rgba_as_four_channels_where_the_network_asks_for_it(tmp_path, caplog):
@@ -343,6 +416,28 @@ def test_pages_of_a_deep_tiff_are_no_channels(tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.parametrize("extra", [1, 2])
+def test_bands_that_pil_leaves_out_are_told(tmp_path, caplog, extra):
+    tifffile = pytest.importorskip("tifffile")
+    image = numbers("uint8", (*SHAPE, 3 + extra))
+    options = {"photometric": "rgb", "planarconfig": "contig", "extrasamples": [0] * extra}
+    tifffile.imwrite(tmp_path / "a.tif", image, **options)
+    np.testing.assert_array_equal(load(tmp_path).images[0].permute(1, 2, 0), image[..., :3])
+    assert "1 of 1 images looked at have more bands than the colours that are read: write them as .npy" in caplog.text
+
+
+@pytest.mark.parametrize(("other", "told"), [((5, 7), True), ((4, 6), False)], ids=["another image", "an overview"])
+def test_pages_of_other_shapes_are_told(tmp_path, caplog, other, told):
+    tifffile = pytest.importorskip("tifffile")
+    image = numbers("float32", (*SHAPE, 5))
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for pixels in (image, numbers("float32", (*other, 5))):
+            file.write(pixels, photometric="minisblack", planarconfig="contig", metadata=None)
+    np.testing.assert_allclose(load(tmp_path).images[0], scaled(image, 0, 1), atol=2e-7)
+    words = "1 of 1 images looked at have several frames or pages, of which the first is taken"
+    assert (words in caplog.text) is told
+
+
 def test_without_tifffile_it_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tifffile", None)
     (tmp_path / "a.tif").write_bytes(b"II*\0" + bytes(60))
@@ -399,6 +494,46 @@ def test_another_range_is_another_run(deep_run, tmp_path):
     run_main(deep_run, tmp_path / "parts", "--max_train_steps", 2)
     with pytest.raises(ValueError, match="value_range"):
         run_main(deep_run, tmp_path / "parts", "--value_range", 0, 2)
+
+
+def test_the_bound_is_not_trained_on_other_values(deep_run, tmp_path):
+    flags = ("--loss", "vlb", "--ddpm_variance_type", "learned_range")
+    with pytest.raises(ValueError, match="loss 'vlb' is the variational bound of the 256 levels of 8-bit images"):
+        run_main(deep_run, tmp_path / "model", *flags)
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_range_of_the_training_is_that_of_the_evaluation(deep_run, tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    trained = {"dataset": {"value_range": [0, 4]}}
+    (tmp_path / "model" / "results.json").write_text(json.dumps(trained))
+    flags = ["--dataset_name", str(deep_run.folder / "set")]
+    message = r"0 to 4 became -1 to 1 when .* was trained, .* 0 to 1 would: pass --value_range 0 4 for"
+
+    def real(*more):
+        config = evaluate.parse([str(tmp_path / "model"), *flags, *more])
+        return evaluate.real_images(config, deep_run.channels, (64, 128), []).training
+
+    with pytest.raises(ValueError, match=message):
+        real()
+    whole = real("--value_range", "0", "1")  # which the user knows better
+    np.testing.assert_allclose(real("--value_range", "0", "4"), whole / 4, atol=0.51)
+    arguments = calibrate.parse([str(tmp_path / "model"), *flags, "--num_images", "4"])
+    with pytest.raises(ValueError, match=message):
+        calibrate.training_images(arguments, calibrate.data_config(arguments), deep_run.channels, (64, 128))
+    of_checkpoint = evaluate_config.trained_range(str(deep_run.model / "checkpoints" / "step_00000004"))
+    assert of_checkpoint is None and evaluate_config.trained_range(str(deep_run.model)) == (0, 1)
+
+
+def test_held_out_images_have_the_range_of_the_training_images(deep_run, tmp_path):
+    write(tmp_path / "deeper", *(numbers("uint16", (64, 128, deep_run.channels), seed) for seed in range(20)))
+    flags = ["--dataset_name", str(deep_run.folder / "set"), "--test_set", str(tmp_path / "deeper")]
+    message = "0 to 1 of the training images become -1 to 1, and 0 to 65535 of the held-out images: say with"
+    with pytest.raises(ValueError, match=message):
+        evaluate.real_images(evaluate.parse(["model", *flags]), deep_run.channels, (64, 128), [])
+    flags = ("--eval_steps", 4, "--eval_num_images", 20, "--test_set", tmp_path / "deeper")
+    with pytest.raises(ValueError, match=message):
+        run_main(deep_run, tmp_path / "model", *flags)
 
 
 def test_it_is_evaluated_but_for_the_bound(deep_run, tmp_path, monkeypatch):
@@ -462,6 +597,17 @@ def small(channels):
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def test_frames_with_transparent_pixels_do_not_show_those_before(tmp_path):
+    frames = [np.zeros((8, 16, 4), np.uint8) for _ in range(3)]
+    for number, frame in enumerate(frames):
+        frame[:, 4 * number : 4 * number + 4] = (255, 0, 0, 255)
+    write_gif([SimpleNamespace(sample=[Image.fromarray(frame)]) for frame in frames], tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as gif:
+        for number, frame in enumerate(frames):
+            gif.seek(number)
+            np.testing.assert_array_equal(np.asarray(gif.convert("RGBA"))[..., 3], frame[..., 3])
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])

@@ -1,7 +1,9 @@
 """Folders, archives and tables as people have them: every image arrives as PIL sees it, or is refused by name."""
 
+import errno
 import io
 import logging
+import os
 import tarfile
 import zipfile
 from pathlib import Path
@@ -218,6 +220,50 @@ def test_metadata_name_images_and_columns(tmp_path, caplog):
     assert "2 images of 4 files" in caplog.text and "1 that no metadata name" in caplog.text
 
 
+def unreadable(monkeypatch, name):
+    """Nobody may list folders of this name, whatever the system says."""
+    scan = os.scandir
+
+    def refuse(folder):
+        if Path(folder).name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+
+
+@pytest.mark.parametrize("name", [".Trashes", "lost+found"])
+def test_folders_of_the_system_are_not_looked_into(tmp_path, monkeypatch, name):
+    save(tmp_path / name / "1.png", 1)
+    save(tmp_path / "2.png", 2)
+    unreadable(monkeypatch, name)
+    assert seeds_of(load(tmp_path), [1, 2]) == [2]
+
+
+def test_a_folder_that_nobody_may_read_is_named(tmp_path, monkeypatch):
+    save(tmp_path / "private" / "1.png", 1)
+    unreadable(monkeypatch, "private")
+    with pytest.raises(PermissionError, match=r"Permission denied: .*private"):
+        load(tmp_path)
+
+
+def test_folders_that_link_to_each_other_count_once(tmp_path):
+    for seed, name in enumerate("ab"):
+        save(tmp_path / name / f"{seed}.png", seed)
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "top").symlink_to(tmp_path)
+    loaded = load(tmp_path, class_conditional=True)
+    assert seeds_of(loaded, range(2)) == [0, 1] and loaded.labels.names == ("a", "b")
+
+
+def test_a_link_to_a_folder_elsewhere_is_followed(tmp_path):
+    save(tmp_path / "elsewhere" / "1.png", 1)
+    save(tmp_path / "set" / "2.png", 2)
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere")
+    assert seeds_of(load(tmp_path / "set"), [1, 2]) == [1, 2]
+
+
 # --- archives and single files -------------------------------------------------------------------------------------
 
 
@@ -270,6 +316,43 @@ def test_a_broken_archive_is_named(tmp_path):
     (tmp_path / "images.zip").write_bytes(b"PK but no more")
     with pytest.raises(ValueError, match=r"images.zip cannot be read as an archive"):
         load(tmp_path)
+
+
+def test_an_encrypted_note_in_a_zip_is_not_opened(tmp_path):
+    path = write_archive(tmp_path / "images.zip", ["1.png", "ü/2.png"])
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("README", "secret")
+        archive.writestr("ü/", "")
+    content = bytearray(path.read_bytes())
+    in_file, in_list = content.index(b"README") - 30, content.rindex(b"README") - 46
+    content[in_file + 6] |= 1  # the bit for encryption
+    content[in_list + 8] |= 1
+    path.write_bytes(content)
+    with zipfile.ZipFile(path) as archive, pytest.raises(RuntimeError, match="encrypted"):
+        archive.open("README")
+    assert seeds_of(load(path), [0, 1]) == [0, 1]
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EIO, "I/O error")])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_errors_of_the_system_are_no_damage(error, wrapped):
+    with pytest.raises(ValueError, match=r"^a.zip cannot be read as an archive: \[Errno \d+\] [\w /]+$"), in_zip():
+        if wrapped:
+            raise datasets.exceptions.DatasetGenerationError("while reading") from error
+        raise error
+
+
+def in_zip():
+    return folders.reading("a.zip", "an archive")
+
+
+def test_too_little_memory_is_no_damage():
+    with pytest.raises(MemoryError), in_zip():
+        raise MemoryError
+    with pytest.raises(MemoryError), in_zip():
+        raise datasets.exceptions.DatasetGenerationError("while reading") from MemoryError()
+    with pytest.raises(ValueError, match=r"a.zip cannot be read as an archive: 'x'. It is damaged, or"), in_zip():
+        raise KeyError("x")
 
 
 def test_a_webdataset_keeps_its_columns(tmp_path):

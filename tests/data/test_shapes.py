@@ -7,15 +7,16 @@ import pytest
 import torch
 import yaml
 from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 import drawing
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
 from ddpm_from_scratch.data import dataset as data
-from ddpm_from_scratch.data import sizes
+from ddpm_from_scratch.data import images, sizes
 from ddpm_from_scratch.data.config import DataConfig
 from ddpm_from_scratch.evaluation import calibrate, evaluate
 from ddpm_from_scratch.hub import model_card
+from ddpm_from_scratch.runtime.errors import BadImages
 from ddpm_from_scratch.runtime.random_streams import generator
 from ddpm_from_scratch.sampling.editing import ScratchDDPMImg2ImgPipeline, ScratchDDPMInpaintPipeline
 from ddpm_from_scratch.sampling.previews import image_grid
@@ -26,6 +27,8 @@ from helpers.paths import ROOT
 from helpers.runs import STEPS, TINY, assert_equal, checkpoint_tensors, picture, run_main, write_parquet
 
 HEIGHT, WIDTH = 8, 16
+SIDEWAYS = Image.Exif()
+SIDEWAYS[0x0112] = 6
 
 
 def load(path, resolution=None, **options):
@@ -81,15 +84,55 @@ def test_images_of_one_size_are_taken_in_it(tmp_path):
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF", "PNG", "WEBP"])
 def test_images_that_lie_on_a_side_are_taken_upright(tmp_path, kind):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture("RGB", (WIDTH, HEIGHT)).save(tmp_path / f"a.{kind.lower()}", exif=exif)
+    picture("RGB", (WIDTH, HEIGHT)).save(tmp_path / f"a.{kind.lower()}", exif=SIDEWAYS)
     with Image.open(tmp_path / f"a.{kind.lower()}") as image:
         upright = ImageOps.exif_transpose(image)
     assert upright.size == (HEIGHT, WIDTH)
     loaded = load(tmp_path)
     assert loaded.size == (WIDTH, HEIGHT)
     np.testing.assert_array_equal(loaded.images[0].permute(1, 2, 0).numpy(), np.asarray(upright))
+
+
+XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+TEXT = PngImagePlugin.PngInfo()
+TEXT.add_itxt("XML:com.adobe.xmp", XMP)
+RAW = PngImagePlugin.PngInfo()
+RAW.add_text("Raw profile type exif", f"\nexif\n{len(SIDEWAYS.tobytes())}\n{SIDEWAYS.tobytes().hex()}\n", zip=True)
+ORIENTED = {
+    "XMP in JPEG": ("JPEG", {"xmp": XMP.encode()}),
+    "XMP in WebP": ("WEBP", {"xmp": XMP.encode()}),
+    "XMP in TIFF": ("TIFF", {"tiffinfo": {700: XMP.encode()}}),
+    "XMP in PNG": ("PNG", {"pnginfo": TEXT}),
+    "EXIF as text of PNG": ("PNG", {"pnginfo": RAW}),
+}
+
+
+@pytest.mark.parametrize("name", ORIENTED)
+def test_orientations_outside_of_exif_are_surveyed_too(tmp_path, name):
+    kind, options = ORIENTED[name]
+    picture("RGB", (WIDTH, HEIGHT)).save(tmp_path / f"a.{kind.lower()}", **options)
+    with Image.open(tmp_path / f"a.{kind.lower()}") as image:
+        upright = ImageOps.exif_transpose(image)
+    assert upright.size == (HEIGHT, WIDTH)
+    loaded = load(tmp_path)
+    assert loaded.size == (WIDTH, HEIGHT)
+    np.testing.assert_array_equal(loaded.images[0].permute(1, 2, 0).numpy(), np.asarray(upright))
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_images_that_would_be_too_large_are_refused(tmp_path, monkeypatch, array):
+    """A line of one pixel that is to cover 512 x 8 pixels would have 33 million columns."""
+    line = np.zeros((1, 2**16 - 1), np.uint8)
+    np.save(tmp_path / "a.npy", line) if array else Image.fromarray(line).save(tmp_path / "a.png")
+    message = "an image of 1x65535 pixels .* is to cover 512x8 becomes 512x33553920, more than 178,956,970 pixels: crop"
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "decode", lambda *_: pytest.fail("too late"))
+        with pytest.raises(ValueError, match=f"^{message}"):
+            load(tmp_path, "512x8")
+    loaded = load(tmp_path, "512x8", skip_bad_images=True)
+    with pytest.raises(BadImages, match=f"none of 1 images can be read; the last: image 0 .* be read: {message}"):
+        data.ImageStream(loaded, 0, True, False, skip_bad_images=True).load(0)
+    assert load(tmp_path, "1x8").images.shape == (1, 1, 1, 2**16 - 1)
 
 
 @pytest.mark.parametrize("target", ["8x16", "16x8", "8x8", "24x8", 16])
@@ -187,6 +230,8 @@ def test_the_grid_is_nearly_square_and_shows_them_whole(trained):
     for count, columns in {1: 1, 8: 2, 9: 3, 64: 6}.items():
         grid = image_grid([Image.new("L", (200, 100))] * count)
         assert grid.size == (200 * columns, 100 * -(-count // columns))
+    assert image_grid([Image.new("L", (100, 200))]).size == (100, 200)  # without an empty column
+    assert image_grid([Image.new("L", (10, 80))] * 3).size == (30, 80)
 
 
 def test_a_dry_run_says_their_shape(wide, inputs, tmp_path, capsys):
@@ -300,23 +345,23 @@ def test_the_page_and_the_demo_say_their_shape(trained, tmp_path):
     assert drawing.fitted(pipeline, picture("RGB", (50, 50))).size == drawing.example(pipeline).size == (WIDTH, HEIGHT)
 
 
-TOO_LONG = "cropped: of the longest, 50% is cut off"
-SMALLER = "cropped: of the longest, 33% is cut off, enlarged where they are smaller: 1 of 3 sizes met"
+LARGE = "pixels large (height x width); they are resized until they just cover"
+BEYOND = "what lies beyond it, up to {}% of an image, is cropped"
+SMALLER = "images of 1 of the 3 sizes are smaller than that and are enlarged"
 
 
 @pytest.mark.parametrize(
     ("found", "target", "words"),
     [
         ({(64, 64)}, (64, 64), None),
-        ({(128, 128)}, (64, 64), "are 128 pixels large (height x width); they are resized to cover 64x64"),
+        ({(128, 128)}, (64, 64), f"the images are 128 {LARGE} 64x64"),
+        ({(100, 200)}, (50, 50), f"the images are 100x200 {LARGE} 50x50; {BEYOND.format(50)}"),
         (
-            {(100, 200)},
-            (50, 50),
-            f"are 100x200 pixels large (height x width); they are resized to cover 50x50, {TOO_LONG}",
+            {(32, 32), (64, 64), (64, 96)},
+            (64, 64),
+            f"the images are from 32 to 64x96 {LARGE} 64x64; {BEYOND.format(33)}; {SMALLER}",
         ),
-        ({(32, 32), (64, 64), (64, 96)}, (64, 64), f"(height x width); they are resized to cover 64x64, {SMALLER}"),
     ],
 )
 def test_what_becomes_of_the_images_is_said(found, target, words):
-    said = sizes.describe_fit(found, target)
-    assert said is None if words is None else said.endswith(words)
+    assert sizes.describe_fit(found, target) == words

@@ -168,6 +168,22 @@ def test_a_set_that_changes_under_the_run_is_told(tmp_path):
         loaded.images[12]
 
 
+class Broken:
+    """A stream that cannot be read."""
+
+    num_shards = 1
+
+    def shard(self, *_):
+        raise ConnectionError("the connection was dropped")
+
+
+def test_a_connection_that_drops_is_no_damage():
+    with pytest.raises(ConnectionError, match=r"^the connection was dropped$"):
+        sources.StreamedRows(Broken(), (Block(0, 2, 10),), 20, local=False)[0]
+    with pytest.raises(ValueError, match=r"rows 0 to 1 of the data set cannot be read as a block: .* It is damaged"):
+        sources.StreamedRows(Broken(), (Block(0, 2, 10),), 20)[0]
+
+
 @pytest.mark.parametrize(("shard", "numbers"), [(0, range(100, 112)), (1, range(12, 15))])
 def test_a_stream_is_known_by_its_blocks_and_images(shards, tmp_path, shard, numbers):
     other = write_shards(tmp_path / "other")

@@ -62,6 +62,7 @@ def test_the_moments_are_those_of_the_training_images(model):
         (["--num_images", "10001"], "from 1 to 10000"),
         (["--num_timesteps", "1"], "--num_timesteps 1: it must be at least 2"),
         (["--dataset_name", "none.parquet"], "none.parquet"),
+        (["--value_range", "5", "4"], "value_range must be two finite numbers, the lower one first"),
     ],
 )
 def test_wrong_calls_leave_the_folder_as_it_was(model, options, message):

@@ -581,7 +581,7 @@ def test_few_held_out_images_leave_the_floor_to_training_images(inputs, whole, t
 def test_the_embedded_data_have_held_out_images(monkeypatch):
     asked = []
 
-    def load(config, channels, size, split=None):
+    def load(config, channels, size, split=None, remedy=None):
         asked.append((config.dataset_name, split))
         images = torch.from_numpy(TRAINING if config.dataset_name is None else HELD_OUT)[:, None]
         assert not config.class_conditional

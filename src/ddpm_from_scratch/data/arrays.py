@@ -1,8 +1,10 @@
 """Images as arrays at the full depth of their files: .npy, TIFF of several bands, pictures of more than 8 bits."""
 
 import io
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,15 +12,31 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
-from .sizes import Size, size_that_covers
+from .sizes import Size, check_covering, size_that_covers
 
 NPY = b"\x93NUMPY"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-SAMPLES_PER_PIXEL, BITS_PER_SAMPLE = 277, 258  # tags of TIFF
-# PIL's modes of more than 8 bits, by the type whose range is meant: "I" holds 16 bits of PGM, PNG and TIFF in 32.
+BITS_PER_SAMPLE, SAMPLES_PER_PIXEL, SAMPLE_FORMAT = 258, 277, 339  # tags of TIFF
+# PIL's modes of more than 8 bits, and the type of the values in the file: in "I" PIL keeps the 16 bits of PNG and PGM
+# in 32-bit integers. A TIFF says its type itself.
 DEEP_MODES = {
     **dict.fromkeys(("I", "I;16", "I;16B", "I;16L", "I;16N"), "uint16"),
     "F": "float32",
+}
+TIFF_TYPES = {  # by the bits of a sample and its format: 1 stands for unsigned integers, 2 for signed ones
+    (12, 1): "uint12",
+    (16, 1): "uint16",
+    (16, 2): "int16",
+    (32, 1): "uint32",
+    (32, 2): "int32",
+}
+OWN_RANGES = {  # of a type's values; integers of more than 16 bits have none that images fill
+    "uint8": (0.0, 255.0),
+    "int8": (-128.0, 127.0),
+    "uint12": (0.0, 4095.0),
+    "uint16": (0.0, 65535.0),
+    "int16": (-32768.0, 32767.0),
+    **dict.fromkeys(("float16", "float32", "float64", "float128"), (0.0, 1.0)),
 }
 LAST_AXIS, FIRST_AXIS = ("YXS", "YXC"), ("SYX", "CYX")  # where the bands of a TIFF are, as tifffile names axes
 
@@ -28,7 +46,7 @@ ValueRange = tuple[float, float]  # the values that become -1 and 1
 class Kind(NamedTuple):
     """What the images of a set have in common."""
 
-    dtype: str  # of their values, as numpy names it
+    dtype: str  # of their values, as numpy names it; or uint12, which numpy does not have
     channels: int | None  # None: 8-bit pictures, of which gray or coloured ones can be made
 
     def __str__(self) -> str:
@@ -39,6 +57,25 @@ class Kind(NamedTuple):
 PICTURE = Kind("uint8", None)
 
 
+@contextmanager
+def parsing() -> Iterator[None]:
+    """Errors in here are those of a damaged file, of whichever type PIL, numpy or tifffile raise; ValueError if any."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(reason(error)) from error
+
+
+def reason(error: Exception) -> str:
+    """The fault of a file in words; with the error's type where its words alone may say little."""
+    if isinstance(error, UnidentifiedImageError):  # whose words are the name of a buffer in memory
+        return "it is no image file"
+    plain = isinstance(error, OSError | ValueError | SyntaxError)
+    return ": ".join(part for part in ("" if plain and str(error) else type(error).__name__, str(error)) if part)
+
+
 def read_array(encoded: bytes) -> np.ndarray | None:
     """An .npy file, or a TIFF that PIL does not read whole, as [H, W, C]; None for other files.
 
@@ -46,7 +83,8 @@ def read_array(encoded: bytes) -> np.ndarray | None:
     """
     if encoded.startswith(NPY):
         try:
-            array = np.load(io.BytesIO(encoded), allow_pickle=False)
+            with parsing():
+                array = np.load(io.BytesIO(encoded), allow_pickle=False)
         except MemoryError as error:
             raise ValueError("its header names a size that no memory holds") from error
     elif encoded.startswith(TIFF) and is_beyond_pil(encoded):
@@ -59,13 +97,25 @@ def read_array(encoded: bytes) -> np.ndarray | None:
 
 
 def is_beyond_pil(encoded: bytes) -> bool:
-    """Whether PIL does not open a TIFF, or would give one of its deep bands or pages alone."""
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            bands = getattr(image, "tag_v2", {}).get(SAMPLES_PER_PIXEL, 1)
-            return image.mode in DEEP_MODES and (bands > 1 or getattr(image, "n_frames", 1) > 1)
-    except UnidentifiedImageError:
-        return True
+    """Whether PIL cannot open a TIFF, or would give only the first of several deep bands or pages."""
+    with parsing():
+        try:
+            with Image.open(io.BytesIO(encoded)) as image:
+                several = samples_per_pixel(image) > 1 or getattr(image, "n_frames", 1) > 1
+                beyond = image.mode in DEEP_MODES and several
+        except UnidentifiedImageError:
+            beyond = True
+    return beyond
+
+
+def samples_per_pixel(image: Image.Image) -> int:
+    """How many bands a TIFF has in its file; 1 of other files."""
+    return int(getattr(image, "tag_v2", {}).get(SAMPLES_PER_PIXEL, 1))
+
+
+def loses_bands(image: Image.Image) -> bool:
+    """Whether a file has more bands than PIL gives, such as a TIFF of red, green, blue and near infrared."""
+    return samples_per_pixel(image) > len(image.getbands())
 
 
 def read_tiff(encoded: bytes) -> np.ndarray:
@@ -77,10 +127,10 @@ def read_tiff(encoded: bytes) -> np.ndarray:
             'it is no TIFF that PIL reads; one of several bands needs tifffile: pip install "ddpm-from-scratch[train]"'
         ) from error
     try:
-        with tifffile.TiffFile(io.BytesIO(encoded)) as file:
+        with parsing(), tifffile.TiffFile(io.BytesIO(encoded)) as file:
             series = file.series[0]
             axes, array = series.axes, series.asarray()
-    except Exception as error:  # it raises whatever a damaged file makes it stumble over
+    except ValueError as error:
         raise ValueError(f"tifffile cannot read it: {error}") from error
     if axes in FIRST_AXIS:
         return np.moveaxis(array, 0, -1)
@@ -92,6 +142,17 @@ def read_tiff(encoded: bytes) -> np.ndarray:
     )
 
 
+def has_more_series(encoded: bytes) -> bool:
+    """Whether a file is a TIFF that has pages of other shapes than those that `read_tiff` gives."""
+    if not encoded.startswith(TIFF):
+        return False
+    import tifffile
+
+    with parsing(), tifffile.TiffFile(io.BytesIO(encoded)) as file:
+        count = len(file.series)
+    return count > 1
+
+
 def kind_of_array(array: np.ndarray) -> Kind:
     """The kind of an array [H, W, C]."""
     return Kind(array.dtype.name, array.shape[2])
@@ -101,26 +162,25 @@ def kind_of_picture(image: Image.Image) -> Kind:
     """The kind of what PIL has opened."""
     if image.mode not in DEEP_MODES:
         return PICTURE
-    signed = image.mode == "I" and getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE) == (16,)
-    return Kind("int16" if signed else DEEP_MODES[image.mode], 1)
+    tags: Any = getattr(image, "tag_v2", {})
+    written = (tags.get(BITS_PER_SAMPLE, (0,))[0], tags.get(SAMPLE_FORMAT, (1,))[0])
+    return Kind(TIFF_TYPES.get(written, DEEP_MODES[image.mode]), 1)
 
 
 def range_of(kind: Kind, wanted: Sequence[float] | None) -> ValueRange | None:
-    """The values that become -1 and 1: those wanted, or the type's own, 0 and 1 of floats.
+    """The values that become -1 and 1: those wanted, or those of the type, which for floats are 0 and 1.
 
-    None for 8-bit values in their own range, which stay as they are. ValueError for a type of more than 16 bits, whose
-    own range no image fills.
+    Returns:
+        The range; None for 8-bit values in their own range, which stay as they are.
+
+    Raises:
+        ValueError: no range is wanted, and the type has none of its own.
     """
-    dtype = np.dtype(kind.dtype)
-    if wanted is not None:
-        chosen = (float(wanted[0]), float(wanted[1]))
-    elif dtype.kind == "f":
-        chosen = (0.0, 1.0)
-    elif dtype.itemsize <= 2:
-        chosen = (float(np.iinfo(dtype).min), float(np.iinfo(dtype).max))
-    else:
+    own = OWN_RANGES.get(kind.dtype)
+    chosen = own if wanted is None else (float(wanted[0]), float(wanted[1]))
+    if chosen is None:
         raise ValueError(f"the images are {kind}: say with --value_range LOW HIGH which values become -1 and 1")
-    return None if kind.dtype == "uint8" and chosen == (0.0, 255.0) else chosen
+    return None if kind.dtype == "uint8" and chosen == own else chosen
 
 
 def to_tensor(array: np.ndarray, value_range: ValueRange | None, size: Size) -> Tensor:
@@ -130,8 +190,9 @@ def to_tensor(array: np.ndarray, value_range: ValueRange | None, size: Size) -> 
         float32 in [-1, 1]; uint8 as it is, where there is no range.
 
     Raises:
-        ValueError: values lie outside of the range, or are not finite.
+        ValueError: values lie outside of the range, or are not finite; or the image would be too large.
     """
+    check_covering(array.shape[:2], size)
     values = array if value_range is None else in_unit_range(array, value_range)
     image = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
     height, width = size_that_covers(array.shape[:2], size)
@@ -144,13 +205,25 @@ def to_tensor(array: np.ndarray, value_range: ValueRange | None, size: Size) -> 
 def in_unit_range(array: np.ndarray, value_range: ValueRange) -> np.ndarray:
     """Values of a range as float32 in [-1, 1]; ValueError if some lie outside of it, or are not finite."""
     low, high = value_range
-    least, most = float(array.min()), float(array.max())
-    if not (low <= least and most <= high):  # NaN is not
+    check_values(*extremes(array), value_range)
+    return ((array.astype(np.float64) - low) * (2 / (high - low)) - 1).clip(-1, 1).astype(np.float32)
+
+
+def extremes(array: np.ndarray) -> tuple[float, float]:
+    """The lowest and the highest value of an array; both NaN if it holds NaN."""
+    return float(array.min()), float(array.max())
+
+
+def check_values(least: float, most: float, value_range: ValueRange) -> None:
+    """Raise ValueError unless these lowest and highest values of an image are finite and in the range."""
+    low, high = value_range
+    if not (math.isfinite(least) and math.isfinite(most)):
+        raise ValueError("some of its values are NaN or infinite: put numbers in their place")
+    if least < low or high < most:
         raise ValueError(
             f"its values are from {least:g} to {most:g}, and {low:g} to {high:g} are taken: say with --value_range "
             "LOW HIGH which values become -1 and 1"
         )
-    return ((array.astype(np.float64) - low) * (2 / (high - low)) - 1).clip(-1, 1).astype(np.float32)
 
 
 def to_8_bits(image: Tensor) -> Tensor:

@@ -108,9 +108,11 @@ class DataConfig:
         check_data(self)
 
 
-def is_range(values: Sequence[float]) -> bool:
+def is_range(values: object) -> bool:
     """Whether values are two finite numbers, the lower one first."""
-    return len(values) == 2 and all(map(is_number, values)) and -math.inf < values[0] < values[1] < math.inf
+    if not isinstance(values, Sequence) or len(values) != 2 or not all(map(is_number, values)):
+        return False
+    return bool(-math.inf < values[0] < values[1] < math.inf)
 
 
 def embedded_set(split: str = "train") -> tuple[str, str]:

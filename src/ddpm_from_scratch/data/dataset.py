@@ -15,9 +15,9 @@ from torch import Tensor
 from ..runtime.errors import BadImages
 from ..runtime.privacy import public_name
 from ..runtime.random_streams import WindowedOrder, batch_positions, dropped_labels, generator, image_index, noise_rows
-from .arrays import ValueRange, range_of
+from .arrays import OWN_RANGES, PICTURE, ValueRange, range_of
 from .config import EMBEDDED_DATA, DataConfig
-from .images import REMEDY, DecodedOnDemand, Form, Images, Survey, check_bad_images, decode_all, survey
+from .images import REMEDY, DecodedOnDemand, Form, Images, Survey, advising, check_bad_images, decode_all, survey
 from .labels import Labels, labels_of
 from .sizes import Size, as_size, describe_fit, resolution_of
 from .sources import MIB, StreamedRows, evenly, open_source
@@ -86,7 +86,11 @@ class TrainingData:
 
 
 def load_data(
-    config: DataConfig, channels: int | None, size: int | str | Sequence[int] | None, split: str | None = None
+    config: DataConfig,
+    channels: int | None,
+    size: int | str | Sequence[int] | None,
+    split: str | None = None,
+    remedy: str = REMEDY,
 ) -> TrainingData:
     """Open and survey the training images, decode a small set that is not streamed, and read labels if they are used.
 
@@ -95,6 +99,7 @@ def load_data(
         channels: what the network takes; the images' own if None.
         size: what the network takes, as `as_size` reads it; the images' own if None.
         split: of the data set; that of the configuration if None.
+        remedy: what to do about an image that cannot be read, for the error.
 
     Raises:
         ValueError: the images or labels cannot be read, or not in this form.
@@ -104,7 +109,7 @@ def load_data(
     source = open_source(config, split)
     logger.info("%s", source.about or f"{len(source.images)} images in {public_name(config.source)}")
     labels = labels_of(source.features, config.label_column, source.values) if config.class_conditional else None
-    seen = survey(source, config.skip_bad_images)
+    seen = survey(source, config.skip_bad_images, remedy)
     form = choose_form(config, seen, channels, size)
     log_remarks(seen, len(source.surveyed), form)
     images = DecodedOnDemand(source.images, form)
@@ -117,11 +122,14 @@ def load_data(
         order=WindowedOrder(source.blocks, config.shuffle_window_mb * MIB) if source.blocks else None,
         value_range=form.value_range,
     )
-    if form.value_range and not config.skip_bad_images:
-        images[source.surveyed[0]]  # so that a wrong range is told before any work
+    if not config.skip_bad_images:  # so that what does not fit is told before any work
+        with advising(remedy):
+            seen.check(form)
+            if form.value_range:  # of deep pictures the headers do not tell the values
+                images[source.surveyed[0]]
     if source.blocks or num_bytes > IN_MEMORY_BYTES:
         return known_of(images, labels=labels)
-    decoded, kept, unreadable = decode_all(images, config.skip_bad_images)
+    decoded, kept, unreadable = decode_all(images, config.skip_bad_images, remedy)
     del source, images
     pyarrow.default_memory_pool().release_unused()  # twice the decoded images would be kept for later use
     for message in unreadable:
@@ -144,10 +152,10 @@ def choose_form(config: DataConfig, seen: Survey, channels: int | None, size: in
 
 
 def log_remarks(seen: Survey, looked_at: int, form: Form) -> None:
-    """Say what becomes of the images, and of which not everything is trained on."""
+    """Log how the images are resized, and warn of parts of their files that are not trained on."""
     if (fit := describe_fit(seen.sizes, form.size)) is not None:
         logger.info("%s", fit)
-    if seen.transparent and form.channels != 4:
+    if seen.transparent and form.kind == PICTURE and form.channels != 4:
         logger.info(
             "%d of %d images looked at have transparent parts, which become %s (--background)",
             seen.transparent,
@@ -159,6 +167,24 @@ def log_remarks(seen: Survey, looked_at: int, form: Form) -> None:
             "%d of %d images looked at have several frames or pages, of which the first is taken",
             seen.animated,
             looked_at,
+        )
+    if seen.losing_bands:
+        logger.warning(
+            "%d of %d images looked at have more bands than the colours that are read: write them as .npy files to "
+            "train on all bands",
+            seen.losing_bands,
+            looked_at,
+        )
+
+
+def check_same_range(training: TrainingData, held_out: TrainingData) -> None:
+    """Raise ValueError if held-out images are scaled from other values than the training images."""
+    own, other = (data.value_range or OWN_RANGES["uint8"] for data in (training, held_out))
+    if own != other:
+        raise ValueError(
+            f"the values {own[0]:g} to {own[1]:g} of the training images become -1 to 1, and {other[0]:g} to "
+            f"{other[1]:g} of the held-out images: say with --value_range LOW HIGH which values it are in both, or "
+            "write them as files of one type"
         )
 
 
@@ -191,7 +217,7 @@ class ImageStream(torch.utils.data.Dataset[Tensor]):
 
         An image that cannot be read gives way to the next one in the data set.
 
-        Raises BadImages if it cannot be read, and is not to be passed over; or none can.
+        Raises BadImages if the image cannot be read and no other one is to take its place; or no image can be read.
         """
         total = len(self.data.images)
         unreadable: list[str] = []
@@ -203,7 +229,7 @@ class ImageStream(torch.utils.data.Dataset[Tensor]):
                 if not self.skip_bad_images:
                     raise BadImages(f"{error}; {REMEDY}") from error
                 unreadable.append(str(error))
-        raise BadImages(f"none of {total} images can be read")
+        raise BadImages(f"none of {total} images can be read; the last: {unreadable[-1]}")
 
     def augmented(self, image: Tensor, position: int) -> Tensor:
         """The image cropped, and flipped or not, as the position says."""

@@ -33,11 +33,13 @@ POSITIVE = Allowed("above 0 and finite", lambda value: 0 < value < float("inf"))
 FRACTION = Allowed("in [0, 1)", lambda value: 0 <= value < 1)
 
 
+TWO_NUMBERS: dict[str, Any] = {"nargs": 2, "metavar": ("LOW", "HIGH")}  # how the flag of a range is read
+
 # How a flag of a type is read, where not as the type alone: `--use_ema` means true, `--value_range 0 1` is two values.
 FLAGS: dict[Any, dict[str, Any]] = {
     bool: {"type": bool, "nargs": "?", "const": True},
     bool | None: {"type": bool | None, "nargs": "?", "const": True},
-    list[float] | None: {"type": float | None, "nargs": 2, "metavar": ("LOW", "HIGH")},
+    list[float] | None: {"type": float | None, **TWO_NUMBERS},
 }
 
 

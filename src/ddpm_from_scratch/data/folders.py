@@ -4,17 +4,18 @@
 none. Here a folder is all its images, unless all of them lie under folders that are called as splits are.
 """
 
+import logging
 import os
 import re
 import tarfile
 import zipfile
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import datasets
 import fsspec
@@ -30,6 +31,7 @@ SPLIT_FOLDERS = {
 }
 SPLIT_WORDS = {**SPLIT_FOLDERS, "training": "train", "dev": "validation", "testing": "test", "eval": "test"}
 ARCHIVES = {".zip": "zip", ".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", ".tar.bz2": "tar", ".tar.xz": "tar"}
+SYSTEM_FOLDERS = ("lost+found",)  # hidden too, though no dot begins its name: only root may read it
 ARRAYS = ".npy"
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # columns of a folder, as `datasets` reads them
 TABLES = {".parquet", ".arrow"}  # never notes beside pictures, as other tables may be
@@ -45,6 +47,9 @@ READERS: dict[str, tuple[str, dict[str, str]]] = {  # what reads files of a suff
     ".jsonl": ("json", {}),
     ".ndjson": ("json", {}),
 }
+
+
+logger = logging.getLogger(__name__)
 
 
 def image_suffixes() -> set[str]:
@@ -100,20 +105,28 @@ class Folder:
 
 def files_of(path: Path) -> list[Path]:
     """The files in a folder, at any depth, but for hidden ones; of a file, itself."""
-    files = [path] if path.is_file() else walk(path)
-    return sorted(file for file in files if not hidden(file.relative_to(path).parts))
+    return [path] if path.is_file() else sorted(walk(path))
 
 
-def walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """All files in a folder and in those that links in it lead to; OSError for a folder that cannot be read."""
-    here = folder.resolve()
-    if here in above:  # a link to a folder that it lies in
-        return
-    for entry in list(os.scandir(folder)):
-        if entry.is_dir():
-            yield from walk(folder / entry.name, above | {here})
-        elif entry.is_file() or entry.is_symlink():  # a link that leads nowhere is an image that cannot be read
-            yield folder / entry.name
+def walk(folder: Path) -> Iterator[Path]:
+    """All files in a folder and in the folders that links in it lead to, but for hidden ones; each folder once.
+
+    Raises OSError, which names it, for a folder that cannot be read.
+    """
+    waiting = deque([folder])
+    known: set[Path] = set()
+    while waiting:
+        here = waiting.popleft()
+        if here.resolve() in known:  # a link led to it
+            continue
+        known.add(here.resolve())
+        for entry in sorted(os.scandir(here), key=lambda entry: entry.name):
+            if hidden([entry.name]):
+                continue
+            if entry.is_dir():  # links come after all folders, whose images keep their own paths
+                (waiting.append if entry.is_symlink() else waiting.appendleft)(here / entry.name)
+            elif entry.is_file() or entry.is_symlink():  # a link that leads nowhere is an image that cannot be read
+                yield here / entry.name
 
 
 def read_folder(path: Path) -> Folder:
@@ -123,9 +136,19 @@ def read_folder(path: Path) -> Folder:
         archive = archive_kind(file.name)
         names += list_archive(file, archive) if archive else [str(file)]
     suffixes = image_suffixes()
-    images = [name for name in names if suffix_of(name) in suffixes]
-    # Beside pictures, arrays are something else.
-    images = images or [name for name in names if suffix_of(name) == ARRAYS]
+    pictures = [name for name in names if suffix_of(name) in suffixes]
+    arrays = [name for name in names if suffix_of(name) == ARRAYS]
+    images = pictures or arrays  # arrays beside pictures are taken for notes on them, such as masks
+    if len(arrays) > len(images):
+        logger.warning(
+            "%d %s files in %s are left out, since arrays are images only in a folder without pictures, and it has %d "
+            "pictures, such as %s: move these elsewhere to train on the arrays",
+            len(arrays),
+            ARRAYS,
+            path,
+            len(pictures),
+            pictures[0],
+        )
     metadata = [name for name in names if Path(name).name in METADATA]
     rest = Counter(suffix_of(name) or "without suffix" for name in set(names) - set(images) - set(metadata))
     return Folder(path, tuple(sorted(images)), tuple(metadata), rest)
@@ -138,7 +161,7 @@ def suffix_of(name: str) -> str:
 
 def hidden(parts: Iterable[str]) -> bool:
     """Whether a file is of the system, not of the user: `.DS_Store`, `__MACOSX/...`."""
-    return any(part.startswith((".", "__")) for part in parts)
+    return any(part.startswith((".", "__")) or part in SYSTEM_FOLDERS for part in parts)
 
 
 def archive_kind(name: str) -> str | None:
@@ -160,37 +183,49 @@ def list_archive(path: Path, kind: str) -> list[str]:
 
 @contextmanager
 def reading(name: object, kind: str = "a data set") -> Iterator[None]:
-    """Errors in here are those of a file or folder; ValueError that names it if there was one.
+    """Errors in here are those of a file or folder, of whichever type its parser raises; ValueError that names it.
 
-    zipfile, tarfile, pandas, pyarrow and every codec have their own.
+    An error of the system, such as a file that may not be read, is no damage. MemoryError stays as it is.
     """
     try:
         yield
     except Exception as error:
         fault = (isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__) or error
+        if isinstance(fault, MemoryError):
+            raise fault from None
         reason = str(fault).strip(" .\n") or type(fault).__name__
-        raise ValueError(
-            f"{name} cannot be read as {kind}: {reason}. It is damaged, or of another form than its name says: write "
-            "it anew"
-        ) from error
+        of_system = isinstance(fault, OSError) and fault.errno is not None
+        advice = "" if of_system else ". It is damaged, or of another form than its name says: write it anew"
+        raise ValueError(f"{name} cannot be read as {kind}: {reason}{advice}") from error
 
 
 def check_zip(archive: zipfile.ZipFile, path: Path) -> None:
-    """Raise an error if the list of a zip may lack images.
+    """Raise ValueError if the list at the end of a zip may lack images.
 
-    A zip says how many files there are, which zipfile does not compare. It has each name at two places, which zipfile
-    compares when it opens a file; and nobody opens what is not called as an image is.
+    The list ends with the number of files, which zipfile does not compare with it. Each name also stands before its
+    file, where zipfile looks only when it opens the file: those that are not called as images are, which are never
+    opened, are compared here.
     """
     with path.open("rb") as file:
         file.seek(-min(path.stat().st_size, 2**16 + 22), os.SEEK_END)
         _, _, end = file.read().rpartition(b"PK\5\6")
-    count, listed = int.from_bytes(end[6:8], "little"), len(archive.infolist())
-    if count not in (0xFFFF, listed % 2**16):  # that many in the records of large zips
-        raise ValueError(f"it lists {listed} files and says that they are {count}")
-    suffixes = image_suffixes()
-    for about in archive.infolist():
-        if suffix_of(about.filename) not in suffixes:
-            archive.open(about).close()
+        count, listed = int.from_bytes(end[6:8], "little"), len(archive.infolist())
+        if count not in (0xFFFF, listed % 2**16):  # large zips have the number elsewhere
+            raise ValueError(f"it lists {listed} files and says that they are {count}")
+        suffixes = image_suffixes()
+        for about in archive.infolist():
+            if suffix_of(about.filename) not in suffixes:
+                check_name(file, about)
+
+
+def check_name(file: BinaryIO, about: zipfile.ZipInfo) -> None:
+    """Raise ValueError if the name of a file in the list of a zip is not the one that stands before the file."""
+    file.seek(about.header_offset)
+    header = file.read(30)
+    name = file.read(int.from_bytes(header[26:28], "little"))
+    in_list = about.orig_filename.encode("utf-8" if about.flag_bits & 0x800 else "cp437")
+    if not header.startswith(b"PK\3\4") or name != in_list:
+        raise ValueError(f"the names of a file in its list, {in_list!r}, and before the file, {name!r}, differ")
 
 
 def check_end(archive: tarfile.TarFile) -> None:
@@ -225,7 +260,7 @@ def read_file(path: str) -> bytes:
 
 
 def holds_pictures(path: Path) -> bool:
-    """Whether a folder or archive is pictures: no tables, no samples of several files, no card of what is what."""
+    """Whether a folder or archive holds images as files of their own, not in tables or samples of a webdataset."""
     if path.is_file():
         kind = archive_kind(path.name)
         return kind == "zip" or (kind == "tar" and not holds_samples(path))
@@ -233,14 +268,15 @@ def holds_pictures(path: Path) -> bool:
     kinds = {archive_kind(name) or suffix_of(name) for name in names}
     if has_configurations(path) or kinds & TABLES:
         return False
-    # A folder of neither is for `open_folder` to refuse.
+    # A folder without any of these goes to `open_folder`, which says what it holds.
     return bool(kinds & {*image_suffixes(), "zip"}) or not kinds & {*READERS, "tar"}
 
 
 def holds_samples(path: Path) -> bool:
-    """Whether files of a tar belong together, as `1.png` and `1.json` do in a webdataset.
+    """Whether some files of a tar are a sample of a webdataset: several of one name, such as `1.png` and `1.json`.
 
-    Those of `cat.1.png` and `cat.2.png` do not, and a file that stands alone is a note.
+    What follows the first dot of a name is the field. Fields that begin with a digit, as in `cat.1.png` and
+    `cat.2.png`, only number pictures.
     """
     fields = defaultdict(list)
     for name in list_archive(path, "tar"):
@@ -304,7 +340,7 @@ def open_folder(path: Path, split: str | None, cache_dir: str | None) -> tuple[d
     if folder.metadata and suffix_of(folder.images[0]) == ARRAYS:
         raise ValueError(f"{path} holds arrays, of which {folder.metadata[0]} is the table: pass it as --dataset_name")
     if folder.metadata:
-        on_disk = [image for image in splits[chosen] if "://" not in image]  # metadata name none in archives
+        on_disk = [image for image in splits[chosen] if "://" not in image]  # metadata only name files on the disk
         files = {chosen: [*on_disk, *folder.metadata]}
         with reading(", ".join(folder.metadata), "metadata of images"):
             rows = datasets.load_dataset("imagefolder", data_files=files, split=chosen, cache_dir=cache_dir)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Sequence
+from typing import cast
 
 from PIL import Image
 from torch import Tensor
@@ -10,7 +11,11 @@ from ..diffusion.checks import is_whole
 
 Size = tuple[int, int]  # (height, width)
 
+MOST_PIXELS = 2 * cast(int, Image.MAX_IMAGE_PIXELS)  # of an image, as PIL has it for those that it opens
+
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values for images that lie on a side
+# Where PIL finds an orientation, in the `info` of an image.
+ORIENTED = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 
 
 def as_size(resolution: int | str | Sequence[int]) -> Size:
@@ -50,6 +55,16 @@ def size_that_covers(image: Size, target: Size) -> Size:
     return height, width
 
 
+def check_covering(image: Size, target: Size) -> None:
+    """Raise ValueError for an image that would be too large once it covers the target, as very long ones are."""
+    height, width = size_that_covers(image, target)
+    if height * width > MOST_PIXELS:
+        raise ValueError(
+            f"an image of {image[0]}x{image[1]} pixels (height x width) that is to cover {target[0]}x{target[1]} "
+            f"becomes {height}x{width}, more than {MOST_PIXELS:,} pixels: crop it, or choose another --resolution"
+        )
+
+
 def scale_that_covers(image: Size, target: Size) -> float:
     """The factor by which `size_that_covers` scales."""
     return max(wanted / side for side, wanted in zip(image, target, strict=True))
@@ -60,21 +75,26 @@ def describe_fit(found: Collection[Size], target: Size) -> str | None:
     if set(found) == {target}:
         return None
     least, most = (resolution_of(size) for size in (min(found), max(found)))
-    words = [f"resized to cover {target[0]}x{target[1]}"]
+    between = f"from {least} to {most}" if least != most else f"{most}"
+    parts = [
+        f"the images are {between} pixels large (height x width)",
+        f"they are resized until they just cover {target[0]}x{target[1]}",
+    ]
     covering = [size_that_covers(size, target) for size in found]
     cut = 1 - target[0] * target[1] / max(height * width for height, width in covering)
     if cut > 0:
-        words.append(f"cropped: of the longest, {cut:.0%} is cut off")
+        parts.append(f"what lies beyond it, up to {cut:.0%} of an image, is cropped")
     enlarged = sum(scale_that_covers(size, target) > 1 for size in found)
     if enlarged:
-        words.append(f"enlarged where they are smaller: {enlarged} of {len(found)} sizes met")
-    between = f"from {least} to {most}" if least != most else f"{most}"
-    return f"the images are {between} pixels large (height x width); they are {', '.join(words)}"
+        parts.append(f"images of {enlarged} of the {len(found)} sizes are smaller than that and are enlarged")
+    return "; ".join(parts)
 
 
 def upright_size(image: Image.Image) -> Size:
-    """The size of an image once it is turned as its EXIF data say, from its header; PIL turns TIFF's by itself."""
-    turned = "exif" in image.info and image.format != "TIFF" and image.getexif().get(ORIENTATION) in TURNED
+    """The size of an image, from its header, once it is turned as its EXIF data or XMP say."""
+    # PIL opens a TIFF in the upright size if the orientation is a tag of the file.
+    upright = not ORIENTED & image.info.keys() or ORIENTATION in getattr(image, "tag_v2", {})
+    turned = not upright and image.getexif().get(ORIENTATION) in TURNED
     return (image.width, image.height) if turned else (image.height, image.width)
 
 

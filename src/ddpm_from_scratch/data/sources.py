@@ -3,9 +3,9 @@
 import re
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..diffusion.checks import suggestion
 from ..runtime.random_streams import Block
 from .config import DataConfig, check_local, local_files
 from .folders import (
+    ARRAYS,
     READERS,
     archive_kind,
     files_of,
@@ -79,7 +80,30 @@ def open_source(config: DataConfig, split: str | None = None) -> Source:
     split, path = split or config.split, Path(config.source).expanduser()
     # The files of a folder of pictures are read one by one as it is.
     streamed = config.streaming and not (path.exists() and holds_pictures(path))
-    return open_stream(config, split or "train") if streamed else open_rows(config, split)
+    with naming_arrays(config):
+        source = open_stream(config, split or "train") if streamed else open_rows(config, split)
+    return source
+
+
+@contextmanager
+def naming_arrays(config: DataConfig) -> Iterator[None]:
+    """A ValueError in here also says that a folder was read as the table in it, if arrays lie beside that."""
+    try:
+        yield
+    except ValueError as error:
+        path = Path(config.dataset_name or "").expanduser()
+        arrays = [] if config.dataset_name is None or not path.is_dir() or holds_pictures(path) else arrays_in(path)
+        if not arrays:
+            raise
+        raise ValueError(
+            f"{error}. The folder was read as a table, since it holds one; to train on its {len(arrays)} {ARRAYS} "
+            f"files, such as {arrays[0].name}, pass it as --train_data_dir"
+        ) from error
+
+
+def arrays_in(folder: Path) -> list[Path]:
+    """The arrays in a folder, at any depth."""
+    return [file for file in files_of(folder) if file.suffix.lower() == ARRAYS]
 
 
 # --- rows by index -------------------------------------------------------------------------------------------------
@@ -158,10 +182,13 @@ class StreamedRows:
         stream: undecoded images in the column `image`; its shards are the blocks.
         blocks: what the shards hold.
         kept_bytes: blocks that hold more than this together are not kept, but always the largest one is.
+        local: whether the files are on the disk; errors of the Hub are the network's, and stay as they are.
     """
 
-    def __init__(self, stream: datasets.IterableDataset, blocks: tuple[Block, ...], kept_bytes: int) -> None:
-        self.stream, self.blocks = stream, blocks
+    def __init__(
+        self, stream: datasets.IterableDataset, blocks: tuple[Block, ...], kept_bytes: int, local: bool = True
+    ) -> None:
+        self.stream, self.blocks, self.local = stream, blocks, local
         self.starts = [block.start for block in blocks]
         self.kept_bytes = max(kept_bytes, *(block.num_bytes for block in blocks))
         self.kept: OrderedDict[int, pyarrow.Table] = OrderedDict()
@@ -186,12 +213,12 @@ class StreamedRows:
     def read(self, number: int) -> pyarrow.Table:
         """A block; ValueError if it cannot be read, or is not as long as it was when the run started."""
         block = self.blocks[number]
-        with reading(f"rows {block.start} to {block.stop - 1} of the data set", "a block"):
+        name = f"rows {block.start} to {block.stop - 1} of the data set"
+        with reading(name, "a block") if self.local else nullcontext():
             table = pyarrow.concat_tables(tables(self.stream.shard(self.stream.num_shards, number)))
         if len(table) != block.stop - block.start:
             raise ValueError(
-                f"rows {block.start} to {block.stop - 1} of the data set are now {len(table)} rows: it was changed "
-                "while the run went on. Start the same command again."
+                f"{name} are now {len(table)} rows: it was changed while the run went on. Start the same command again."
             )
         return table
 
@@ -246,7 +273,7 @@ def open_stream(config: DataConfig, split: str) -> Source:
             found: list[Any] = pyarrow.concat_tables(tables(one.select_columns([column])))[column].to_pylist()
         return found
 
-    rows = StreamedRows(images, blocks, config.shuffle_window_mb * MIB)
+    rows = StreamedRows(images, blocks, config.shuffle_window_mb * MIB, local=bool(local_files(config.source)))
     return Source(stream.features, rows, values, rows.evenly(SURVEYED_STREAM_ROWS), blocks)
 
 
@@ -323,7 +350,7 @@ def image_column(rows: Any, config: DataConfig) -> Any:  # noqa: ANN401
         rows = rows.rename_column(column, "image")
     if rows.features["image"] in TEXTS:
         with reading_local(config):
-            # A stream would forget the type.
+            # The type is given, since a stream does not know that of mapped columns.
             rows = rows.map(partial(beside, table_folder(config)), features=datasets.Features(image=TEXTS[0]))
     return rows.cast_column("image", datasets.Image(decode=False))
 

@@ -12,6 +12,8 @@ import torch
 
 from ..data.config import DataConfig
 from ..data.dataset import load_data
+from ..data.fields import TWO_NUMBERS
+from ..data.images import MEND
 from ..data.sizes import Size, center_crop
 from ..diffusion.guidance import null_label
 from ..diffusion.pipeline import ScratchDDPMPipeline
@@ -19,6 +21,7 @@ from ..diffusion.scheduler import ScratchDDPMScheduler
 from ..runtime.atomic_files import replacing_files
 from ..sampling.models import image_form
 from .calibration import calibrate
+from .config import check_trained_range
 
 SCHEDULER_FILE = Path("scheduler", "scheduler_config.json")
 
@@ -29,7 +32,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="folder of a saved pipeline")
     parser.add_argument("--dataset_name", help="as for `ddpm train`; without it: the embedded Fashion-MNIST")
     parser.add_argument("--train_data_dir", help="as for `ddpm train`")
-    parser.add_argument("--value_range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="as for `ddpm train`")
+    parser.add_argument("--value_range", type=float, help="as for `ddpm train`", **TWO_NUMBERS)
     parser.add_argument("--num_images", type=int, default=512, help="of the data set, evenly spaced")
     parser.add_argument("--num_timesteps", type=int, default=64, help="at which the moments are estimated")
     parser.add_argument("--batch_size", type=int, default=64, help="images per call of the network")
@@ -37,11 +40,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def training_images(args: argparse.Namespace, channels: int, size: Size) -> torch.Tensor:
+def data_config(args: argparse.Namespace) -> DataConfig:
+    """The training images that the command line names; errors as of `DataConfig.validate`."""
+    config = DataConfig(**{name: getattr(args, name) for name in ("dataset_name", "train_data_dir", "value_range")})
+    config.validate()
+    return config
+
+
+def training_images(args: argparse.Namespace, config: DataConfig, channels: int, size: Size) -> torch.Tensor:
     """Load `num_images` images, evenly spaced in the data set and cropped at the centre: [N, C, H, W] in [-1, 1]."""
-    names = ("dataset_name", "train_data_dir", "value_range")
-    config = DataConfig(**{name: getattr(args, name) for name in names})
-    images = load_data(config, channels, size).images
+    data = load_data(config, channels, size, remedy=MEND)
+    check_trained_range(str(args.model), config.value_range, data.value_range)
+    images = data.images
     if args.num_images > len(images):
         raise ValueError(f"--num_images {args.num_images}: from 1 to {len(images)} are allowed, as many as there are.")
     chosen = [images[index * len(images) // args.num_images] for index in range(args.num_images)]
@@ -55,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, least in {"num_images": 1, "num_timesteps": 2, "batch_size": 1}.items():
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)}: it must be at least {least}.")
+    config = data_config(args)
     if not (args.model / SCHEDULER_FILE).is_file():
         raise FileNotFoundError(f"{args.model} has no {SCHEDULER_FILE}: pass the folder of a saved pipeline.")
     pipeline = ScratchDDPMPipeline.from_pretrained(args.model)
@@ -68,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError(f"{args.model}: each label of its network is a class, and none is null, which is measured.")
     channels, size = image_form(pipeline)
     unet = pipeline.unet.to("cuda" if torch.cuda.is_available() else "cpu")
-    images = training_images(args, channels, size)
+    images = training_images(args, config, channels, size)
     options = {"num_timesteps": args.num_timesteps, "batch_size": args.batch_size, "seed": args.seed}
     calibrated = calibrate(unet, pipeline.scheduler, images, **options)
     place = args.model / SCHEDULER_FILE

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.arrays import OWN_RANGES, ValueRange
 from ..data.config import BACKGROUND, DataConfig, check_local
-from ..data.fields import Allowed, at_least, check_fields, knob, one_of
+from ..data.fields import TWO_NUMBERS, Allowed, at_least, check_fields, knob, one_of
 from ..runtime.devices import PRECISIONS
 from ..runtime.results import read_results
-from ..sampling.checkpoints import is_checkpoint
+from ..sampling.checkpoints import is_checkpoint, read_manifest
 from .features import CACHE_DIR, EXTRACTORS
 
 DESCRIPTION = """Measure a model: draw images, compare them with real ones, and compute the variational bound on
@@ -37,6 +38,37 @@ GROUPS = {
 }
 
 SEVERAL = ("num_inference_steps", "num_images", "size")  # take one or more numbers
+
+
+def trained_range(model: str) -> ValueRange | None:
+    """The values that became -1 and 1 in training, if a local model or checkpoint says them."""
+    folder = Path(model)
+    if is_checkpoint(folder):
+        found = read_manifest(folder)["config"].get("value_range")
+    else:
+        found = (read_results(folder / RESULTS).get("dataset") or {}).get("value_range")
+    return (float(found[0]), float(found[1])) if found else None
+
+
+def check_trained_range(model: str, wanted: Sequence[float] | None, found: ValueRange | None) -> None:
+    """Refuse real images whose values are scaled in another way than in the model's training.
+
+    Args:
+        model: its folder.
+        wanted: the range that the user asks for, which is taken as it is.
+        found: that of the images, if the user asks for none; None for 8-bit images.
+
+    Raises:
+        ValueError: the ranges differ.
+    """
+    trained, own = trained_range(model), found or OWN_RANGES["uint8"]
+    if wanted is None and trained is not None and trained != own:
+        low, high = trained
+        raise ValueError(
+            f"the values {low:g} to {high:g} became -1 to 1 when {model} was trained, and of these images {own[0]:g} "
+            f"to {own[1]:g} would: pass --value_range {low:g} {high:g} for images with the values of the training, "
+            f"or --value_range {own[0]:g} {own[1]:g} if theirs are on a scale of their own"
+        )
 
 
 def all_at_least(least: int) -> Allowed:
@@ -117,11 +149,11 @@ class EvaluationConfig:
 
     @property
     def folder(self) -> Path:
-        """The folder for the results."""
+        """The folder for the results: output_dir, or one that follows from the model."""
         if self.output_dir is not None:
             return self.output_dir
         path = Path(self.model)
-        if is_checkpoint(path):  # the run drops old ones
+        if is_checkpoint(path):  # not in the checkpoint itself, which the run deletes once newer ones are there
             return path.resolve().parent.parent / "evaluation" / path.name
         return path if path.is_dir() else Path("outputs", "evaluation", self.model)
 
@@ -183,7 +215,7 @@ def parse(arguments: Sequence[str]) -> EvaluationConfig:
         elif field.name in SEVERAL:
             options |= {"type": int, "nargs": "+"}
         elif field.name == "value_range":
-            options |= {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
+            options |= {"type": float, **TWO_NUMBERS}
         else:
             options |= {"type": kind, "choices": allowed.choices if allowed and allowed.choices else None}
         group.add_argument(f"--{field.name}", **options)

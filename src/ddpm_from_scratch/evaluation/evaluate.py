@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
-from ..data.dataset import TrainingData, load_data
+from ..data.dataset import TrainingData, check_same_range, load_data
+from ..data.images import MEND
 from ..data.sizes import Size
 from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..diffusion.scheduler import ScratchDDPMScheduler
@@ -22,7 +23,7 @@ from ..runtime.results import merge_results
 from ..sampling.generate import Samples, SampleSpec, describe
 from ..sampling.kept_images import describe_origin, generate_once, place, read_images, read_kept
 from ..sampling.models import class_names, image_form, load_pipeline
-from .config import LEAST_IMAGES, RESULTS, EvaluationConfig, parse
+from .config import LEAST_IMAGES, RESULTS, EvaluationConfig, check_trained_range, parse
 from .figures import neighbors_picture, plot_bound, save_samples
 from .measures import Evaluated, Options, RealImages, all_specs, check_enough, check_options, evaluate, taken, to_array
 
@@ -37,9 +38,10 @@ def real_images(config: EvaluationConfig, channels: int, size: Size, names: list
         names: of the model's classes.
 
     Raises:
-        ValueError: they cannot be read, or their classes are not the model's.
+        ValueError: they cannot be read, or their classes or the range of their values are not the model's.
     """
-    data = load_data(config.data, channels, size)
+    data = load_data(config.data, channels, size, remedy=MEND)
+    check_trained_range(config.model, config.value_range, data.value_range)
     training, facts = to_array(data.images, size), {"training": data.describe(config.data)}
     labels = labels_of_array(data, size, names)
     held_out = (None, config.test_split) if config.test_split else config.data.held_out(config.test_set)
@@ -47,7 +49,8 @@ def real_images(config: EvaluationConfig, channels: int, size: Size, names: list
         return RealImages(training, None, facts, labels, deep=data.value_range is not None)
     name, split = held_out
     tests_config = replace(config.data.of_another_set(name), **config.judged) if name else config.data
-    tests = load_data(tests_config, channels, size, split)
+    tests = load_data(tests_config, channels, size, split, MEND)
+    check_same_range(data, tests)
     facts["held_out"] = tests.describe(tests_config) | ({"split": config.test_split} if config.test_split else {})
     tests_labels, deep = labels_of_array(tests, size, names), bool(data.value_range or tests.value_range)
     return RealImages(training, to_array(tests.images, size), facts, labels, tests_labels, deep)

@@ -109,13 +109,16 @@ def page_facts(pipeline: DiffusionPipeline, folder: Path, repository: str) -> di
     """The variables of the template, from the model's configuration and the files beside it.
 
     Returns:
-        `repository` and its `name`; of the network: `size` and `channels` (in words), `pictures`, whether PIL has such,
-        `tiny`, `parameters`, `conditional`, `classes` (in words); of its use: `labels`, code for some of them,
-        `guided`, whether there is a null label,
-        `stock`, whether diffusers' own pipeline runs it, `ddpm`, whether its scheduler is that of DDPM, and
-        `num_steps`, T; `scheduler`, its configuration; `training`, `comparison` and `evaluation` from results.json and
-        `config` from training_config.yaml, empty if there is none; `measures`, the rows of the evaluation's table;
-        `by_class`, the accuracies of its classes in words; `files`, the names of those in the folder.
+        - `repository` and its `name`
+        - of the network: `size` and `channels` (in words), `pictures` (whether PIL has such), `tiny`, `parameters`,
+          `conditional` and `classes` (in words)
+        - of its use: `labels` (code for some of them), `guided` (whether there is a null label), `stock` (whether
+          diffusers' own pipeline runs it), `ddpm` (whether its scheduler is that of DDPM) and `num_steps`, T
+        - `scheduler`: its configuration
+        - `training`, `comparison` and `evaluation` from results.json, and `config` from training_config.yaml; empty if
+          there is none
+        - `measures`: the rows of the evaluation's table; `by_class`: the accuracies of its classes in words
+        - `files`: the names of those in the folder
 
     Raises:
         ValueError: the network's configuration does not tell the size of its images.

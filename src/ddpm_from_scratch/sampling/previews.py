@@ -23,7 +23,7 @@ def image_grid(images: Sequence[Image.Image], columns: int | None = None, scale:
         scale: whole factor by which pixels are enlarged; left out, 2 for tiny images.
     """
     first = images[0]
-    columns = columns or math.ceil(math.sqrt(len(images) * first.height / first.width))
+    columns = columns or min(len(images), math.ceil(math.sqrt(len(images) * first.height / first.width)))
     rows, scale = math.ceil(len(images) / columns), scale or (2 if max(first.size) < TINY else 1)
     grid = Image.new(first.mode, (columns * first.width, rows * first.height))  # diffusers' own has no transparency
     for number, image in enumerate(images):
@@ -98,4 +98,6 @@ def write_gif(
         image_grid(images := _pictures(frame, part), len(images), scale) for frame in _checked(trajectory, part, scale)
     ]
     durations = [milliseconds] * len(rest) + [10 * milliseconds]
-    first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
+    # A frame with transparent pixels would otherwise show the one before through them.
+    disposal = 2 if first.mode == "RGBA" else 0
+    first.save(path, save_all=True, append_images=rest, duration=durations, loop=0, disposal=disposal)

@@ -64,6 +64,16 @@ def build_objective(config: TrainingConfig, scheduler: ScratchDDPMScheduler) -> 
     return Objective(scheduler, **{key: getattr(config, flag) for flag, key in OBJECTIVE_FLAGS.items()})
 
 
+def check_levels(config: TrainingConfig, data: TrainingData) -> None:
+    """Raise ValueError for a loss with the bound in it, which is that of 8-bit levels, and images of other values."""
+    if config.loss != "simple" and data.value_range:
+        raise ValueError(
+            f"loss {config.loss!r} is the variational bound of the 256 levels of 8-bit images, or holds it, and these "
+            "images have other values: take the loss 'simple' with a fixed variance, or 8-bit images without "
+            "--value_range"
+        )
+
+
 def network_config(config: TrainingConfig) -> dict[str, Any]:
     """The keys of a new network that are described, by the preset or a JSON file.
 

@@ -44,6 +44,7 @@ from .model import (
     build_objective,
     build_scheduler,
     build_unet,
+    check_levels,
     load_trained,
     network_config,
     rate_for,
@@ -227,6 +228,7 @@ def build_inputs(
         config = with_process_of(scheduler, config)
         keys = dict(trained.unet.config) if trained else network_config(config)
         data = load_data(config, keys.get("in_channels"), config.size or keys.get("sample_size"))
+        check_levels(config, data)
     if trained:
         check_halvings(keys, data.size)
         unet = trained_unet(trained, config, data.labels)

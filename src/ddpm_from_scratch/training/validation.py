@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..data.dataset import TrainingData, load_data
+from ..data.dataset import TrainingData, check_same_range, load_data
+from ..data.images import MEND
 from ..evaluation.features import Features, extract
 from ..evaluation.likelihood import bits_per_dim
 from ..evaluation.measures import NO_LEVELS, to_array
@@ -36,7 +37,8 @@ class ValidationSet:
 def build_validation_set(config: TrainingConfig, data: TrainingData) -> ValidationSet:
     """Read the real images, and the features of those to compare samples with.
 
-    Raises ValueError if there are fewer training images than are to be generated, or the held-out ones cannot be read.
+    Raises ValueError if there are fewer training images than are to be generated, or the held-out ones cannot be read
+    or are scaled from other values.
     """
     if config.eval_num_images > len(data.images):
         raise ValueError(
@@ -48,7 +50,8 @@ def build_validation_set(config: TrainingConfig, data: TrainingData) -> Validati
     if (held_out := config.held_out(config.test_set)) is None:
         return ValidationSet(reference, None)
     name, split = held_out
-    tests = load_data(config.of_another_set(name), data.channels, data.size, split)
+    tests = load_data(config.of_another_set(name), data.channels, data.size, split, MEND)
+    check_same_range(data, tests)
     if data.value_range or tests.value_range:
         logger.warning("the bound of the held-out images is left out: %s", NO_LEVELS)
         return ValidationSet(reference, None)
