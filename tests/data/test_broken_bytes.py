@@ -159,10 +159,10 @@ STREAMED = {
 }
 
 
-def load(path, folder, **options):
+def load(path, folder, channels=None, **options):
     config = DataConfig(dataset_name=str(path), cache_dir=str(folder / "cache"), **options)
     config.validate()
-    return load_data(config, 3, 8)
+    return load_data(config, channels, 8)
 
 
 def names(error, file):
@@ -170,11 +170,11 @@ def names(error, file):
     return file.name in str(error) or re.search(r"image \d+|none of \d+ images|rows \d+ to \d+", str(error))
 
 
-def check(path, file, folder, count):
+def check(path, file, folder, count, **options):
     """No image is lost in silence."""
     for skip in (False, True):
         try:
-            data = load(path, folder, skip_bad_images=skip)
+            data = load(path, folder, skip_bad_images=skip, **options)
         except (ValueError, OSError) as error:
             assert names(error, file), str(error)
         else:
@@ -185,7 +185,7 @@ def check(path, file, folder, count):
 def check_stream(path, file, folder, count):
     """No image of a stream is lost in silence."""
     try:
-        data = load(path, folder, streaming=True, skip_bad_images=True)
+        data = load(path, folder, 3, streaming=True, skip_bad_images=True)
     except (ValueError, OSError) as error:
         assert names(error, file), str(error)
         return
@@ -219,7 +219,8 @@ def damage(write, examples, check_one):
 @pytest.mark.parametrize("name", SETS)
 def test_no_image_is_lost_in_silence(name):
     write, count, examples = SETS[name]
-    damage(write, examples, partial(check, count=count))
+    options = PICTURES[name].options if name in PICTURES else {}
+    damage(write, examples, partial(check, count=count, **options))
 
 
 @pytest.mark.parametrize("name", STREAMED)
