@@ -662,3 +662,13 @@ def test_rounding_to_8_bits():
     assert torch.equal(arrays.to_8_bits(loop.to_unit_range(levels)), levels)
     assert torch.equal(arrays.to_8_bits(levels), levels)
     assert arrays.to_8_bits(torch.tensor([-1.0, 1.0, 0.0])).tolist() == [0, 255, 128]
+
+
+def test_arrays_with_channels_first_are_refused_with_the_remedy(tmp_path):
+    for number in range(3):
+        np.save(tmp_path / f"{number}.npy", np.zeros((5, 32, 32), dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"0\.npy.*\[5, 32, 32\].*as if the channels stood first.*numpy\.moveaxis"):
+        data.load_data(DataConfig(train_data_dir=str(tmp_path)), None, None)
+    for number in range(3):
+        np.save(tmp_path / f"{number}.npy", np.zeros((32, 32, 5), dtype=np.uint8))
+    assert data.load_data(DataConfig(train_data_dir=str(tmp_path)), None, None).channels == 5

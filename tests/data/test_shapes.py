@@ -45,7 +45,7 @@ def test_a_square_by_all_its_names(given):
     assert sizes.as_size(given) == (64, 64) and sizes.resolution_of((64, 64)) == 64
 
 
-@pytest.mark.parametrize("given", ["64x128", (64, 128), [64, 128]])
+@pytest.mark.parametrize("given", ["64x128", (64, 128), [64, 128], "[64,128]", "[64, 128]"])
 def test_height_comes_before_width(given):
     assert sizes.as_size(given) == (64, 128) and sizes.resolution_of((64, 128)) == "64x128"
 

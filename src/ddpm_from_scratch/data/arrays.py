@@ -93,7 +93,19 @@ def read_array(encoded: bytes) -> np.ndarray | None:
         return None
     if array.ndim not in (2, 3) or array.size == 0 or array.dtype.kind not in "uif":
         raise ValueError(f"it holds {array.dtype} {list(array.shape)}: numbers [H, W] or [H, W, C] are needed")
+    if encoded.startswith(NPY):
+        check_channels_last(array)
     return array[..., None] if array.ndim == 2 else array
+
+
+def check_channels_last(array: np.ndarray) -> None:
+    """Raise ValueError for an array that looks like [C, H, W]."""
+    height, width, channels = (*array.shape, 1)[:3]
+    if height < min(width, channels):
+        raise ValueError(
+            f"its shape {list(array.shape)} has fewer rows than columns and channels, as if the channels stood first: "
+            "write arrays as [H, W, C], for instance by numpy.moveaxis(array, 0, -1)"
+        )
 
 
 def is_beyond_pil(encoded: bytes) -> bool:

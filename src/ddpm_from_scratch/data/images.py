@@ -31,7 +31,7 @@ from .arrays import (
 )
 from .config import BACKGROUND
 from .folders import read_file
-from .sizes import Size, check_covering, scale_that_covers, size_that_covers, upright_size
+from .sizes import Size, as_size, check_covering, scale_that_covers, size_that_covers, upright_size
 from .sources import Rows, Source
 
 GRAYSCALE_MODES = ("1", "L", "LA")
@@ -312,24 +312,35 @@ class Form:
             )
 
 
-def decode(row: Mapping[str, Any], index: int, form: Form) -> Tensor:
+def decode(
+    row: Mapping[str, Any],
+    index: int,
+    channels: int,
+    size: int | Size,
+    background: str = BACKGROUND,
+    kind: Kind = PICTURE,
+    value_range: ValueRange | None = None,
+) -> Tensor:
     """An image, resized so that it just covers a size: [channels, H, W], uint8 or, with a range, float32 in [-1, 1].
+
+    The arguments after the place of the image are those of its `Form`.
 
     Raises BadImages if the image cannot be read, has colours where the network takes none, values beyond the range, or
     would be too large.
     """
+    form = Form(channels, as_size(size), background, kind, value_range)
     with naming(where(row, index)):
         encoded = encoded_image(row, index)
         array = read_array(encoded)
         if array is not None:
             form.refuse_others(kind_of_array(array))
             return to_tensor(array, form.value_range, form.size)
-        kind, image = read_picture(encoded)
-        form.refuse_others(kind)
+        own_kind, image = read_picture(encoded)
+        form.refuse_others(own_kind)
         if form.kind == PICTURE:
             image = in_channels(image, form)
         if form.value_range is not None:
-            return to_tensor(as_array(image, kind), form.value_range, form.size)
+            return to_tensor(as_array(image, own_kind), form.value_range, form.size)
         check_covering((image.height, image.width), form.size)
     height, width = size_that_covers((image.height, image.width), form.size)
     if (width, height) != image.size:
@@ -374,7 +385,7 @@ class DecodedOnDemand:
 
     def __getitem__(self, index: int) -> Tensor:
         """[C, H, W], as `decode` gives it."""
-        return decode(row_at(self.rows, index), index, self.form)
+        return decode(row_at(self.rows, index), index, **vars(self.form))
 
 
 def decode_all(

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..diffusion.checks import is_whole
 
 Size = tuple[int, int]  # (height, width)
+WORDS = r"\d+(x\d+)?|\[\d+, ?\d+\]"  # a size on the command line, also as UNet2DModel's sample_size has it
 
 MOST_PIXELS = 2 * cast(int, Image.MAX_IMAGE_PIXELS)  # of an image, as PIL has it for those that it opens
 
@@ -19,10 +20,10 @@ ORIENTED = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 
 
 def as_size(resolution: int | str | Sequence[int]) -> Size:
-    """A resolution as (height, width): 64, "64x128", (64, 128) or [64, 128]; ValueError for anything else."""
+    """A resolution as (height, width): 64, "64x128", "[64, 128]", (64, 128); ValueError for anything else."""
     sides: Sequence[object] = ()
     if isinstance(resolution, str):
-        sides = [int(side) for side in resolution.split("x")] if re.fullmatch(r"\d+(x\d+)?", resolution) else ()
+        sides = [int(side) for side in re.findall(r"\d+", resolution)] if re.fullmatch(WORDS, resolution) else ()
     elif isinstance(resolution, Sequence):
         sides = resolution
     else:
