@@ -219,14 +219,15 @@ def test_mixed_sets_are_refused_with_two_names(tmp_path):
 def test_what_the_survey_did_not_see_is_refused_later(tmp_path, monkeypatch):
     monkeypatch.setattr("ddpm_from_scratch.data.sources.SURVEYED_ROWS", 1)
     write(tmp_path, numbers("float32"), numbers("uint16"))
-    with pytest.raises(BadImages, match=r"1.npy\) cannot be read: it is uint16 of 1 channels, and the images before"):
+    with pytest.raises(BadImages, match=r"1.npy\) cannot be read: it is uint16 .* before are .*: convert it, or"):
         load(tmp_path)
 
 
 def test_a_network_of_other_channels_is_refused(tmp_path):
     write(tmp_path, numbers("float32", (*SHAPE, 5)))
     assert load(tmp_path, 5).channels == 5
-    with pytest.raises(ValueError, match="the network takes 3 channels, and the images are float32 of 5 channels"):
+    fault = "the network takes 3 channels, and the images are float32 of 5 channels: write the images with as many, or"
+    with pytest.raises(ValueError, match=fault):
         load(tmp_path, 3)
 
 

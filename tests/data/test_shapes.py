@@ -335,6 +335,16 @@ def test_editing():
     assert same[:, : WIDTH // 2].all() and not same[:, WIDTH // 2 :].all()
 
 
+def test_a_network_without_a_size_says_what_to_do():
+    base, words = (
+        small(sample_size=None),
+        "has no sample_size: set it to the side of the images or to .height, width., or",
+    )
+    for pipeline, arguments in ((base, ()), (ScratchDDPMImg2ImgPipeline.from_pipe(base), (picture(), 0.5))):
+        with pytest.raises(ValueError, match=f"{words} pass height and width where the pipeline takes them"):
+            pipeline(*arguments)
+
+
 def test_the_page_and_the_demo_say_their_shape(trained, tmp_path):
     pipeline = ScratchDDPMPipeline.from_pretrained(trained)
     page = model_card.model_page(pipeline, trained, "user/wide", ROOT / "model_card.md").content
