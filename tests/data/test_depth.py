@@ -673,3 +673,36 @@ def test_arrays_with_channels_first_are_refused_with_the_remedy(tmp_path):
     for number in range(3):
         np.save(tmp_path / f"{number}.npy", np.zeros((32, 32, 5), dtype=np.uint8))
     assert data.load_data(DataConfig(train_data_dir=str(tmp_path)), None, None).channels == 5
+
+
+def as_png(pixels):
+    Image.fromarray(pixels.squeeze()).save(buffer := io.BytesIO(), "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def test_several_columns_are_the_channels_of_one_image(tmp_path):
+    rng = np.random.default_rng(0)
+    sets = {name: rng.integers(0, 256, (6, 8, 8, count), dtype=np.uint8) for name, count in (("rgb", 3), ("nir", 1))}
+    table = {name: [as_png(image) for image in pixels] for name, pixels in sets.items()}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "bands.parquet")
+
+    def load(columns, **options):
+        config = DataConfig(dataset_name=str(tmp_path / "bands.parquet"), image_column=columns, **options)
+        return data.load_data(config, None, None)
+
+    loaded = load("rgb, nir")
+    expected = np.concatenate([sets["rgb"], sets["nir"]], axis=3)
+    assert loaded.channels == 4
+    np.testing.assert_array_equal(torch.stack([*loaded.images]).permute(0, 2, 3, 1).numpy(), expected)
+    with pytest.raises(ValueError, match="no image_column 'nr'; did you mean 'nir'"):
+        load("rgb,nr")
+    with pytest.raises(ValueError, match="several columns are not streamed"):
+        load("rgb,nir", streaming=True)
+
+
+def test_columns_of_different_sizes_are_no_image(tmp_path):
+    table = {name: [as_png(np.zeros((side, side), np.uint8))] * 3 for name, side in {"a": 8, "b": 16}.items()}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "bands.parquet")
+    config = DataConfig(dataset_name=str(tmp_path / "bands.parquet"), image_column="a,b")
+    with pytest.raises(BadImages, match="image 0 cannot be read: its columns differ in type or size: uint8 8x8, uint8"):
+        data.load_data(config, None, None)

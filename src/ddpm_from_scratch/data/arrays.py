@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -96,6 +96,35 @@ def read_array(encoded: bytes) -> np.ndarray | None:
     if encoded.startswith(NPY):
         check_channels_last(array)
     return array[..., None] if array.ndim == 2 else array
+
+
+# Modes of pictures of 8 bits whose values are taken as they are; others become RGB, or gray where they are.
+PLAIN_MODES = {"L": "L", "RGB": "RGB", "1": "L", "LA": "L"}
+
+
+def stacked(parts: Sequence[bytes]) -> bytes:
+    """Several pictures or arrays of one size as one .npy file, with the channels of one after those of the other.
+
+    Raises ValueError if one cannot be read, or their sizes or types differ.
+    """
+    bands = [values_of(part) for part in parts]
+    if len({(band.shape[:2], band.dtype) for band in bands}) > 1:
+        said = ", ".join(f"{band.dtype} {band.shape[0]}x{band.shape[1]}" for band in bands)
+        raise ValueError(f"its columns differ in type or size: {said}")
+    buffer = io.BytesIO()
+    np.save(buffer, np.concatenate(bands, axis=2))
+    return buffer.getvalue()
+
+
+def values_of(encoded: bytes) -> np.ndarray:
+    """The values of a picture or an array: [H, W, C]."""
+    array = read_array(encoded)
+    if array is None:
+        with parsing(), Image.open(io.BytesIO(encoded)) as opened:
+            image = ImageOps.exif_transpose(opened)
+            plain = image if image.mode in DEEP_MODES else image.convert(PLAIN_MODES.get(image.mode, "RGB"))
+            array = np.asarray(plain)
+    return array.reshape(*array.shape[:2], -1)
 
 
 def check_channels_last(array: np.ndarray) -> None:

@@ -35,7 +35,11 @@ class DataConfig:
     dataset_revision: str | None = knob(None, "commit, tag or branch of a Hub data set; its newest if left out")
     train_data_dir: str | None = knob(None, "folder of images, in place of dataset_name")
     split: str | None = knob(None, "of the data set; train, or the only one of a folder, if left out")
-    image_column: str | None = knob(None, "the column of images; found by itself if left out and there is one")
+    image_column: str | None = knob(
+        None,
+        "the column of images; found by itself if left out and there is one; several, such as red,nir, are channels of "
+        "one image",
+    )
     streaming: bool = knob(
         False, "read dataset_name while training, without a copy in the cache; for sets that do not fit elsewhere"
     )

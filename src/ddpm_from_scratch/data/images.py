@@ -27,6 +27,7 @@ from .arrays import (
     parsing,
     read_array,
     reason,
+    stacked,
     to_tensor,
 )
 from .config import BACKGROUND
@@ -155,6 +156,8 @@ class Survey:
 def encoded_image(row: Mapping[str, Any], index: int) -> bytes:
     """The bytes of an image, from the row itself or from the file that it names; ValueError if the row has none."""
     image = row["image"]
+    if isinstance(image, list):  # of several columns
+        return stacked([encoded_image({"image": part}, index) for part in image])
     if image is None:
         raise ValueError(f"row {index} of the data set has no image, or a path that is no text")
     encoded = cast(bytes | None, image["bytes"])
@@ -176,7 +179,7 @@ def row_at(rows: Rows, index: int) -> Mapping[str, Any]:
 
 def where(row: Mapping[str, Any], index: int) -> str:
     """The place of an image, for error messages."""
-    path = row["image"] and row["image"]["path"]
+    path = row["image"]["path"] if isinstance(row["image"], dict) else None
     return f"image {index}" + (f" ({path})" if path else "")
 
 

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -341,8 +341,11 @@ def image_column(rows: Any, config: DataConfig) -> Any:  # noqa: ANN401
 
     Raises ValueError if the data set has no image column, or several and none is chosen.
     """
+    wanted = config.image_column
+    if wanted is not None and "," in wanted and wanted not in rows.features:
+        return bands(rows, config, [name.strip() for name in wanted.split(",")])
     try:
-        column = find_image_column(rows.features, config.image_column)
+        column = find_image_column(rows.features, wanted)
     except ValueError as error:
         raise ValueError(f"{config.source}: {error}") from error
     rows = rows.select_columns([column])
@@ -353,6 +356,28 @@ def image_column(rows: Any, config: DataConfig) -> Any:  # noqa: ANN401
             # The type is given, since a stream does not know that of mapped columns.
             rows = rows.map(partial(beside, table_folder(config)), features=datasets.Features(image=TEXTS[0]))
     return rows.cast_column("image", datasets.Image(decode=False))
+
+
+class Bands:
+    """Images whose channels lie in several columns: row i has a list of undecoded images in the column `image`."""
+
+    def __init__(self, columns: Sequence[datasets.Dataset]) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.columns[0])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One row: {"image": [{"bytes": ..., "path": ...}, ...]}."""
+        return {"image": [column[index]["image"] for column in self.columns]}
+
+
+def bands(rows: Any, config: DataConfig, names: Sequence[str]) -> Bands:  # noqa: ANN401
+    """The undecoded images of several columns; ValueError if one is none, or the set is streamed."""
+    if config.streaming:
+        raise ValueError(f"image_column {config.image_column!r}: several columns are not streamed: drop --streaming")
+    return Bands([image_column(rows, replace(config, image_column=name)) for name in names])
 
 
 def find_image_column(features: Mapping[str, Any], wanted: str | None = None) -> str:
