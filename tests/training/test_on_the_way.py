@@ -64,8 +64,9 @@ def test_a_checkpoint_is_sampled_as_the_folder_made_of_it(checkpoint, tmp_path):
 def test_a_checkpoint_is_evaluated_beside_the_run(checkpoint, inputs, tmp_path, monkeypatch, whole_run):
     use_few_features(monkeypatch.setitem)
     others = write_parquet(tmp_path / "others.parquet", [picture(seed=100 + number) for number in range(20)])
+    kept = ("--cache_dir", str(tmp_path / "features"))
     flags = ("--num_images", "20", "--num_inference_steps", "2", "--num_bound_images", "0", "--no-compile")
-    path = evaluate.main([str(checkpoint), *flags, "--dataset_name", inputs.parquet, "--test_set", str(others)])
+    path = evaluate.main([str(checkpoint), *flags, "--dataset_name", inputs.parquet, "--test_set", str(others), *kept])
     assert path == whole_run / "evaluation" / checkpoint.name / "results.json"
     (measured,) = json.loads(path.read_text())["evaluation"]["samples"]
     assert measured["num_inference_steps"] == 2
