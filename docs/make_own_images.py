@@ -49,7 +49,7 @@ def comparison_table(results: Numbers) -> str:
     head = ("", "weights", "steps", "images seen", "kernel distance", "Fréchet distance")
     rows = [
         (
-            row["name"],
+            f"`{row['name']}`" if row["name"].startswith("ddpm") else row["name"],
             f"{row['parameters'] / 1e6:.1f} M",
             f"{row['steps']:,}",
             f"{row['images_seen']:,}",
@@ -59,7 +59,7 @@ def comparison_table(results: Numbers) -> str:
         for row in results["rows"]
     ]
     real = results["real"]
-    floor = f"{real['kernel_distance']:.3f} ± {real['kernel_distance_error']:.3f}"
+    floor = f"{round(real['kernel_distance'], 3) + 0.0:.3f} ± {real['kernel_distance_error']:.3f}"  # no -0.000
     return table(head, [*rows, ("other real images (floor)", "", "", "", floor, f"{real['frechet_distance']:.0f}")])
 
 
