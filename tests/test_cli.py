@@ -146,3 +146,14 @@ def test_several_processes_on_cpus_are_launched_by_torchrun(monkeypatch):
 def test_several_gpus_are_accelerates(monkeypatch):
     command, _ = started(monkeypatch, ["train", "--num_processes=2"], accelerator=True)
     assert command[0] == "accelerate.commands.launch" and "--num_processes=2" in command
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_refusal_is_the_last_that_is_said(command, tmp_path):
+    """And not a traceback of the launcher."""
+    arguments = [sys.executable, "-m", "ddpm_from_scratch.cli", command, "no-such-name"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "no-such-name" in done.stderr.strip().splitlines()[-1]

@@ -86,7 +86,8 @@ def launch_command(flags: argparse.Namespace, program: Sequence[str], several_on
     given = [f"--{name}={getattr(flags, name)}" for name in LAUNCHER_FLAGS if getattr(flags, name) is not None]
     switches = [f"--{name}" for name in SWITCHES if getattr(flags, name)]
     quiet = () if flags.config_file else QUIET
-    return [sys.executable, "-m", "accelerate.commands.launch", *quiet, *given, *switches, *program]
+    # With --quiet, what a command refuses is not followed by the launcher's own traceback.
+    return [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *quiet, *given, *switches, *program]
 
 
 def starts_several_on_cpu(flags: argparse.Namespace) -> bool:

@@ -61,8 +61,8 @@ def log_start(run: Run) -> None:
     """Say what is trained on what, and warn where the network will learn its images by heart."""
     network, count = run.trained_unet.config, len(run.data.images)
     logger.info(
-        "a network of %.1f M parameters for %d channels of %dx%d pixels, its levels %s wide, dropout %g; learning rate "
-        "%g; %s shows images as it sees them",
+        "a network of %.1f M parameters for images of %dx%dx%d (channels, height, width), its levels %s wide, dropout "
+        "%g; learning rate %g; %s shows images as it sees them",
         run.trained_unet.num_parameters() / 1e6,
         run.data.channels,
         *run.data.size,
