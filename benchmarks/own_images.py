@@ -31,6 +31,7 @@ from few_steps import ROOT, distances, replace, replace_json
 from PIL import Image
 
 from ddpm_from_scratch import ScratchDDPMPipeline
+from ddpm_from_scratch.data.arrays import to_unit_range
 from ddpm_from_scratch.data.config import DataConfig
 from ddpm_from_scratch.data.dataset import load_data
 from ddpm_from_scratch.evaluation.features import efficientnet_lite0_features
@@ -50,7 +51,7 @@ def batches(images: torch.Tensor) -> Iterator[torch.Tensor]:
     """Float images in [-1, 1], shuffled anew in every epoch."""
     while True:
         for rows in torch.randperm(len(images)).split(BATCH):
-            yield images[rows].float() / 127.5 - 1
+            yield to_unit_range(images[rows])
 
 
 def train_example(images: torch.Tensor, minutes: float, folder: Path) -> Numbers:

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchUNet2DModel
+from ddpm_from_scratch.data.arrays import to_unit_range
 from ddpm_from_scratch.data.config import EMBEDDED_TEST_SET
 from ddpm_from_scratch.data.dataset import TrainingData, load_data
 from ddpm_from_scratch.evaluation.features import extract
@@ -39,7 +40,7 @@ from ddpm_from_scratch.runtime.results import versions
 from ddpm_from_scratch.sampling.generate import SampleSpec, generate
 from ddpm_from_scratch.training.arguments import parse
 from ddpm_from_scratch.training.config import PRESETS, TrainingConfig
-from ddpm_from_scratch.training.loop import advance, passes_from, to_unit_range, train_step
+from ddpm_from_scratch.training.loop import advance, passes_from, train_step
 from ddpm_from_scratch.training.run import Run, build
 from ddpm_from_scratch.training.validation import ValidationSet, build_validation_set
 

@@ -11,13 +11,13 @@ from helpers.evaluations import (
     HELD_OUT,
     TRAINING,
     as_table,
+    few_features,
     flags,
     images_in,
     names,
     own_model,
     reset_accelerate,
     run,
-    use_few_features,
 )
 
 
@@ -38,13 +38,10 @@ def fresh_process(monkeypatch):
     reset_accelerate()
 
 
-@pytest.fixture(scope="module")
-def few_features():
-    with pytest.MonkeyPatch.context() as patch:
-        use_few_features(patch.setitem)
-        features._network.cache_clear()
+@pytest.fixture(scope="module", name="few_features")
+def some_features():
+    with few_features():
         yield
-    features._network.cache_clear()
 
 
 @pytest.fixture(scope="module")

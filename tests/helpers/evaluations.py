@@ -1,6 +1,7 @@
 """Evaluations of tiny models on tiny sets of images."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -72,6 +73,16 @@ def use_few_features(setitem=dict.__setitem__):
     known = features.EXTRACTORS["efficientnet-lite0"]
     short = features.Extractor(known.size, known.files, lambda files: MeansOfFeatures(known.build(files)))
     setitem(features.EXTRACTORS, "efficientnet-lite0", short)
+
+
+@contextmanager
+def few_features():
+    """`use_few_features` in here; the network that `extract` keeps is another one before, in here, and after."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_few_features(patch.setitem)
+        features._network.cache_clear()
+        yield
+    features._network.cache_clear()
 
 
 def flags(inputs, **changes):

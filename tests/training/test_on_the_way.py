@@ -16,7 +16,7 @@ from ddpm_from_scratch.sampling import sample
 from ddpm_from_scratch.sampling.models import load_pipeline
 from ddpm_from_scratch.training import export
 from ddpm_from_scratch.training.arguments import parse
-from helpers.evaluations import use_few_features
+from helpers.evaluations import few_features
 from helpers.runs import NUM_IMAGES, SIZE, picture, run_main, write_parquet
 
 
@@ -61,12 +61,12 @@ def test_a_checkpoint_is_sampled_as_the_folder_made_of_it(checkpoint, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.* from 20 images")
-def test_a_checkpoint_is_evaluated_beside_the_run(checkpoint, inputs, tmp_path, monkeypatch, whole_run):
-    use_few_features(monkeypatch.setitem)
+def test_a_checkpoint_is_evaluated_beside_the_run(checkpoint, inputs, tmp_path, whole_run):
     others = write_parquet(tmp_path / "others.parquet", [picture(seed=100 + number) for number in range(20)])
-    kept = ("--cache_dir", str(tmp_path / "features"))
+    sets = ("--dataset_name", inputs.parquet, "--test_set", str(others), "--cache_dir", str(tmp_path / "features"))
     flags = ("--num_images", "20", "--num_inference_steps", "2", "--num_bound_images", "0", "--no-compile")
-    path = evaluate.main([str(checkpoint), *flags, "--dataset_name", inputs.parquet, "--test_set", str(others), *kept])
+    with few_features():
+        path = evaluate.main([str(checkpoint), *flags, *sets])
     assert path == whole_run / "evaluation" / checkpoint.name / "results.json"
     (measured,) = json.loads(path.read_text())["evaluation"]["samples"]
     assert measured["num_inference_steps"] == 2

@@ -98,7 +98,7 @@ def read_array(encoded: bytes) -> np.ndarray | None:
     return array[..., None] if array.ndim == 2 else array
 
 
-# Modes of pictures of 8 bits whose values are taken as they are; others become RGB, or gray where they are.
+# What 8-bit pictures of these modes become where their values are taken one by one; others become RGB.
 PLAIN_MODES = {"L": "L", "RGB": "RGB", "1": "L", "LA": "L"}
 
 
@@ -118,13 +118,23 @@ def stacked(parts: Sequence[bytes]) -> bytes:
 
 def values_of(encoded: bytes) -> np.ndarray:
     """The values of a picture or an array: [H, W, C]."""
-    array = read_array(encoded)
-    if array is None:
-        with parsing(), Image.open(io.BytesIO(encoded)) as opened:
-            image = ImageOps.exif_transpose(opened)
-            plain = image if image.mode in DEEP_MODES else image.convert(PLAIN_MODES.get(image.mode, "RGB"))
-            array = np.asarray(plain)
-    return array.reshape(*array.shape[:2], -1)
+    if (array := read_array(encoded)) is not None:
+        return array
+    kind, image = read_picture(encoded)
+    return as_array(image.convert(PLAIN_MODES.get(image.mode, "RGB")) if kind == PICTURE else image, kind)
+
+
+def read_picture(encoded: bytes) -> tuple[Kind, Image.Image]:
+    """A picture, loaded and turned upright, and its kind; ValueError if it cannot be read."""
+    with parsing(), Image.open(io.BytesIO(encoded)) as opened:
+        kind, image = kind_of_picture(opened), ImageOps.exif_transpose(opened)
+    return kind, image
+
+
+def as_array(image: Image.Image, kind: Kind = PICTURE) -> np.ndarray:
+    """The values of a picture, [H, W, C]."""
+    values = np.array(image).reshape(image.height, image.width, -1)
+    return values.view(np.uint32) if kind.dtype == "uint32" else values  # PIL has them in signed integers
 
 
 def check_channels_last(array: np.ndarray) -> None:
@@ -270,3 +280,8 @@ def check_values(least: float, most: float, value_range: ValueRange) -> None:
 def to_8_bits(image: Tensor) -> Tensor:
     """An image as pictures and features need it: uint8, to which floats in [-1, 1] are rounded."""
     return ((image + 1) * 127.5).round().to(torch.uint8) if image.is_floating_point() else image
+
+
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """Images as the network sees them: float32 in [-1, 1], from uint8 0 .. 255; floats are in [-1, 1] already."""
+    return pixels if pixels.is_floating_point() else pixels.float() / 127.5 - 1

@@ -117,9 +117,9 @@ def walk(folder: Path) -> Iterator[Path]:
     known: set[Path] = set()
     while waiting:
         here = waiting.popleft()
-        if here.resolve() in known:  # a link led to it
+        if (real := here.resolve()) in known:  # a link led to it
             continue
-        known.add(here.resolve())
+        known.add(real)
         for entry in sorted(os.scandir(here), key=lambda entry: entry.name):
             if hidden([entry.name]):
                 continue

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from ..runtime.errors import BadImages
@@ -18,6 +18,7 @@ from .arrays import (
     PICTURE,
     Kind,
     ValueRange,
+    as_array,
     check_values,
     extremes,
     has_more_series,
@@ -26,6 +27,7 @@ from .arrays import (
     loses_bands,
     parsing,
     read_array,
+    read_picture,
     reason,
     stacked,
     to_tensor,
@@ -351,13 +353,6 @@ def decode(
     return torch.from_numpy(as_array(image)).permute(2, 0, 1).contiguous()
 
 
-def read_picture(encoded: bytes) -> tuple[Kind, Image.Image]:
-    """A picture, loaded and turned upright, and its kind; ValueError if it cannot be read."""
-    with parsing(), Image.open(io.BytesIO(encoded)) as opened:
-        kind, image = kind_of_picture(opened), ImageOps.exif_transpose(opened)
-    return kind, image
-
-
 def in_channels(image: Image.Image, form: Form) -> Image.Image:
     """An 8-bit picture as gray, RGB or RGBA; only the last keeps its transparency.
 
@@ -367,12 +362,6 @@ def in_channels(image: Image.Image, form: Form) -> Image.Image:
         raise ValueError(f"it is of mode {image.mode}, the training is on grayscale images: convert it to gray")
     seen = image if form.channels == 4 else flattened(image, form.background)
     return seen.convert(PIL_MODE[form.channels])
-
-
-def as_array(image: Image.Image, kind: Kind = PICTURE) -> np.ndarray:
-    """The values of a picture, [H, W, C]."""
-    values = np.array(image).reshape(image.height, image.width, -1)
-    return values.view(np.uint32) if kind.dtype == "uint32" else values  # PIL has them in signed integers
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..data.arrays import to_unit_range
 from ..data.config import DataConfig
 from ..data.dataset import load_data
 from ..data.fields import TWO_NUMBERS
@@ -55,8 +56,7 @@ def training_images(args: argparse.Namespace, config: DataConfig, channels: int,
     if args.num_images > len(images):
         raise ValueError(f"--num_images {args.num_images}: from 1 to {len(images)} are allowed, as many as there are.")
     chosen = [images[index * len(images) // args.num_images] for index in range(args.num_images)]
-    stacked = torch.stack([center_crop(image, size) for image in chosen])
-    return stacked if stacked.is_floating_point() else stacked.float() / 127.5 - 1
+    return to_unit_range(torch.stack([center_crop(image, size) for image in chosen]))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -24,7 +24,8 @@ PROCESS_FLAGS = {
     "rescale_betas_zero_snr": "rescale_betas_zero_snr",
     "prediction_type": "prediction_type",
 }
-SAMPLER_FLAGS = {
+SCHEDULER_FLAGS = {
+    **PROCESS_FLAGS,
     "ddpm_variance_type": "variance_type",
     "ddpm_clip_sample": "clip_sample",
     "ddpm_timestep_spacing": "timestep_spacing",
@@ -80,7 +81,7 @@ def load_checkpoint(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Scr
     manifest, identity = read_manifest(checkpoint), read_state(checkpoint)["identity"]
     config = manifest["config"]
     # Checkpoints that were written before schedulers were kept in them have one that flags can describe.
-    described = {key: config[flag] for flag, key in {**PROCESS_FLAGS, **SAMPLER_FLAGS}.items()}
+    described = {key: config[flag] for flag, key in SCHEDULER_FLAGS.items()}
     scheduler = ScratchDDPMScheduler.from_config(manifest.get("scheduler", described))
     unet = ScratchUNet2DModel(**{k.removeprefix("model."): v for k, v in identity.items() if k.startswith("model.")})
     unet.load_state_dict(read_tensors(checkpoint, "ema" if config["use_ema"] else "unet"))

@@ -13,7 +13,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from ..data.fields import add_flags
 from ..diffusion.checks import suggestion
-from ..sampling.checkpoints import PROCESS_FLAGS, SAMPLER_FLAGS
+from ..sampling.checkpoints import SCHEDULER_FLAGS
 from .config import PRESETS, TrainingConfig
 from .model import brings_scheduler
 
@@ -172,7 +172,7 @@ def leave_process_to_model(options: dict[str, Any], flags: set[str], presets: Se
         return
     of_preset = {key for preset in presets for key in yaml.safe_load(preset.read_text(encoding="utf-8")) or ()}
     said = flags | of_preset if "model_config_name_or_path" in of_preset - flags else flags
-    options.update({name: None for name in (*PROCESS_FLAGS, *SAMPLER_FLAGS) if name not in said})
+    options.update({name: None for name in SCHEDULER_FLAGS if name not in said})
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[TrainingConfig, bool]:

@@ -8,7 +8,7 @@ import torch
 from ..runtime.devices import device_name
 from ..runtime.results import versions
 from .loop import advance, passes_from
-from .plan import TIMED_STEPS, fix_length, peak_memory, synchronize, typical
+from .plan import TIMED_STEPS, fix_length, in_words, peak_memory, steps_to_grid, synchronize, typical
 from .run import Run
 
 
@@ -27,6 +27,7 @@ def dry_run(run: Run) -> None:
     run.progress.step = done
     fix_length(run, step_seconds, run.progress.seconds)
     steps_left = run.total_steps - done
+    first = steps_to_grid(run)
     grids = 1 + (steps_left // run.config.sample_steps if run.config.sample_steps else 0)
     grid_seconds = seconds_per_call(run) * run.config.ddpm_num_inference_steps
     facts = {
@@ -39,7 +40,7 @@ def dry_run(run: Run) -> None:
         "seconds per step": round(step_seconds, 3),
         "images per second": round(run.global_batch_size / step_seconds, 1),
         "time for training": timedelta(seconds=round(step_seconds * steps_left)),
-        **({"time to the first sample grid": first_grid(run, step_seconds)} if grids > 1 else {}),
+        **({"time to the first sample grid": in_words(first * step_seconds)} if first is not None else {}),
         "time for sample grids": timedelta(seconds=round(grid_seconds * grids)),
         "peak memory": f"{peak_memory(run.accelerator.device) / 2**30:.2f} GiB",
         "device": device_name(run.accelerator.device),
@@ -63,12 +64,6 @@ def seconds_per_step(run: Run, count: int) -> float:
         synchronize(run.accelerator.device)
         seconds.append(time.perf_counter() - start)
     return typical(run, seconds)
-
-
-def first_grid(run: Run, step_seconds: float) -> timedelta:
-    """The time of the steps before the first sample grid on the way."""
-    every = run.config.sample_steps or 0
-    return timedelta(seconds=round(step_seconds * (every - run.progress.step % every)))
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.dataset import Batch, ImageStream, StreamBatches, build_loader
+from ..data.arrays import to_unit_range
+from ..data.dataset import Batch, StreamBatches, build_loader
 from ..data.images import check_bad_images
 from ..runtime.errors import Diverged, Stopped, saving
 from ..runtime.random_streams import derived_seed, stratified_uniforms
@@ -72,12 +73,9 @@ def passes_from(run: Run, step: int) -> Iterator[Pass]:
     """This process's passes, from an optimiser step to the end of the run; the loader starts at once."""
     config, accelerator = run.config, run.accelerator
     passes = config.gradient_accumulation_steps
-    stream = ImageStream(
-        run.data, config.seed, config.center_crop, config.random_flip, config.label_dropout, config.skip_bad_images
-    )
     micro_steps = range(step * passes, run.total_steps * passes)
     batches = StreamBatches(micro_steps, accelerator.process_index, accelerator.num_processes, config.train_batch_size)
-    loader = iter(build_loader(stream, batches, config.dataloader_num_workers, accelerator.device.type == "cuda"))
+    loader = iter(build_loader(run.stream, batches, config.dataloader_num_workers, accelerator.device.type == "cuda"))
 
     def all_passes() -> Iterator[Pass]:
         for optimizer_step in range(step, run.total_steps):
@@ -120,11 +118,6 @@ def note_bad_images(run: Run, messages: Iterable[str]) -> None:
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on the device; a GPU copies pinned memory while the host goes on."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def to_unit_range(pixels: Tensor) -> Tensor:
-    """Uint8 0 .. 255 to float32 in [-1, 1], in which deep images are already."""
-    return pixels if pixels.is_floating_point() else pixels.float() / 127.5 - 1
 
 
 def advance(run: Run, passes: Iterator[Pass]) -> Tensor:

@@ -17,7 +17,7 @@ from ..diffusion.reverse_variance import LEARNED_VARIANCES
 from ..diffusion.scheduler import ScratchDDPMScheduler
 from ..diffusion.stock import altered
 from ..diffusion.unet import ScratchUNet2DModel
-from ..sampling.checkpoints import PROCESS_FLAGS, SAMPLER_FLAGS, is_checkpoint, load_checkpoint
+from ..sampling.checkpoints import PROCESS_FLAGS, SCHEDULER_FLAGS, is_checkpoint, load_checkpoint
 from .config import TrainingConfig, check_diffusion, check_halvings, check_model_keys, check_objective
 from .network import SIZES, suited_network
 from .objectives import Objective
@@ -41,8 +41,7 @@ def build_scheduler(config: TrainingConfig, trained: ScratchDDPMScheduler | None
 
     Raises ValueError if the configuration says another process or objective than that of the model.
     """
-    keys = {**PROCESS_FLAGS, **SAMPLER_FLAGS}
-    said = {key: value for flag, key in keys.items() if (value := getattr(config, flag)) is not None}
+    said = {key: value for flag, key in SCHEDULER_FLAGS.items() if (value := getattr(config, flag)) is not None}
     if trained is None:
         return ScratchDDPMScheduler(**said)
     check_same_process(config, trained)
@@ -51,8 +50,7 @@ def build_scheduler(config: TrainingConfig, trained: ScratchDDPMScheduler | None
 
 def with_process_of(scheduler: ScratchDDPMScheduler, config: TrainingConfig) -> TrainingConfig:
     """The configuration with everything that was left to the model to fine-tune; ValueError if it does not fit."""
-    keys = {**PROCESS_FLAGS, **SAMPLER_FLAGS}
-    left = {flag: scheduler.config[key] for flag, key in keys.items() if getattr(config, flag) is None}
+    left = {flag: scheduler.config[key] for flag, key in SCHEDULER_FLAGS.items() if getattr(config, flag) is None}
     config = replace(config, **left)
     check_diffusion(config)
     check_objective(config)

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from ..data.arrays import to_8_bits
-from ..data.dataset import ImageStream
 from ..evaluation.config import LEAST_IMAGES
 from ..evaluation.figures import LOSS_LABELS, plot_losses
 from ..runtime.atomic_files import replace_file, replacing_files
@@ -49,11 +48,8 @@ def start_output(run: Run, config: TrainingConfig) -> None:
 
 def data_grid(run: Run) -> Image.Image:
     """The first training images exactly as the network sees them: cropped, resized and mirrored."""
-    config = run.config
-    stream = ImageStream(
-        run.data, config.seed, config.center_crop, config.random_flip, skip_bad_images=config.skip_bad_images
-    )
-    images = [to_8_bits(stream[position]) for position in range(min(SHOWN_IMAGES, len(run.data.images)))]
+    shown, stream = min(SHOWN_IMAGES, len(run.data.images)), run.stream
+    images = [to_8_bits(stream[position]) for position in range(shown)]
     return image_grid(to_pil(torch.stack(images).permute(0, 2, 3, 1).numpy()))
 
 

@@ -89,7 +89,7 @@ def tell_plan(run: "Run", step_seconds: float) -> None:
     """Log how fast the run is, what it will see, and when to expect pictures."""
     if not run.accelerator.is_main_process:
         return
-    config, step, total = run.config, run.progress.step, run.total_steps
+    step, total = run.progress.step, run.total_steps
     images = total * run.global_batch_size
     logger.info(
         "%.0f images/s, %.2f GiB of memory; %d steps of %d images, which is each image %.1f times; the end in %s",
@@ -100,8 +100,15 @@ def tell_plan(run: "Run", step_seconds: float) -> None:
         images / len(run.data.images),
         in_words((total - step) * step_seconds),
     )
-    if config.sample_steps and (first := config.sample_steps - step % config.sample_steps) < total - step:
+    if (first := steps_to_grid(run)) is not None:
         logger.info("the next sample grid in %s, after step %d", in_words(first * step_seconds), step + first)
+
+
+def steps_to_grid(run: "Run") -> int | None:
+    """How many steps there are to the next sample grid on the way; None if there is none."""
+    every, step = run.config.sample_steps, run.progress.step
+    first = every - step % every if every else None
+    return first if first is not None and step + first <= run.total_steps else None
 
 
 def in_words(seconds: float) -> str:

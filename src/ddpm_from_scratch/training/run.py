@@ -14,7 +14,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from ..data.config import BACKGROUND
-from ..data.dataset import TrainingData, load_data
+from ..data.dataset import ImageStream, TrainingData, load_data
 from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..diffusion.scheduler import ScratchDDPMScheduler
 from ..diffusion.unet import ScratchUNet2DModel
@@ -97,6 +97,14 @@ class Run:
             return self.config.max_train_steps or UNLIMITED
         epochs = math.ceil(self.config.num_epochs * len(self.data.images) / self.global_batch_size)
         return self.config.max_train_steps or epochs
+
+    @property
+    def stream(self) -> ImageStream:
+        """The images in the order of training, as the network sees them."""
+        config = self.config
+        return ImageStream(
+            self.data, config.seed, config.center_crop, config.random_flip, config.label_dropout, config.skip_bad_images
+        )
 
     @property
     def known_steps(self) -> int | None:
