@@ -1,7 +1,7 @@
 """Training runs of one or several processes, in float64, that write down each row they train on.
 
-Run as a script, with a file of jobs: it imports PyTorch once and forks for every process of every run. What is written
-down is what reaches the training step and the network, not what was meant to.
+Run as a script, with a file of jobs: it imports everything once and forks for every process of every run. What is
+written down is what reaches the training step and the network, not what was meant to.
 """
 
 import hashlib
@@ -144,6 +144,8 @@ def launch(job):
 
 if __name__ == "__main__":
     os.environ.update(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
+
+    import train  # noqa: F401  here, for all the processes
 
     for job in json.loads(Path(sys.argv[1]).read_text()):
         launch(job)
