@@ -86,7 +86,10 @@ def flags_of(row: str, images_seen: int, folder: Path) -> list[str]:
     recipe |= {"max_train_steps": steps, "lr_warmup_steps": round(WARM_UP * steps)}
     recipe |= {"eval_batch_size": 1, "ddpm_num_inference_steps": 1, "sample_steps": None, "logger": "none"}
     recipe |= {"checkpointing_steps": max(1, steps // 10), "output_dir": str(folder)}
-    return ["fashion_mnist_quick", *(f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in recipe.items())]
+    return [
+        "fashion_mnist_quick",
+        *(f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in recipe.items()),
+    ]
 
 
 def train(row: str, images_seen: int, folder: Path) -> None:

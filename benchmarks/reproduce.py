@@ -33,7 +33,7 @@ from ddpm_from_scratch.runtime.devices import device_name
 from ddpm_from_scratch.runtime.errors import told
 from ddpm_from_scratch.training import arguments
 from ddpm_from_scratch.training.config import PRESETS, TrainingConfig
-from ddpm_from_scratch.training.dry_run import TIMED_STEPS, seconds_per_call, seconds_per_step
+from ddpm_from_scratch.training.dry_run import TIMED_STEPS, seconds_per_call, time_steps
 from ddpm_from_scratch.training.run import build
 
 HERE = Path(__file__).parent
@@ -142,7 +142,7 @@ def timings(config: TrainingConfig) -> tuple[int, float, float]:
     left = run.total_steps - run.progress.step
     seconds = 0.0
     if left:
-        seconds = seconds_per_step(run, min(TIMED_STEPS, left)) * left
+        seconds = time_steps(run, min(TIMED_STEPS, left)).typical * left
     return left, seconds, seconds_per_call(run) / config.eval_batch_size
 
 

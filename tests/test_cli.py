@@ -10,7 +10,8 @@ import torch
 
 import ddpm_from_scratch
 from ddpm_from_scratch import cli
-from ddpm_from_scratch.runtime.errors import CannotSave
+from ddpm_from_scratch.runtime import processes
+from ddpm_from_scratch.runtime.errors import CannotSave, Outcome
 from helpers.paths import ROOT
 
 
@@ -109,43 +110,85 @@ def test_the_launchers_flags_are_split_off(launcher, own, before):
     assert flags.multi_gpu == ("--multi_gpu" in launcher)
 
 
-def started(monkeypatch, arguments, accelerator=False):
-    """The command line and the environment of the process that a command starts."""
-    calls = []
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with some GPUs and threads, on which nothing is started but noted: (processes, command, arguments)."""
+    starts = []
 
     class Done:
         returncode = 3
 
-    def run(command, env, check):
-        calls.append((command, env))
+    def launched(command, check):
+        assert command[:4] == [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+        starts.append(("launcher", "", command[4:]))
         return Done
 
-    monkeypatch.setattr(cli.subprocess, "run", run)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
-    assert cli.main(arguments) == 3
-    ((command, environment),) = calls
-    assert command[:2] == [sys.executable, "-m"]
-    return command[2:], environment
+    def alone(name, arguments):
+        starts.append((1, name, list(arguments)))
+        return Outcome(3)
+
+    def together(program, count):
+        starts.append((count, *program.args))
+        return Outcome(3)
+
+    def make(gpus=0, threads=2):
+        monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)  # --cpu sets it
+        monkeypatch.setattr(cli.subprocess, "run", launched)
+        monkeypatch.setattr(cli, "run_program", alone)
+        monkeypatch.setattr(processes, "run_together", together)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+
+        def start(*arguments):
+            assert cli.main(arguments) == 3
+            return starts.pop()
+
+        return start
+
+    return make
 
 
-def test_one_process_is_launched_by_accelerate(monkeypatch):
-    command, _ = started(monkeypatch, ["train", "quick", "--seed", "1"])
-    assert command[0] == "accelerate.commands.launch"
-    assert command[-3:] == ["quick", "--seed", "1"] and command[-4].endswith("train.py")
+def test_on_a_cpu_training_takes_as_many_processes_as_pay_and_the_same_batch(machine):
+    flags = ["fashion_mnist_quick", "--train_batch_size=12"]
+    assert machine(threads=1)("train", *flags) == (1, "train", flags)
+    for asked in ([], ["--num_processes", "auto"], ["--cpu"]):
+        assert machine(threads=2)("train", *flags, *asked) == (2, "train", [*flags, "--split_batches=true"])
+    assert machine(gpus=8, threads=16)("train", "--cpu", *flags) == (3, "train", [*flags, "--split_batches=true"])
 
 
-def test_several_processes_on_cpus_are_launched_by_torchrun(monkeypatch):
-    """accelerate's launcher would start one."""
-    command, environment = started(monkeypatch, ["evaluate", "--num_processes", "2", "model"])
-    assert command == [
-        "torch.distributed.run", "--nproc_per_node=2", "-m", "ddpm_from_scratch.evaluation.evaluate", "model",
-    ]  # fmt: skip
-    assert environment["ACCELERATE_USE_CPU"] == "true"
+def test_processes_that_are_asked_for_have_a_batch_each(machine):
+    assert machine(threads=1)("train", "fashion_mnist_quick", "--num_processes=2") == (
+        2,
+        "train",
+        ["fashion_mnist_quick"],
+    )
+    assert machine()("train", "fashion_mnist_quick", "--num_processes=1") == (1, "train", ["fashion_mnist_quick"])
+    assert machine()("evaluate", "--num_processes", "2", "model") == (2, "evaluate", ["model"])
+    assert machine()("evaluate", "model") == (1, "evaluate", ["model"])
 
 
-def test_several_gpus_are_accelerates(monkeypatch):
-    command, _ = started(monkeypatch, ["train", "--num_processes=2"], accelerator=True)
-    assert command[0] == "accelerate.commands.launch" and "--num_processes=2" in command
+def test_one_gpu_needs_no_launcher_and_several_do(machine):
+    assert machine(gpus=1)("train", "--seed=1") == (1, "train", ["--seed=1"])
+    assert machine(gpus=2)("train", "--num_processes=1") == (1, "train", [])
+    for asked in ([], ["--num_processes=auto"], ["--num_processes=2"], ["--multi_gpu"]):
+        _, _, command = machine(gpus=2)("train", *asked, "--seed=1")
+        assert {"--num_processes=2", "--multi_gpu", "--num_machines=1"} <= set(command)
+        assert command[-2:] == [str(cli.TRAINING_SCRIPT), "--seed=1"]
+    _, _, command = machine(gpus=2)("evaluate", "model")
+    assert command[-3:] == ["-m", "ddpm_from_scratch.evaluation.evaluate", "model"]
+
+
+def test_a_configuration_of_accelerates_is_left_to_it(machine):
+    _, _, command = machine()("train", "--config_file", "gpus.yaml", "quick")
+    assert command == ["--config_file=gpus.yaml", str(cli.TRAINING_SCRIPT), "quick"]
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "two", "1.5"])
+def test_a_number_of_processes_that_is_none_is_refused(count, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["train", f"--num_processes={count}"])
+    assert f"'{count}' is neither auto nor a number from 1 on" in capsys.readouterr().err
 
 
 @pytest.mark.full

@@ -1,6 +1,6 @@
 """Train a denoising diffusion model: `accelerate launch training/train.py [preset] [--flag value ...]`.
 
-`ddpm train` starts this file under accelerate's launcher, with the same flags. Exit codes: `runtime/errors.py`.
+`ddpm train` runs `main` of this file, with the same flags, in as many processes as pay. Exit codes: `runtime/errors.py`.
 """
 
 import logging

@@ -3,15 +3,18 @@
 import argparse
 import importlib
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
-from .runtime.errors import told
+from .runtime.errors import Outcome, outcome, tell, told
 from .runtime.shipped import shipped
 
 PACKAGE = "ddpm_from_scratch"
+TRAINING_SCRIPT = shipped("training/train.py")
 
 
 class Command(NamedTuple):
@@ -19,14 +22,14 @@ class Command(NamedTuple):
 
     help: str
     module: str
-    launched: tuple[str, ...] = ()  # what accelerate's launcher starts, in as many processes as are asked for
+    launched: tuple[str, ...] = ()  # what accelerate's launcher starts, where several processes can take part
 
 
 COMMANDS = {
     "train": Command(
         "train a model, or go on with a run that was stopped",
         f"{PACKAGE}.training.arguments",
-        (str(shipped("training/train.py")),),
+        (str(TRAINING_SCRIPT),),
     ),
     "sample": Command("draw images with a model", f"{PACKAGE}.sampling.sample"),
     "evaluate": Command(
@@ -39,7 +42,7 @@ COMMANDS = {
     "publish": Command("write a model's page, and push both to the Hub", f"{PACKAGE}.hub.publish"),
 }
 
-# Flags of the launcher that it gets from `ddpm train` and `ddpm evaluate`; all others are the command's own.
+# Flags of `ddpm train` and `ddpm evaluate` that say where they run; all others are the command's own.
 SWITCHES = ("multi_gpu", "cpu", "use_mps_device")
 LAUNCHER_FLAGS = (
     "config_file",
@@ -51,8 +54,10 @@ LAUNCHER_FLAGS = (
     "gpu_ids",
     "num_cpu_threads_per_process",
 )
+AUTO = "auto"  # as many processes as pay
+OWN_LAUNCHER_FLAGS = ("num_processes", "cpu")  # which need no launcher by themselves
 # Said explicitly, or the launcher would warn that it chose them.
-QUIET = ("--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
+QUIET = {"num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,33 +75,79 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def split_launcher_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Separate the flags of accelerate's launcher from all other arguments, which keep their order."""
+    """Separate the flags that say where a command runs from all other arguments, which keep their order."""
     parser = argparse.ArgumentParser(prog="ddpm", add_help=False, allow_abbrev=False)
     for name in LAUNCHER_FLAGS:
-        parser.add_argument(f"--{name}")
+        parser.add_argument(f"--{name}", type=number_of_processes if name == "num_processes" else str)
     for name in SWITCHES:
         parser.add_argument(f"--{name}", action="store_true")
     return parser.parse_known_args(arguments)
 
 
-def launch_command(flags: argparse.Namespace, program: Sequence[str], several_on_cpu: bool) -> list[str]:
-    """The command line that starts a program in the processes that the flags ask for."""
-    if several_on_cpu:  # where accelerate's launcher would start one process
-        return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={flags.num_processes}", *program]
-    given = [f"--{name}={getattr(flags, name)}" for name in LAUNCHER_FLAGS if getattr(flags, name) is not None]
+def number_of_processes(value: str) -> str:
+    """The value of --num_processes: auto, or a number from 1 on."""
+    if value != AUTO and not (value.isdecimal() and int(value)):
+        raise argparse.ArgumentTypeError(f"{value!r} is neither {AUTO} nor a number from 1 on")
+    return value
+
+
+def launch_command(flags: argparse.Namespace, program: Sequence[str], gpus: int) -> list[str]:
+    """The command line by which accelerate's launcher starts a program in the processes that the flags ask for."""
+    given = {name: value for name in LAUNCHER_FLAGS if (value := getattr(flags, name)) not in (None, AUTO)}
+    if not flags.config_file:
+        given = {**QUIET, "num_processes": str(max(1, gpus)), **given}
     switches = [f"--{name}" for name in SWITCHES if getattr(flags, name)]
-    quiet = () if flags.config_file else QUIET
+    if gpus > 1 and not flags.config_file and given["num_processes"] != "1" and "--multi_gpu" not in switches:
+        switches.append("--multi_gpu")
     # With --quiet, what a command refuses is not followed by the launcher's own traceback.
-    return [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *quiet, *given, *switches, *program]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    return [*launcher, *(f"--{name}={value}" for name, value in given.items()), *switches, *program]
 
 
-def starts_several_on_cpu(flags: argparse.Namespace) -> bool:
-    """Whether several processes are asked for and they are to compute on the CPU, by choice or for want of a GPU."""
-    if flags.num_processes in (None, "1"):
-        return False
+def run_program(name: str, arguments: Sequence[str]) -> Outcome:
+    """Run a command that can be launched, in this process."""
+    if name == "train":
+        return outcome(runpy.run_path(str(TRAINING_SCRIPT))["main"], name, arguments)
+    return outcome(importlib.import_module(COMMANDS[name].module).main, name, arguments)
+
+
+def split_over_cpu(name: str, count: str | None, arguments: list[str]) -> tuple[int, list[str]]:
+    """The number of processes on a CPU, and the command's arguments then.
+
+    If nothing is said, a training run has as many as pay, which share the batch; SystemExit if its flags are wrong.
+    """
+    if name != "train":
+        return (1 if count in (None, AUTO) else int(count)), arguments
+    if count not in (None, AUTO):
+        return int(count), arguments
+    import torch
+
+    from .runtime.processes import processes_that_pay
+    from .training.arguments import parse
+
+    config, _ = parse(arguments)
+    found = processes_that_pay(torch.get_num_threads(), config.train_batch_size)
+    return found, [*arguments, "--split_batches=true"] if found > 1 else arguments
+
+
+def launch(name: str, arguments: Sequence[str]) -> int:
+    """Run a command in as many processes as its flags ask for; the exit code."""
+    flags, own = split_launcher_flags(arguments)
+    if flags.cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     import torch  # here, since it takes seconds
 
-    return bool(flags.cpu) or not torch.accelerator.is_available()
+    from .runtime.devices import computes_on_cpu
+    from .runtime.processes import run_together
+
+    gpus = 0 if computes_on_cpu() else torch.accelerator.device_count()
+    several = gpus and (flags.num_processes not in (None, AUTO, "1") or (gpus > 1 and flags.num_processes != "1"))
+    others = [flag for flag in (*LAUNCHER_FLAGS, *SWITCHES) if flag not in OWN_LAUNCHER_FLAGS and getattr(flags, flag)]
+    if several or others:
+        return subprocess.run(launch_command(flags, [*COMMANDS[name].launched, *own], gpus), check=False).returncode
+    count, own = (1, own) if gpus else split_over_cpu(name, flags.num_processes, own)
+    program = partial(run_program, name, own)
+    return tell(program() if count == 1 else run_together(program, count))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,8 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command's name and its flags; those of the process if left out.
 
     Returns:
-        The exit code: 0 if it is done, 2 if it was asked for something impossible; of `ddpm train`, see
-        `runtime/errors.py`.
+        The exit code: 0 if it is done, 2 if it was asked for something impossible, 130 if it was interrupted; of
+        `ddpm train`, see `runtime/errors.py`.
     """
     # Read when torch is loaded: threads that spin while they wait hold up each other, and all else on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -115,11 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = COMMANDS[build_parser().parse_args([name]).command]
     if not command.launched or {"-h", "--help"} & set(rest):
         return told(importlib.import_module(command.module).main, name, rest)
-    flags, own = split_launcher_flags(rest)
-    several_on_cpu = starts_several_on_cpu(flags)
-    environment = {**os.environ, **({"ACCELERATE_USE_CPU": "true"} if several_on_cpu else {})}
-    started = launch_command(flags, [*command.launched, *own], several_on_cpu)
-    return subprocess.run(started, env=environment, check=False).returncode
+    return launch(name, rest)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def pace(monkeypatch):
         if len(self.seconds) < plan.TIMED_STEPS:
             self.seconds.append(seconds["each"])
             if len(self.seconds) == plan.TIMED_STEPS:
-                plan.fix_length(self.run, plan.typical(self.run, self.seconds), sum(self.seconds))
+                plan.fix_length(self.run, plan.pace_of(self.run, self.seconds).typical, sum(self.seconds))
 
     monkeypatch.setattr(plan.Stopwatch, "lap", lap)
     return seconds
@@ -158,4 +158,6 @@ def test_a_median_ignores_the_steps_that_set_things_up(monkeypatch):
         accelerator = Accelerator()
 
     seconds = [60.0, 9.0, 9.0, 9.0] + [1.0] * 5 + [50.0] * 3
-    assert plan.typical(Run, seconds) == 1.0
+    pace = plan.pace_of(Run, seconds)
+    assert pace == (1.0, 1.0, 50.0)
+    assert plan.images_per_second(32, pace) == "32 images/s (1 to 32)"

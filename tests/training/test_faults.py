@@ -192,10 +192,11 @@ def test_the_logged_losses_are_those_of_a_run_without_a_stop(inputs, tmp_path, m
 @pytest.mark.full
 def test_a_second_signal_has_its_usual_effect():
     code = (
-        "import os, signal; from ddpm_from_scratch.training.faults import StopSignals\n"
+        "import os, signal, time; from ddpm_from_scratch.training.faults import StopSignals\n"
         "with StopSignals() as signals:\n"
         "    os.kill(os.getpid(), signal.SIGINT); print(signals.received == signal.SIGINT, flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGTERM); print('still here', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)  # the same, from a terminal and from a launcher\n"
+        "    time.sleep(1.1); os.kill(os.getpid(), signal.SIGTERM); print('still here', flush=True)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "True\n" and done.returncode == -signal.SIGTERM

@@ -9,6 +9,7 @@
 | 70 | the loss was not finite for too many steps in a row; the last checkpoint is of before |
 | 74 | a checkpoint, the model or its pictures could not be written; the checkpoints that were there are whole |
 | 75 | SIGTERM or SIGINT; a checkpoint was written, and the same command goes on from there |
+| 130 | SIGINT before there was anything to keep |
 
 `accelerate launch` and `torchrun` turn every code but 0 into 1.
 """
@@ -16,8 +17,11 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from safetensors import SafetensorError
+
+INTERRUPTED = 130
 
 
 class Fault(Exception):
@@ -77,14 +81,33 @@ def saving(what: str) -> Iterator[None]:
         ) from error
 
 
-def told(main: Callable[[Sequence[str]], object], name: str, arguments: Sequence[str]) -> int:
-    """Run a command, print its error if it fails, and return its exit code."""
+class Outcome(NamedTuple):
+    """How a command ended."""
+
+    code: int  # of exit
+    message: str | None = None  # what is wrong, if anything is
+
+
+def outcome(main: Callable[[Sequence[str]], object], name: str, arguments: Sequence[str]) -> Outcome:
+    """Run a command; its errors are messages."""
     try:
         main(arguments)
     except Fault as fault:
-        print(f"ddpm {name}: {fault}", file=sys.stderr)
-        return fault.code
+        return Outcome(fault.code, f"ddpm {name}: {fault}")
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"ddpm {name}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return Outcome(2, f"ddpm {name}: error: {error}")
+    except KeyboardInterrupt:
+        return Outcome(INTERRUPTED, f"ddpm {name}: interrupted")
+    return Outcome(0)
+
+
+def tell(result: Outcome) -> int:
+    """Print what is wrong, if anything is, and return the exit code."""
+    if result.message is not None:
+        print(result.message, file=sys.stderr)
+    return result.code
+
+
+def told(main: Callable[[Sequence[str]], object], name: str, arguments: Sequence[str]) -> int:
+    """Run a command, print its error if it fails, and return its exit code."""
+    return tell(outcome(main, name, arguments))

@@ -19,6 +19,11 @@ from .model import brings_scheduler
 
 DEFAULT_PRESET, PRESET_OF_OWN_DATA = "fashion_mnist_quick", "own_images"
 USAGE = "ddpm train [preset] [data] [--flag value ...]"
+WHERE = (
+    "Where it runs: --num_processes N, or auto, the default: on a CPU as many as pay, which share the batch; on GPUs one "
+    "for each, by accelerate's launcher, whose --config_file, --multi_gpu, --gpu_ids, --num_machines and the like it "
+    "takes. --cpu leaves GPUs alone."
+)
 OWN_FLAGS = ("preset", "dry_run", "print_config")
 
 # The flags by group, in the order of `--help`; each group goes on where the next one's first field begins.
@@ -47,6 +52,7 @@ def build_parser() -> ArgumentParser:
         usage=USAGE,
         description=f"Train a DDPM. Presets: {', '.join(preset_names())}; without one, {DEFAULT_PRESET}, and "
         f"{PRESET_OF_OWN_DATA} for data of your own: a folder, archive, table or Hub data set (--dataset_name).",
+        epilog=WHERE,
         print_config=None,
         allow_abbrev=False,
         exit_on_error=False,

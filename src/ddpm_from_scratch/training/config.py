@@ -94,6 +94,9 @@ class TrainingConfig(DataConfig):
 
     # Optimisation
     train_batch_size: int = knob(16, "images per process and backward pass (paper: 128)", at_least(1))
+    split_batches: bool = knob(
+        False, "train_batch_size is that of all processes together, as `ddpm train` says of those that it chose"
+    )
     gradient_accumulation_steps: int = knob(1, "backward passes per optimiser step (paper: 1)", at_least(1))
     num_epochs: int = knob(
         100,

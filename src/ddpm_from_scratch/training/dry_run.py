@@ -8,7 +8,17 @@ import torch
 from ..runtime.devices import device_name
 from ..runtime.results import versions
 from .loop import advance, passes_from
-from .plan import TIMED_STEPS, fix_length, in_words, peak_memory, steps_to_grid, synchronize, typical
+from .plan import (
+    TIMED_STEPS,
+    Pace,
+    fix_length,
+    images_per_second,
+    in_words,
+    pace_of,
+    peak_memory,
+    steps_to_grid,
+    synchronize,
+)
 from .run import Run
 
 
@@ -23,7 +33,8 @@ def dry_run(run: Run) -> None:
         return print(
             f"the run is done: {done} steps. Give it more (--max_train_steps or --max_train_minutes).", flush=True
         )
-    step_seconds = seconds_per_step(run, min(TIMED_STEPS, run.total_steps - done))
+    pace = time_steps(run, min(TIMED_STEPS, run.total_steps - done))
+    step_seconds = pace.typical
     run.progress.step = done
     fix_length(run, step_seconds, run.progress.seconds)
     steps_left = run.total_steps - done
@@ -38,7 +49,7 @@ def dry_run(run: Run) -> None:
         "optimiser steps": steps_left,
         "images per optimiser step": run.global_batch_size,
         "seconds per step": round(step_seconds, 3),
-        "images per second": round(run.global_batch_size / step_seconds, 1),
+        "speed": images_per_second(run.global_batch_size, pace),
         "time for training": timedelta(seconds=round(step_seconds * steps_left)),
         **({"time to the first sample grid": in_words(first * step_seconds)} if first is not None else {}),
         "time for sample grids": timedelta(seconds=round(grid_seconds * grids)),
@@ -53,8 +64,8 @@ def dry_run(run: Run) -> None:
         print("\n".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
 
 
-def seconds_per_step(run: Run, count: int) -> float:
-    """Take some optimiser steps; the seconds of one that nothing disturbs."""
+def time_steps(run: Run, count: int) -> Pace:
+    """Take some optimiser steps; how fast they were."""
     run.unet.train()
     passes = passes_from(run, run.progress.step)
     seconds = []
@@ -63,7 +74,7 @@ def seconds_per_step(run: Run, count: int) -> float:
         advance(run, passes)
         synchronize(run.accelerator.device)
         seconds.append(time.perf_counter() - start)
-    return typical(run, seconds)
+    return pace_of(run, seconds)
 
 
 @torch.no_grad()

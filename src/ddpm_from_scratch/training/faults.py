@@ -1,17 +1,22 @@
 """Signals that stop a run, and steps whose gradients are not finite."""
 
+import os
 import signal
+import time
 from types import FrameType
 
 import torch
 from torch import Tensor
 
+ONE_SIGNAL = 1.0  # seconds in which the same one may come from a terminal, and from the process that passes it on
+
 
 class StopSignals:
-    """Listens for SIGTERM and SIGINT inside its `with` block; a second one has its usual effect, at once."""
+    """Listens for SIGTERM and SIGINT inside its `with` block; another one a second later ends the process at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._when = 0.0
 
     def __enter__(self) -> "StopSignals":
         """Start listening."""
@@ -24,9 +29,12 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.received = number
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._when = number, now
+        elif now - self._when > ONE_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 class FiniteGuard:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -37,15 +37,31 @@ class Stopwatch:
         self.seconds.append(now - self.start)
         self.start = now
         if len(self.seconds) == TIMED_STEPS:
-            each = typical(self.run, self.seconds)
-            fix_length(self.run, each, sum(self.seconds))
-            tell_plan(self.run, each)
+            pace = pace_of(self.run, self.seconds)
+            fix_length(self.run, pace.typical, sum(self.seconds))
+            tell_plan(self.run, pace)
 
 
-def typical(run: "Run", seconds: Sequence[float]) -> float:
-    """Seconds of a step that nothing disturbs: the median, the same for all processes."""
-    each = torch.tensor(statistics.median(seconds[SETTLING_STEPS:] or seconds), device=run.accelerator.device)
-    return float(run.accelerator.reduce(each, reduction="mean"))
+class Pace(NamedTuple):
+    """Seconds of a step."""
+
+    typical: float  # the median, the same for all processes
+    fastest: float
+    slowest: float
+
+
+def pace_of(run: "Run", seconds: Sequence[float]) -> Pace:
+    """How fast the timed steps were, without those that set things up."""
+    settled = seconds[SETTLING_STEPS:] or seconds
+    median = torch.tensor(statistics.median(settled), device=run.accelerator.device)
+    return Pace(float(run.accelerator.reduce(median, reduction="mean")), min(settled), max(settled))
+
+
+def images_per_second(batch_size: int, pace: Pace) -> str:
+    """The speed, and its spread over the timed steps: 58 images/s (51 to 60)."""
+    return (
+        f"{batch_size / pace.typical:.0f} images/s ({batch_size / pace.slowest:.0f} to {batch_size / pace.fastest:.0f})"
+    )
 
 
 def budget_of(run: "Run") -> list[float | None]:
@@ -85,23 +101,23 @@ def renew_length(run: "Run") -> None:
     progress.total_steps, progress.budget = min(run.total_steps, steps), budget_of(run)
 
 
-def tell_plan(run: "Run", step_seconds: float) -> None:
+def tell_plan(run: "Run", pace: Pace) -> None:
     """Log how fast the run is, what it will see, and when to expect pictures."""
     if not run.accelerator.is_main_process:
         return
     step, total = run.progress.step, run.total_steps
     images = total * run.global_batch_size
     logger.info(
-        "%.0f images/s, %.2f GiB of memory; %d steps of %d images, which is each image %.1f times; the end in %s",
-        run.global_batch_size / step_seconds,
+        "%s, %.2f GiB of memory; %d steps of %d images, which is each image %.1f times; the end in %s",
+        images_per_second(run.global_batch_size, pace),
         peak_memory(run.accelerator.device) / 2**30,
         total,
         run.global_batch_size,
         images / len(run.data.images),
-        in_words((total - step) * step_seconds),
+        in_words((total - step) * pace.typical),
     )
     if (first := steps_to_grid(run)) is not None:
-        logger.info("the next sample grid in %s, after step %d", in_words(first * step_seconds), step + first)
+        logger.info("the next sample grid in %s, after step %d", in_words(first * pace.typical), step + first)
 
 
 def steps_to_grid(run: "Run") -> int | None:

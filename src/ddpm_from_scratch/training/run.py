@@ -181,6 +181,7 @@ def build(config: TrainingConfig) -> Run:
     """
     check_engine()
     accelerator = build_accelerator(config)
+    config = split_batch(config, accelerator.num_processes)
     config = in_optimizer_steps(
         config, config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     )
@@ -224,6 +225,19 @@ def build_accelerator(config: TrainingConfig) -> Accelerator:
         log_with=None if config.logger == "none" else config.logger,
         project_dir=str(Path(config.output_dir, config.logging_dir)),
     )
+
+
+def split_batch(config: TrainingConfig, num_processes: int) -> TrainingConfig:
+    """The configuration with the batch of a process; ValueError if that of all cannot be split among them."""
+    if not config.split_batches:
+        return config
+    share, rest = divmod(config.train_batch_size, num_processes)
+    if rest:
+        raise ValueError(
+            f"split_batches: {num_processes} processes cannot share a train_batch_size of {config.train_batch_size}; "
+            f"make it a multiple of their number, or choose --num_processes"
+        )
+    return replace(config, train_batch_size=share, split_batches=False)
 
 
 def build_inputs(
