@@ -1,6 +1,7 @@
 """Train a denoising diffusion model: `accelerate launch training/train.py [preset] [--flag value ...]`.
 
-`ddpm train` runs `main` of this file, with the same flags, in as many processes as pay. Exit codes: `runtime/errors.py`.
+`ddpm train` runs `main` of this file with the same flags, in as many processes as pay. Exit codes:
+`runtime/errors.py`.
 """
 
 import logging

@@ -27,7 +27,7 @@ from ..runtime.results import versions
 from ..sampling.samplers import SAMPLERS
 from .network import SIZES
 from .objectives import LOSS_WEIGHTINGS, LOSSES, TIMESTEP_SAMPLERS, check_trains_variance
-from .optimizer import DECAYS
+from .optimizer import DECAYS, OPTIMIZERS
 
 PRESETS = Path(__file__).parent / "presets"
 LOGGERS = ("none", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "aim", "clearml", "dvclive", "swanlab")
@@ -115,6 +115,11 @@ class TrainingConfig(DataConfig):
         "train as many steps as these minutes take, at most max_train_steps; the first steps are timed, which fixes "
         "the number for good: a run that is stopped goes on to the same one",
         POSITIVE,
+    )
+    optimizer: str = knob(
+        "adamw",
+        "adamw, or muon: AdamW but for the weights of hidden layers, whose steps are orthogonalised (paper: Adam)",
+        one_of(OPTIMIZERS),
     )
     learning_rate: float | None = knob(
         1e-4, "peak learning rate (paper: 2e-4); null: by the width of the network", POSITIVE

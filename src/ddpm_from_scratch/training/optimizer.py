@@ -1,13 +1,15 @@
-"""AdamW, its learning rate, and the moving average of the weights."""
+"""The optimisers by name, their learning rate, and the moving average of the weights."""
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from .muon import Muon
 
 if TYPE_CHECKING:
     from .config import TrainingConfig
@@ -83,12 +85,16 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def build_optimizer(
-    parameters: Iterable[torch.nn.Parameter], config: "TrainingConfig", device: torch.device
-) -> torch.optim.AdamW:
-    """AdamW, as one fused kernel where the device has it."""
-    return torch.optim.AdamW(
-        parameters,
+OPTIMIZERS: dict[str, Callable[..., torch.optim.AdamW]] = {
+    "adamw": lambda network, **options: torch.optim.AdamW(network.parameters(), **options),
+    "muon": Muon,
+}
+
+
+def build_optimizer(network: nn.Module, config: "TrainingConfig", device: torch.device) -> torch.optim.AdamW:
+    """The optimiser of a network; AdamW as one fused kernel where the device has it."""
+    return OPTIMIZERS[config.optimizer](
+        network,
         lr=peak_rate(config),
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,

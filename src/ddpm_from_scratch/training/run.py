@@ -143,6 +143,8 @@ class Run:
         same = ["seed", "center_crop", "random_flip", "use_ema", *PROCESS_FLAGS, *OBJECTIVE_FLAGS, "timestep_sampling"]
         if config.skip_bad_images:
             same.append("skip_bad_images")
+        if config.optimizer != TrainingConfig.optimizer:
+            same.append("optimizer")
         if config.background != BACKGROUND:
             same.append("background")
         if config.value_range is not None:
@@ -190,7 +192,7 @@ def build(config: TrainingConfig) -> Run:
     device = accelerator.device
     unet.to(device, memory_format=MEMORY_FORMAT.get(device.type, torch.preserve_format))
     ema = EMA(unet, config.ema_inv_gamma, config.ema_power, config.ema_max_decay) if config.use_ema else None
-    optimizer = build_optimizer(unet.parameters(), config, device)
+    optimizer = build_optimizer(unet, config, device)
     if config.compile:
         unet.compile(mode=COMPILE_MODE.get(device.type, "default"))
     prepared_unet, optimizer = accelerator.prepare(unet, optimizer)
