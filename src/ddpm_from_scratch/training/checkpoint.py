@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def save_checkpoint(
         folder: `.../step_00001000`; a checkpoint that is there already is replaced.
         tensors: a safetensors file for each key.
         state: goes into state.json.
-        total_limit: how many checkpoints may stay; None for all.
+        total_limit: how many whole checkpoints stay; None for all.
         about: for the manifest, beside the size and the sha256 of each file.
 
     Raises:
@@ -90,8 +90,20 @@ def save_checkpoint(
     except OSError:
         shutil.rmtree(unfinished, ignore_errors=True)  # what fills the disk for nothing
         raise
-    for old in list_checkpoints(folder.parent)[: -total_limit if total_limit else 0]:
+    for old in beyond(list_checkpoints(folder.parent), total_limit):
         remove_folder(old)
+
+
+def beyond(checkpoints: Sequence[Path], total_limit: int | None) -> list[Path]:
+    """The checkpoints, given oldest first, that are older than the last `total_limit` whole ones."""
+    if total_limit is None:
+        return []
+    whole = 0
+    for place in range(len(checkpoints) - 1, -1, -1):
+        whole += damage(checkpoints[place]) is None
+        if whole == total_limit:
+            return list(checkpoints[:place])
+    return []
 
 
 def contents(tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:

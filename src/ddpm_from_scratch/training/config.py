@@ -174,7 +174,7 @@ class TrainingConfig(DataConfig):
     logger: str = knob("tensorboard", "where losses are logged", one_of(LOGGERS))
     log_steps: int = knob(10, "optimiser steps between two logged losses", at_least(1))
     checkpointing_steps: int | None = knob(500, "optimiser steps between checkpoints; null: none", at_least(1))
-    checkpoints_total_limit: int | None = knob(None, "how many checkpoints are kept; left out: all", at_least(1))
+    checkpoints_total_limit: int | None = knob(None, "how many whole checkpoints are kept; left out: all", at_least(1))
     resume_from_checkpoint: str | None = knob(
         LATEST, "latest: the same command goes on where it was stopped; a checkpoint's folder; null: start anew"
     )
