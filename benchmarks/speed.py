@@ -162,7 +162,7 @@ def report(results: dict[str, Any]) -> list[str]:
         for kind in KINDS:
             for title, value in ratios(found[kind]).items() if kind in found else ():
                 lines.append(f"{kind}, {network}, {title}: {value:.2f} times as fast")
-        for name, row in found["training"].items():
+        for name, row in found.get("training", {}).items():
             share = peak_share(found, row, results["peak_flops"][results["systems"][name]["precision"]])
             rate, peak = images_per_second(found, row), row["peak_memory"] / 1e9
             lines.append(f"training, {network}, {name}: {rate:.1f} images/s, {share:.0%} of the peak, {peak:.2f} GB")
@@ -180,6 +180,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--full", action="store_true", help="also compiled, in other forms, profiled, and bfloat16's effect"
     )
+    parser.add_argument("--precisions", nargs="+", default=list(DTYPES), choices=DTYPES, help="no is float32")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=2, help="training steps in a round")
     parser.add_argument("--num_images", type=int, default=1000, help="for the effect of bfloat16 on samples")
@@ -198,6 +200,7 @@ def choose(network: str, found: dict[str, System], args: argparse.Namespace) -> 
         return {name: found[name] for name in DEFAULTS}
     compiling = args.full and (network == "small" or args.device != "cpu")
     fitting = {name: system for name, system in found.items() if compiling or not system.compiled}
+    fitting = {name: system for name, system in fitting.items() if system.precision in args.precisions}
     return {name: system for name, system in fitting.items() if name != PEER or network in PEER_NETWORKS}
 
 
@@ -216,7 +219,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "import": time_processes(IMPORTS, args.rounds),
         "first_image": first_images(args.rounds),
         "loading": loading_rates(),
-        "peak_flops": {name: peak_rate(device, precision) for name, precision in DTYPES.items()},
+        "peak_flops": {
+            name: peak_rate(device, precision) for name, precision in DTYPES.items() if name in args.precisions
+        },
         "systems": {name: asdict(system) for name, system in found.items()},
         "networks": {},
     }
@@ -225,8 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result["profile"] = {name: profile(found["ours, default"], name, device) for name in args.networks}
     for network in [*args.networks, *(other for other in MODELS if args.full and other not in args.networks)]:
         chosen = choose(network, found, args)
-        rows = {"training": take_turns("training", network, chosen, args)}
-        if network == args.networks[0]:
+        rows = {"training": take_turns("training", network, chosen, args)} if "training" in args.kinds else {}
+        if network == args.networks[0] and "sampling" in args.kinds:
             rows["sampling"] = take_turns("sampling", network, chosen, args)
         parameters = ScratchUNet2DModel(**network_config(network)).num_parameters()
         form = dict(zip(("batch", "size", "channels"), network_form(network), strict=True))

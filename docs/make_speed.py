@@ -2,7 +2,9 @@
 
     python docs/make_speed.py
 
-`make bench ARGS="--full --results docs/results/speed_cpu.json"` and `python benchmarks/time_to_quality.py` measure.
+`make bench ARGS="--full --results docs/results/speed_cpu.json"` and `python benchmarks/time_to_quality.py` measure; on
+a CPU without bfloat16 instructions `python benchmarks/cores.py` and `make bench ARGS="--networks fashion_mnist_quick
+--precisions no --kinds training --results docs/results/speed_cpu_float32.json"`.
 """
 
 import json
@@ -22,6 +24,8 @@ peak_share, ratio, round_ratios = figures.peak_share, figures.ratio, figures.rou
 
 SPEED = DOCS / "results" / "speed_cpu.json"
 QUALITY = DOCS / "results" / "time_to_quality.json"
+FLOAT32 = DOCS / "results" / "speed_cpu_float32.json"
+CORES = DOCS / "results" / "cores.json"
 PAGE = DOCS / "speed.md"
 FIGURE = DOCS / "figures" / "time_to_quality.png"
 
@@ -190,7 +194,60 @@ def quality_facts(_: Numbers, quality: Numbers) -> str:
     return bullets(found)
 
 
+def float32_table(_: Numbers, __: Numbers) -> str:
+    """Training on a CPU without bfloat16: every system's rate, and its share of the machine's peak."""
+    results = json.loads(FLOAT32.read_text(encoding="utf-8"))
+    ((_, found),) = results["networks"].items()
+    rows = []
+    for name, row in found["training"].items():
+        if "bf16" not in name:
+            share = f"{peak_share(found, row, results['peak_flops']['no']):.0%}"
+            times = times_as_fast(found["training"], name, STOCK)
+            rows.append((name, f"{images_per_second(found, row):.1f}", share, times))
+    return table(("system", "images/s", "of the peak", f"against {STOCK}"), rows)
+
+
+def float32_facts(_: Numbers, __: Numbers) -> str:
+    """Machine and rounds."""
+    results = json.loads(FLOAT32.read_text(encoding="utf-8"))
+    ((_, found),) = results["networks"].items()
+    facts = {
+        "Network": f"that of the quick preset, {found['parameters'] / 1e6:.1f}M, batches of {found['batch']}",
+        "Peak": f"of a matrix product: {results['peak_flops']['no'] / 1e9:,.0f} GFLOP/s in float32",
+        "Figures": f"medians of {results['rounds']} rounds (lowest to highest); a ratio is taken within each round",
+        "Device": f"{results['device']}, {json.loads(CORES.read_text(encoding='utf-8'))['processor']}; "
+        f"{versions(results)}",
+    }
+    return bullets(facts)
+
+
+def cores_table(_: Numbers, __: Numbers) -> str:
+    """`ddpm train` with one process and with a process for each core, alone and beside a busy one."""
+    results = json.loads(CORES.read_text(encoding="utf-8"))
+    rows = [
+        (way, f"{rates['alone']:.0f}", f"{rates['beside']:.0f}", f"{rates['beside'] / rates['alone']:.0%}")
+        for way, rates in results["images_per_second"].items()
+    ]
+    return table(("`ddpm train`", "images/s, alone", "beside a busy process", "keeps"), rows)
+
+
+def cores_facts(_: Numbers, __: Numbers) -> str:
+    """Machine and rounds."""
+    results = json.loads(CORES.read_text(encoding="utf-8"))
+    rounds = len(next(iter(results["rounds"].values()))["alone"])
+    return bullets(
+        {
+            "Figures": f"medians of {rounds} runs of the quick preset each, as its plan tells them after twelve steps",
+            "Device": f"{results['device']}, {results['processor']}; {versions(results)}",
+        }
+    )
+
+
 PARTS = {
+    "float32": float32_table,
+    "float32 facts": float32_facts,
+    "cores": cores_table,
+    "cores facts": cores_facts,
     "ratios": ratio_table,
     "systems": system_table,
     "sampling": sampling_table,

@@ -1,6 +1,8 @@
-"""Write the table of docs/training.md from docs/results/memory.json, which `python benchmarks/memory.py` measures.
+"""Write the tables of docs/training.md and the README's sentences on `make train` from what was measured.
 
-python docs/make_training.py
+    python docs/make_training.py
+
+`python benchmarks/memory.py`, `recipes.py` and `quick_run.py` measure.
 """
 
 import json
@@ -11,7 +13,9 @@ from pages import bullets, replace_parts, table, versions
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results" / "memory.json"
-PAGE = DOCS / "training.md"
+RECIPES = DOCS / "results" / "recipes.json"
+QUICK_RUNS = DOCS / "results" / "quick_runs.json"
+PAGE, README = DOCS / "training.md", DOCS.parent / "README.md"
 GB = 1e9
 COLUMNS = ("without the set", "streaming it", "beyond")
 
@@ -47,14 +51,68 @@ def memory_facts(results: Numbers) -> str:
     return bullets(facts)
 
 
-PARTS = {"memory": memory_table, "memory facts": memory_facts}
+def recipe_table(results: Numbers) -> str:
+    """The kernel distance of each recipe, by images seen, in Markdown."""
+    groups = sorted((name for name in results if name.endswith(" images")), key=lambda name: int(name.split()[0]))
+    rows = []
+    for row in dict.fromkeys(name for group in groups for name in results[group]):
+        cells = [distance(results[group][row]) if row in results[group] else "" for group in groups]
+        rows.append([row, *cells])
+    return table(["recipe", *(f"{int(name.split()[0]):,} images seen" for name in groups)], rows)
 
 
-def fill(page: str) -> str:
-    """The page with what stands between its markers replaced."""
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    return replace_parts(page, {name: make(results) for name, make in PARTS.items()})
+def distance(found: Numbers) -> str:
+    """A kernel distance with its standard error."""
+    return f"{found['kernel_distance']:.3f} ± {found['kernel_distance_error']:.3f}"
+
+
+def recipe_facts(results: Numbers) -> str:
+    """What was measured and with what."""
+    about = results["about"]
+    facts = {
+        "Rows": "the quick preset with what the row says; the first one has all that the others do not name",
+        "Samples": f"N = {about['num_images']:,} by {about['sampler']} in {about['steps']} steps, against as many "
+        "training images; features of EfficientNet-Lite0. One training each, from the same seed",
+        "Floor": f"as many test images in the place of samples: {distance(about['floor'])}",
+        "Device": f"{about['processor']}; {versions(about)}",
+    }
+    return bullets(facts)
+
+
+def quick_run_facts(results: Numbers) -> str:
+    """What `make train` gave on each kind of machine, in Markdown."""
+    facts = {}
+    for processor, found in results.items():
+        run = found["training"]
+        facts[f"{run['device']}, {processor}"] = (
+            f"{found['seconds_with_installation'] / 60:.1f} minutes with the installation; {run['images_seen']:,} "
+            f"images seen, {run['images_per_second']:.0f} a second; kernel distance {distance(found)} (N = "
+            f"{found['num_images']:,}, {found['num_inference_steps']} steps of {found['sampler']}; real images: "
+            f"{distance(found['floor'])})"
+        )
+    return bullets(facts)
+
+
+# The parts of each page, and what is measured for each.
+PARTS = {
+    PAGE: {
+        "memory": (RESULTS, memory_table),
+        "memory facts": (RESULTS, memory_facts),
+        "recipes": (RECIPES, recipe_table),
+        "recipe facts": (RECIPES, recipe_facts),
+    },
+    README: {"quick runs": (QUICK_RUNS, quick_run_facts)},
+}
+
+
+def fill(path: Path, page: str) -> str:
+    """A page with what stands between its markers replaced."""
+    parts = {
+        name: make(json.loads(results.read_text(encoding="utf-8"))) for name, (results, make) in PARTS[path].items()
+    }
+    return replace_parts(page, parts)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in PARTS:
+        path.write_text(fill(path, path.read_text(encoding="utf-8")), encoding="utf-8")
