@@ -27,7 +27,7 @@ from ..runtime.devices import (
 )
 from ..runtime.errors import saving
 from ..runtime.random_streams import derived_seed
-from ..runtime.results import versions
+from ..runtime.results import commit, versions
 from ..sampling.checkpoints import PROCESS_FLAGS, read_state, read_tensors
 from .checkpoint import (
     Progress,
@@ -333,6 +333,7 @@ def results(run: Run) -> dict[str, Any]:
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
         "versions": versions(),
+        **({"commit": here} if (here := commit()) else {}),
     }
 
 
