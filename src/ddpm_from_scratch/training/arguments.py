@@ -20,9 +20,9 @@ from .model import brings_scheduler
 DEFAULT_PRESET, PRESET_OF_OWN_DATA = "fashion_mnist_quick", "own_images"
 USAGE = "ddpm train [preset] [data] [--flag value ...]"
 WHERE = (
-    "Where it runs: --num_processes N, or auto, the default: on a CPU as many as pay, which share the batch; on GPUs one "
-    "for each, by accelerate's launcher, whose --config_file, --multi_gpu, --gpu_ids, --num_machines and the like it "
-    "takes. --cpu leaves GPUs alone."
+    "Where it runs: --num_processes N, or auto, the default: on a CPU as many as pay, which share the batch; on GPUs "
+    "one for each, by accelerate's launcher, whose --config_file, --multi_gpu, --gpu_ids, --num_machines and the like "
+    "it takes. --cpu leaves GPUs alone."
 )
 OWN_FLAGS = ("preset", "dry_run", "print_config")
 
