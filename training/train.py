@@ -32,7 +32,7 @@ logger = logging.getLogger("train")
 def main(argv: Sequence[str] | None = None) -> Path | None:
     """Train a model; the folder it is in, or None after a dry run. Raises a Fault where it cannot."""
     config, only_dry = parse(argv)
-    log_to_stderr()
+    log_to_stderr(config.log_level)
     with holding_output(config, only_dry):
         return train_model(config, only_dry)
 

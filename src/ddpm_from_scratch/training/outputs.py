@@ -106,15 +106,15 @@ def log_start(run: Run) -> None:
         )
 
 
-def draw_grid(run: Run) -> Image.Image:
+def draw_grid(run: Run, title: str | None = None) -> Image.Image:
     """Sample with the network as it is now, from the same noise each time; the processes share the work.
 
-    Of a class-conditional network, the classes in turn.
+    Of a class-conditional network, the classes in turn. With a title, a bar shows how far it is.
     """
     config, unet, accelerator = run.config, run.eval_unet, run.accelerator
     pipeline = run.pipeline
     pipeline.scheduler = SAMPLERS[config.sample_scheduler](run.scheduler)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline.set_progress_bar_config(desc=title, disable=title is None or not accelerator.is_main_process)
     each = math.ceil(config.eval_batch_size / accelerator.num_processes)
     spec = SampleSpec(
         config.ddpm_num_inference_steps, config.eval_batch_size, run.id2label is not None, each, config.seed
@@ -156,7 +156,7 @@ def finish(run: Run) -> None:
 
     Raises CannotSave if it cannot be written; files that were there are whole.
     """
-    grid = draw_grid(run)
+    grid = draw_grid(run, title="drawing samples.png")
     if not run.accelerator.is_main_process:
         return
     track_grid(run, grid)
@@ -176,9 +176,9 @@ def finish(run: Run) -> None:
     )
 
 
-def log_to_stderr() -> None:
-    """Show what the run says, without every request and archive of the libraries."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+def log_to_stderr(level: str) -> None:
+    """Show what the run says from a level of `LOG_LEVELS` on, without every request and archive of the libraries."""
+    logging.basicConfig(level=level.upper(), format="%(message)s", stream=sys.stderr)
     for library in ("httpx", "httpx2", "fsspec"):
         logging.getLogger(library).setLevel(logging.WARNING)
 
