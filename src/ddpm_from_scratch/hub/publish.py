@@ -85,7 +85,7 @@ def staged(folder: Path) -> Iterator[Path]:
     """A temporary copy of the files of a model that are to be pushed, without paths of this machine."""
     with tempfile.TemporaryDirectory() as name:
         stage = Path(name, "model")
-        files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         for file in filter_repo_objects(files, allow_patterns=list(MODEL_FILES)):
             (stage / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / file, stage / file)
