@@ -136,7 +136,7 @@ def watching(process: psutil.Process) -> Iterator[Peak]:
 def train(folder: Path, *flags: object) -> dict[str, Any]:
     """Train in a process of its own; what it has seen, and its peaks."""
     preset = folder / "preset.yaml"
-    preset.write_text(yaml.safe_dump(PRESET))
+    preset.write_text(yaml.safe_dump(PRESET), encoding="utf-8")
     output = folder / "model"
     arguments = [preset, "--output_dir", output, "--cache_dir", folder / "cache", *flags]
     command = [sys.executable, str(ROOT / "training" / "train.py"), *map(str, arguments)]
@@ -145,7 +145,7 @@ def train(folder: Path, *flags: object) -> dict[str, Any]:
         code = process.wait()
     if code:
         raise RuntimeError(f"{' '.join(command)} ended with {code}")
-    results = json.loads((output / "results.json").read_text())
+    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
     shutil.rmtree(output)
     return {"images": results["images_seen"], "resident": peak.resident, "together": peak.together}
 

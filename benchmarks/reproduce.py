@@ -216,7 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             sys.exit(error.returncode)
     results = (args.output_dir / "again" if args.model else model_folder(args)) / RESULTS
-    for line in compare(*(json.loads(path.read_text()) for path in (results, args.reference / RESULTS))):
+    for line in compare(
+        *(json.loads(path.read_text(encoding="utf-8")) for path in (results, args.reference / RESULTS))
+    ):
         print(line)
 
 

@@ -73,7 +73,7 @@ def work(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     start = time.perf_counter()
     call = KINDS[args.kind](System(**json.loads(args.system)), args.network, device)
-    with Path(args.lock).open("a") as lock:
+    with Path(args.lock).open("a", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one at a time also while setting up
         for _ in range(WARM_UP):
             call()
@@ -95,7 +95,7 @@ def peak_memory(device: torch.device) -> int:
     """Bytes of the device's memory, or of this process, for which `getrusage` would tell its parent's if larger."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 

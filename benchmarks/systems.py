@@ -90,7 +90,7 @@ def network_form(network: str) -> tuple[int, int, int]:
 
 def network_config(name: str) -> dict[str, Any]:
     """The keys of a network, with the form of its images, without dropout."""
-    model = MODELS.get(name) or yaml.safe_load((PRESETS / f"{name}.yaml").read_text())["model"]
+    model = MODELS.get(name) or yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))["model"]
     _, size, channels = network_form(name)
     return {**model, "dropout": 0.0, "sample_size": size, "in_channels": channels, "out_channels": channels}
 

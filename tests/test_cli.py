@@ -58,6 +58,31 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise(start, user):
     assert f"policy {user or 'PASSIVE'}" in done.stdout
 
 
+FLAGS_WITHOUT = """
+import sys
+from contextlib import suppress
+for name in sys.argv[1:]:
+    sys.modules[name] = None  # not installed
+from ddpm_from_scratch.training.arguments import parse
+for arguments in (["--help"], ["cifar10", "--print_config", "--max_train_minutes", "3", "--model.dropout", "0.1"]):
+    with suppress(SystemExit):
+        parse(arguments)
+"""
+
+
+def test_flags_are_read_without_the_extra_packages_of_jsonargparse():
+    """Those of its `signatures`, which read classes that have no annotations."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "COLUMNS": "100"}
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", FLAGS_WITHOUT, *missing], env=environment, capture_output=True, text=True, check=True
+        )
+        for missing in ((), ("typeshed_client", "docstring_parser"))
+    ]
+    assert outputs[0].stdout == outputs[1].stdout != "" and outputs[1].stderr == ""
+    assert "max_train_minutes: 3" in outputs[1].stdout and "dropout: 0.1\n" in outputs[1].stdout
+
+
 def test_public_names_are_imported_on_first_use():
     assert set(ddpm_from_scratch.__all__) <= set(dir(ddpm_from_scratch))
     for name in ddpm_from_scratch.__all__:

@@ -1,6 +1,7 @@
 """The house keeps its order: short files and functions, no path that is changed, a test for every module."""
 
 import ast
+import re
 
 import pytest
 
@@ -38,6 +39,51 @@ def test_no_file_changes_the_path_of_imports():
             if isinstance(node, ast.Attribute) and node.attr == "path" and isinstance(node.value, ast.Name):
                 changing += [path] if node.value.id == "sys" else []
     assert files and changing == []
+
+
+def is_text_without_encoding(call):
+    """A call that reads or writes text in an encoding that differs from system to system."""
+    function, keywords = call.func, {keyword.arg: keyword.value for keyword in call.keywords}
+    name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", None)
+    if name not in ("open", "fdopen", "read_text", "write_text") or "encoding" in keywords:
+        return False
+    owner = getattr(getattr(function, "value", None), "id", None)
+    if owner == "Image" or (owner, name) == ("os", "open"):  # not of text
+        return False
+    values = [*call.args, *keywords.values()]
+    modes = [value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)]
+    return not (name.endswith("open") and any(re.fullmatch("[rwxa+]*b[rwxa+]*", mode) for mode in modes))
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("open(path)", True),
+        ("path.open('a')", True),
+        ("Path('b').read_text()", True),
+        ("path.write_text(text)", True),
+        ("path.read_text(encoding='utf-8')", False),
+        ("path.open('rb')", False),
+        ("open(path, mode='xb')", False),
+        ("fsspec.open(path, 'rb')", False),
+        ("Image.open(path)", False),
+        ("os.open(path, flags)", False),
+    ],
+)
+def test_text_without_an_encoding_is_found(code, expected):
+    assert is_text_without_encoding(ast.parse(code, mode="eval").body) == expected
+
+
+# `recipes.py` opens a file only to lock it, with fcntl.
+@pytest.mark.parametrize("folder", ["src", "training", "benchmarks", "demo", "docs", "examples"])
+def test_every_text_file_has_an_encoding(folder):
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and is_text_without_encoding(node) and path.name != "recipes.py"
+    ]
+    assert found == []
 
 
 def imported(path):

@@ -1,6 +1,6 @@
 """Train a denoising diffusion model: `accelerate launch training/train.py [preset] [--flag value ...]`.
 
-`ddpm train` runs `main` of this file with the same flags, in as many processes as pay. Exit codes:
+`ddpm train` runs `main` of this file, with the same flags, in as many processes as pay. The exit codes are those of
 `runtime/errors.py`.
 """
 
@@ -17,10 +17,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ddpm_from_scratch.runtime.errors import Fault, refusing
 from ddpm_from_scratch.training.arguments import parse
+from ddpm_from_scratch.training.config import TrainingConfig
 from ddpm_from_scratch.training.dry_run import dry_run
 from ddpm_from_scratch.training.faults import StopSignals
 from ddpm_from_scratch.training.loop import train
-from ddpm_from_scratch.training.outputs import finish, leaving_together, log_to_stderr, start_output
+from ddpm_from_scratch.training.outputs import finish, holding_output, leaving_together, log_to_stderr, start_output
 from ddpm_from_scratch.training.run import build
 from ddpm_from_scratch.training.upload import Upload
 from ddpm_from_scratch.training.validation import build_validation_set
@@ -31,7 +32,13 @@ logger = logging.getLogger("train")
 def main(argv: Sequence[str] | None = None) -> Path | None:
     """Train a model; the folder it is in, or None after a dry run. Raises a Fault where it cannot."""
     config, only_dry = parse(argv)
-    log_to_stderr()
+    log_to_stderr(config.log_level)
+    with holding_output(config, only_dry):
+        return train_model(config, only_dry)
+
+
+def train_model(config: TrainingConfig, only_dry: bool) -> Path | None:
+    """As `main`, with flags that were read, in a folder that no other run uses."""
     with refusing():
         run = build(config)  # data, network, optimiser: at the start, or where the last checkpoint stands
     if only_dry:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Callable, Sequence
 from collections.abc import Collection, Iterable
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Mapping
 from collections.abc import Mapping, Sequence
 from collections.abc import Sequence
@@ -25,6 +25,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from pathlib import Path
 from torch import Tensor
 from torch import Tensor, nn
+from types import MappingProxyType
 from typing import Any
 from typing import Any, ClassVar, NamedTuple
 from typing import Any, NamedTuple
@@ -139,11 +140,21 @@ def safe_weights(name: str | os.PathLike[str], options: dict[str, Any]) -> Itera
         ) from error
 
 
-def write_config(json_text: str, path: str | os.PathLike[str], without: Collection[str] = (), **names: object) -> None:
-    """Write a configuration with `names` replaced, leaving out `without` and the folder that it was loaded from."""
+def write_config(
+    json_text: str,
+    path: str | os.PathLike[str],
+    without: Collection[str] = (),
+    saved_as: Mapping[str, str] = MappingProxyType({}),
+    **names: object,
+) -> None:
+    """Write a configuration with `names` replaced, leaving out `without` and the folder that it was loaded from.
+
+    Keys in `saved_as` are written under the names that it gives them.
+    """
     config = json.loads(json_text) | names
     for name in ("_name_or_path", *without):
         config.pop(name, None)
+    config = {saved_as.get(name, name): value for name, value in config.items()}
     with open(path, "w", encoding="utf-8") as file:
         file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -463,17 +474,20 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 # The keys that diffusers.DDPMScheduler does not have, with their defaults: written only where they differ.
 OWN_KEYS = {"eta": 1.0, "x_0_mse": None, "optimal_variance": None, "timestep_choice": None}
 
-# Names that keys of ours had before, by which saved models may know them.
-FORMER_KEYS = {"second_moments": "x_0_mse"}
+# diffusers passes over keys that begin with "_" in silence, and warns of any other that a class does not have.
+SAVED_AS = {"x_0_mse": "_x_0_mse"}
+
+# Other names of our keys: in files, and in models saved by earlier versions.
+OTHER_NAMES = {"_x_0_mse": "x_0_mse", "second_moments": "x_0_mse"}
 
 Config = Mapping[str, Any]
 
 
-def with_present_keys(config: Any) -> Any:  # noqa: ANN401
-    """Rename keys of earlier versions to their present names; anything but a mapping is returned unchanged."""
-    if not isinstance(config, Mapping) or not set(FORMER_KEYS) & set(config):
+def with_argument_names(config: Any) -> Any:  # noqa: ANN401
+    """Rename keys of files and of earlier versions to the arguments' names; all but mappings are returned unchanged."""
+    if not isinstance(config, Mapping) or not set(OTHER_NAMES) & set(config):
         return config
-    return {FORMER_KEYS.get(name, name): value for name, value in config.items()}
+    return {OTHER_NAMES.get(name, name): value for name, value in config.items()}
 
 
 def check_config(c: Config) -> None:
@@ -754,9 +768,8 @@ class Prediction(NamedTuple):
 class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     r"""DDPM's forward process, posterior, bound, losses and sampler, with the interface of `diffusers.DDPMScheduler`.
 
-    It never calls the network: tensors in, tensors out. Configuration keys, their defaults and their meaning are those
-    of `diffusers.DDPMScheduler`, with which configurations can be exchanged in both directions. Where the two differ,
-    `docs/differences.md` says why.
+    It never calls the network: tensors in, tensors out. Configurations, whose keys and defaults are the same, can be
+    exchanged in both directions. Where the two differ, `docs/differences.md` says why.
 
     Args:
         num_train_timesteps: T, the length of the chain.
@@ -841,13 +854,13 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, **kwargs: Any) -> Any:  # noqa: ANN401
-        """As in diffusers, but key names of earlier versions of this package are accepted too."""
-        return super().from_config(with_present_keys(config), **kwargs)
+        """As in diffusers, but our keys' names in files, now and in earlier versions, are accepted too."""
+        return super().from_config(with_argument_names(config), **kwargs)
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write the configuration under the name of diffusers' class, so that both classes can load it."""
-        own = own_keys_at_their_defaults(self.config)
-        write_config(self.to_json_string(), json_file_path, without=own, _class_name=DDPMScheduler.__name__)
+        text, own = self.to_json_string(), own_keys_at_their_defaults(self.config)
+        write_config(text, json_file_path, without=own, saved_as=SAVED_AS, _class_name=DDPMScheduler.__name__)
 
     # --- forward process (DDPM section 2) ---------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -344,6 +345,40 @@ def test_the_bound_at_eta_0_is_refused():
     x = torch.zeros(1, 4)
     with pytest.raises(ValueError, match="The bound is infinite at eta=0"):
         scheduler.vlb_term(x, x, x, 999, 888)
+
+
+MOMENTS = [[0, 0.01], [999, 0.3]]
+
+
+@pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler])
+def test_the_moments_pass_through_stock_classes_in_silence(kind, tmp_path, caplog):
+    """Loaded and saved by a class that does not know them, they are still there; diffusers' logger says nothing."""
+    ScratchDDPMScheduler(x_0_mse=MOMENTS).save_pretrained(tmp_path)
+    diffusers.utils.logging.enable_propagation()
+    try:
+        kind.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+        back = ScratchDDPMScheduler.from_pretrained(tmp_path / "again")
+    finally:
+        diffusers.utils.logging.disable_propagation()
+    assert caplog.records == [] and back.config.x_0_mse == MOMENTS
+    other = ScratchDDPMScheduler.from_config(kind.from_pretrained(tmp_path).config, x_0_mse=[[0, 0.02]])
+    assert other.config.x_0_mse == [[0, 0.02]]
+
+
+@pytest.mark.parametrize("key", ["x_0_mse", "second_moments"])
+def test_keys_of_earlier_versions_load(key, tmp_path, stock_unet):
+    """In both ways: by our scheduler itself, and by the pipeline, which diffusers gives a stock scheduler first."""
+    ScratchDDPMPipeline(stock_unet, ScratchDDPMScheduler(x_0_mse=MOMENTS)).save_pretrained(tmp_path)
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({key if name == "_x_0_mse" else name: config[name] for name in config}))
+    assert f'"{key}"' in path.read_text(encoding="utf-8")
+    schedulers = [
+        ScratchDDPMScheduler.from_pretrained(tmp_path, subfolder="scheduler"),
+        ScratchDDPMPipeline.from_pretrained(tmp_path).scheduler,
+    ]
+    for scheduler in schedulers:
+        assert scheduler.config.x_0_mse == MOMENTS
 
 
 def test_a_calibrated_folder_loads_everywhere(tmp_path, stock_unet):

@@ -32,7 +32,7 @@ def test_it_writes_the_moments_and_nothing_else(model, capsys):
     name = next(path for path in before if path.name == "scheduler_config.json")
     assert {path for path in after if after[path] != before.get(path)} == {name}
     old, new = json.loads(before[name]), json.loads(after[name])
-    moments = new.pop("x_0_mse")
+    moments = new.pop("_x_0_mse")
     assert new == old
     assert moments[0][0] == 0
     assert len(moments) == 5

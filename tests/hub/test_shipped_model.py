@@ -1,6 +1,9 @@
 """models/ddpm-fashion-mnist: small, whole, loadable without trust, and measured."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -35,6 +38,38 @@ def test_it_draws_what_it_is_asked_for(pipeline):
     trousers, sneaker = pipeline(class_labels=["Trouser", "Sneaker"], generator=generator, **options).images[..., 0]
     assert trousers[4:24, 8:20].mean() > 0.25 and trousers[:, [0, 1, 26, 27]].mean() < 0.1
     assert sneaker[14:22, 4:24].mean() > 0.2 and sneaker[:6].mean() < 0.1
+
+
+STOCK = """
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+UNet2DModel.from_pretrained(MODEL, subfolder="unet")
+scheduler = DDPMScheduler.from_pretrained(MODEL, subfolder="scheduler")
+DDIMScheduler.from_config(scheduler.config)
+"""
+REMOTE = """
+from diffusers import DiffusionPipeline
+from diffusers.utils.logging import disable_progress_bar
+disable_progress_bar()
+DiffusionPipeline.from_pretrained(MODEL, trust_remote_code=True)
+"""
+OURS = """
+from diffusers.utils.logging import disable_progress_bar
+from ddpm_from_scratch import ScratchDDPMPipeline
+disable_progress_bar()
+ScratchDDPMPipeline.from_pretrained(MODEL)
+"""
+
+
+@pytest.mark.parametrize("program", [STOCK, REMOTE, OURS], ids=["stock", "remote code", "ours"])
+def test_loading_it_prints_nothing(program, tmp_path):
+    """The network has classes, which the stock pipeline cannot draw: stock is its parts, or the folder's own code."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"MODEL = {str(MODEL)!r}\n{program}"],
+        env={**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_the_results_are_of_this_model(pipeline):

@@ -166,7 +166,7 @@ def test_a_calibration_is_that_of_the_network_as_it_was(inputs, tmp_path, caplog
     pipeline = ScratchDDPMPipeline.from_pretrained(stock_model(tmp_path / "stock"))
     scheduler = ScratchDDPMScheduler.from_config(pipeline.scheduler.config, **calibrated)
     ScratchDDPMPipeline(pipeline.unet, scheduler).save_pretrained(tmp_path / "model")
-    assert "x_0_mse" in scheduler_of(tmp_path / "model")
+    assert "_x_0_mse" in scheduler_of(tmp_path / "model")
     tuned = tune(inputs, tmp_path / "tuned", tmp_path / "model")
-    assert not {"x_0_mse", "optimal_variance"} & set(scheduler_of(tuned))
+    assert not {"_x_0_mse", "x_0_mse", "optimal_variance"} & set(scheduler_of(tuned))
     assert "run `ddpm calibrate`" in caplog.text

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ddpm_from_scratch.runtime.locks import locked
 from ddpm_from_scratch.sampling.checkpoints import read_state
 from ddpm_from_scratch.training.checkpoint import find_checkpoint
 from ddpm_from_scratch.training.config import TrainingConfig
@@ -23,22 +24,26 @@ BATCH, MANY = 8, 10_000  # images; steps that are not reached
 FLAGS = ("--train_batch_size", BATCH, "--model.dropout", 0.0, "--checkpointing_steps", 5, "--log_steps", 1)
 
 
-def ddpm_train(inputs, folder, steps):
+def ddpm_train(inputs, folder, steps, *flags):
     """Start `ddpm train` with two threads, in a group of its own as a terminal does."""
-    arguments = ["train", inputs.preset, *FLAGS, "--max_train_steps", steps, "--output_dir", folder]
+    arguments = ["train", inputs.preset, *FLAGS, "--max_train_steps", steps, "--output_dir", folder, *flags]
     command = [sys.executable, "-m", "ddpm_from_scratch.cli", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "2"}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment, start_new_session=True, **streams)
 
 
+def wait_for_a_checkpoint(process, folder):
+    deadline = time.monotonic() + 120
+    while not list((folder / "checkpoints").glob("step_*")):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.05)
+
+
 def test_ctrl_c_and_the_same_command_again(inputs, tmp_path):
     folder = tmp_path / "model"
     with ddpm_train(inputs, folder, MANY) as process:
-        deadline = time.monotonic() + 120
-        while not list((folder / "checkpoints").glob("step_*")):
-            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-            time.sleep(0.05)
+        wait_for_a_checkpoint(process, folder)
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=120)
     reached = read_state(find_checkpoint("latest", folder / "checkpoints"))["progress"]["step"]
@@ -50,6 +55,41 @@ def test_ctrl_c_and_the_same_command_again(inputs, tmp_path):
     assert process.returncode == 0 and out.splitlines()[-1] == str(folder), err
     results = json.loads((folder / "results.json").read_text())
     assert results["num_processes"] == 2 and results["images_seen"] == BATCH * (reached + 5)
+
+
+def assert_refused(process, folder):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and out == ""
+    (line,) = err.strip().splitlines()
+    assert line.startswith(f"ddpm train: {folder} is in use by process ") and "--output_dir" in line
+
+
+def test_a_second_run_into_the_same_folder_is_refused(inputs, tmp_path):
+    """Each has two processes. A run that was killed holds the folder no longer, although nothing cleared up."""
+    folder = tmp_path / "model"
+    with ddpm_train(inputs, folder, MANY) as first:
+        wait_for_a_checkpoint(first, folder)
+        with ddpm_train(inputs, folder, MANY) as second:
+            assert_refused(second, folder)
+        assert first.poll() is None
+        os.killpg(first.pid, signal.SIGKILL)
+    reached = read_state(find_checkpoint("latest", folder / "checkpoints"))["progress"]["step"]
+    with ddpm_train(inputs, folder, reached + 1) as again:
+        assert again.wait(timeout=120) == 0, again.stderr.read()
+    assert not (folder / ".lock").exists()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("flags", [(), ("--dry_run",)])
+def test_a_refused_run_touches_nothing(inputs, tmp_path, flags):
+    """What a run clears up at its start may be what another one is writing; a dry run clears up too."""
+    unfinished = tmp_path / "model" / "checkpoints" / ".unfinished-step_00000005"
+    unfinished.mkdir(parents=True)
+    with locked(tmp_path / "model"):
+        before = sorted(tmp_path.rglob("*"))
+        with ddpm_train(inputs, tmp_path / "model", MANY, *flags) as process:
+            assert_refused(process, tmp_path / "model")
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.full

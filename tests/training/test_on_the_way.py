@@ -1,7 +1,9 @@
 """What a run shows while it goes on: its data as the network sees them, grids in trackers, checkpoints as models."""
 
 import json
+import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -17,7 +19,8 @@ from ddpm_from_scratch.sampling.models import load_pipeline
 from ddpm_from_scratch.training import export
 from ddpm_from_scratch.training.arguments import parse
 from helpers.evaluations import few_features
-from helpers.runs import NUM_IMAGES, SIZE, picture, run_main, write_parquet
+from helpers.paths import TRAINING
+from helpers.runs import NUM_IMAGES, SIZE, picture, run_main, run_process, write_parquet
 
 
 def test_data_png_holds_the_training_images_as_the_network_sees_them(inputs, tmp_path):
@@ -34,6 +37,26 @@ def test_data_png_holds_the_training_images_as_the_network_sees_them(inputs, tmp
 def test_few_images_are_warned_of(inputs, tmp_path, caplog):
     run_main(inputs, tmp_path / "model", "--max_train_steps", "1")
     assert f"{NUM_IMAGES} images are few" in caplog.text and "neighbors.png" in caplog.text
+
+
+def test_the_last_grid_shows_how_far_it_is(inputs, tmp_path, capsys):
+    run_main(inputs, tmp_path / "model", "--max_train_steps", "3", "--sample_steps", "3")
+    bars = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "%|" in line]
+    assert [bar.partition(":")[0] for bar in bars if "samples.png" in bar][-1] == "drawing samples.png"
+    assert "| 3/3 [" in [bar for bar in bars if "samples.png" not in bar][-1]  # the training
+    assert "| 2/2 [" in bars[-1]  # ddpm_num_inference_steps; the grid on the way had no bar
+    assert len([bar for bar in bars if "0/2 [" in bar]) == 1
+
+
+@pytest.mark.parametrize(
+    ("level", "said"), [("info", "next: ddpm sample"), ("warning", "images are few"), ("error", "")]
+)
+def test_what_a_run_says_follows_the_level(inputs, tmp_path, level, said):
+    flags = ["--max_train_steps", "1", "--log_level", level, "--output_dir", str(tmp_path / "model")]
+    done = run_process([sys.executable, str(TRAINING / "train.py"), inputs.preset, *flags])
+    assert done.returncode == 0, done.stderr
+    assert ("next: ddpm sample" in done.stderr) == (level == "info")
+    assert ("images are few" in done.stderr) == (level != "error")
 
 
 def test_grids_are_in_tensorboard(inputs, tmp_path):

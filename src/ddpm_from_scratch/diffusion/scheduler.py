@@ -42,13 +42,14 @@ from .checks import check_count, check_range
 from .gaussian import Gaussian, Generators, noise_like
 from .reverse_variance import LEARNED_VARIANCES, REVERSE_LOG_VARIANCES, check_variance_values
 from .scheduler_config import (
+    SAVED_AS,
     check_config,
     limit_x_0,
     limits_x_0,
     make_betas,
     make_x_0_variance,
     own_keys_at_their_defaults,
-    with_present_keys,
+    with_argument_names,
 )
 from .stock import write_config
 from .tensors import Coefficient, as_tensor, broadcast, check_shapes, mean_of_sample, plus, split_channels, upcast
@@ -73,9 +74,8 @@ class Prediction(NamedTuple):
 class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     r"""DDPM's forward process, posterior, bound, losses and sampler, with the interface of `diffusers.DDPMScheduler`.
 
-    It never calls the network: tensors in, tensors out. Configuration keys, their defaults and their meaning are those
-    of `diffusers.DDPMScheduler`, with which configurations can be exchanged in both directions. Where the two differ,
-    `docs/differences.md` says why.
+    It never calls the network: tensors in, tensors out. Configurations, whose keys and defaults are the same, can be
+    exchanged in both directions. Where the two differ, `docs/differences.md` says why.
 
     Args:
         num_train_timesteps: T, the length of the chain.
@@ -160,13 +160,13 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, **kwargs: Any) -> Any:  # noqa: ANN401
-        """As in diffusers, but key names of earlier versions of this package are accepted too."""
-        return super().from_config(with_present_keys(config), **kwargs)
+        """As in diffusers, but our keys' names in files, now and in earlier versions, are accepted too."""
+        return super().from_config(with_argument_names(config), **kwargs)
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write the configuration under the name of diffusers' class, so that both classes can load it."""
-        own = own_keys_at_their_defaults(self.config)
-        write_config(self.to_json_string(), json_file_path, without=own, _class_name=DDPMScheduler.__name__)
+        text, own = self.to_json_string(), own_keys_at_their_defaults(self.config)
+        write_config(text, json_file_path, without=own, saved_as=SAVED_AS, _class_name=DDPMScheduler.__name__)
 
     # --- forward process (DDPM section 2) ---------------------------------------------------------------------------
 

@@ -20,17 +20,20 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 # The keys that diffusers.DDPMScheduler does not have, with their defaults: written only where they differ.
 OWN_KEYS = {"eta": 1.0, "x_0_mse": None, "optimal_variance": None, "timestep_choice": None}
 
-# Names that keys of ours had before, by which saved models may know them.
-FORMER_KEYS = {"second_moments": "x_0_mse"}
+# diffusers passes over keys that begin with "_" in silence, and warns of any other that a class does not have.
+SAVED_AS = {"x_0_mse": "_x_0_mse"}
+
+# Other names of our keys: in files, and in models saved by earlier versions.
+OTHER_NAMES = {"_x_0_mse": "x_0_mse", "second_moments": "x_0_mse"}
 
 Config = Mapping[str, Any]
 
 
-def with_present_keys(config: Any) -> Any:  # noqa: ANN401
-    """Rename keys of earlier versions to their present names; anything but a mapping is returned unchanged."""
-    if not isinstance(config, Mapping) or not set(FORMER_KEYS) & set(config):
+def with_argument_names(config: Any) -> Any:  # noqa: ANN401
+    """Rename keys of files and of earlier versions to the arguments' names; all but mappings are returned unchanged."""
+    if not isinstance(config, Mapping) or not set(OTHER_NAMES) & set(config):
         return config
-    return {FORMER_KEYS.get(name, name): value for name, value in config.items()}
+    return {OTHER_NAMES.get(name, name): value for name, value in config.items()}
 
 
 def check_config(c: Config) -> None:

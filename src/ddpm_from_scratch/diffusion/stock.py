@@ -7,8 +7,9 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 from diffusers import ConfigMixin
@@ -47,10 +48,20 @@ def safe_weights(name: str | os.PathLike[str], options: dict[str, Any]) -> Itera
         ) from error
 
 
-def write_config(json_text: str, path: str | os.PathLike[str], without: Collection[str] = (), **names: object) -> None:
-    """Write a configuration with `names` replaced, leaving out `without` and the folder that it was loaded from."""
+def write_config(
+    json_text: str,
+    path: str | os.PathLike[str],
+    without: Collection[str] = (),
+    saved_as: Mapping[str, str] = MappingProxyType({}),
+    **names: object,
+) -> None:
+    """Write a configuration with `names` replaced, leaving out `without` and the folder that it was loaded from.
+
+    Keys in `saved_as` are written under the names that it gives them.
+    """
     config = json.loads(json_text) | names
     for name in ("_name_or_path", *without):
         config.pop(name, None)
+    config = {saved_as.get(name, name): value for name, value in config.items()}
     with open(path, "w", encoding="utf-8") as file:
         file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,41 +18,19 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..diffusion.pipeline import PICTURE_CHANNELS
 from ..diffusion.scheduler import ScratchDDPMScheduler
 from ..diffusion.unet_config import sides
+from ..runtime.results import code_address
 
 TASK = "unconditional-image-generation"
-TAGS = ("diffusers", "ddpm", "image-generation", "ddpm-from-scratch")
+TAGS = ("ddpm", "image-generation", "ddpm-from-scratch")
 # Pictures in the Hub's gallery, with the line below each; a picture that the folder lacks is left out.
-GALLERY = {"usage.png": "What the code on this page draws", "samples.png": "Samples, not chosen"}
+GALLERY = {"samples.png": "Samples, not chosen"}
 SHOWN_LABELS = 8  # in the code of the page
 TINY = 64  # pixels; smaller images are enlarged
 CHANNELS = {1: "grey", 3: "RGB"}  # in words
-METRICS = {
-    "kernel_distance": "Kernel distance",
-    "frechet_distance": "Fréchet distance",
-    "fid": "FID",
-    "precision": "Precision",
-    "recall": "Recall",
-    "density": "Density",
-    "coverage": "Coverage",
-}
-SAMPLE_UNITS = {
-    "num_generated": "{:,} images",
-    "num_inference_steps": "{} steps",
-    "extractor": "{} features",
-    "size": "{} px",
-}
-SAMPLE_ARGUMENTS = (
-    "extractor",
-    "size",
-    "num_generated",
-    "num_reference",
-    "num_inference_steps",
-    "scheduler",
-    "labels",
-    "seed",
-    "kernel_distance_error",
-)
-BOUND_ARGUMENTS = ("num_images", "num_terms", "variance_type", "labels", "error")
+# Measures in the metadata; all others stand in the tables of the page.
+METRICS = {"kernel_distance": "Kernel distance", "recall": "Recall"}
+SHARES = {"recall": "num_reference"}  # measures that are shares, and of how many images
+SAMPLE_UNITS = {"num_generated": "{:,} images", "num_inference_steps": "{} steps", "extractor": "{}", "size": "{} px"}
 
 
 def model_page(
@@ -62,6 +41,7 @@ def model_page(
     *,
     license: str | None = None,
     datasets: Sequence[str] = (),
+    base_model: str | None = None,
     usage_output: str | None = None,
     unfinished: tuple[int, int] | None = None,
 ) -> ModelCard:
@@ -74,6 +54,7 @@ def model_page(
         template: a Jinja file, whose variables are those of `page_facts`, and `card_data`.
         license: of the weights, as the Hub names it; the page says nothing about it if left out.
         datasets: Hub names of the data that it was trained on.
+        base_model: Hub name of the model that it was fine-tuned from, if it was.
         usage_output: what the page's first block of code printed when it was run.
         unfinished: optimiser steps done and to do, of a model that is still being trained.
 
@@ -83,6 +64,7 @@ def model_page(
     facts = page_facts(pipeline, folder, repository)
     data = ModelCardData(
         license=license,
+        base_model=base_model,
         library_name="diffusers",
         pipeline_tag=TASK,
         datasets=list(datasets) or None,
@@ -100,6 +82,7 @@ def model_page(
         **facts,
         license=license,
         datasets=datasets,
+        base_model=base_model,
         usage_output=usage_output,
         unfinished=unfinished,
     )
@@ -118,6 +101,7 @@ def page_facts(pipeline: DiffusionPipeline, folder: Path, repository: str) -> di
         - `training`, `comparison` and `evaluation` from results.json, and `config` from training_config.yaml; empty if
           there is none
         - `measures`: the rows of the evaluation's table; `by_class`: the accuracies of its classes in words
+        - `code`: the address of this project's code, or None
         - `files`: the names of those in the folder
 
     Raises:
@@ -153,6 +137,7 @@ def page_facts(pipeline: DiffusionPipeline, folder: Path, repository: str) -> di
         "comparison": _with_ends(results.pop("comparison", {})),
         "training": results,
         "config": _read(folder / "training_config.yaml", yaml.safe_load) or {},
+        "code": code_address(),
         "files": sorted(path.name for path in folder.iterdir() if path.is_file()),
     }
 
@@ -197,9 +182,9 @@ def _measured_on_its_own_data(facts: Mapping[str, Any]) -> bool:
 
 
 def eval_results(evaluation: Mapping[str, Any], datasets: Sequence[str]) -> list[EvalResult]:
-    """The results in the form of the Hub's metadata; none if the data set is not on the Hub.
+    """At most three results in the form of the Hub's metadata, each rounded by its own standard error.
 
-    Of several numbers of steps, only the first counts.
+    Of several numbers of steps and sizes of the features, the first counts. None if the data set is not on the Hub.
 
     Args:
         evaluation: the entry "evaluation" of results.json.
@@ -208,19 +193,38 @@ def eval_results(evaluation: Mapping[str, Any], datasets: Sequence[str]) -> list
     if not datasets:
         return []
     dataset = datasets[0]
+    sample, bound = (evaluation.get("samples") or [{}])[0], evaluation.get("bound", {})
+    how = ", ".join(unit.format(sample[key]) for key, unit in SAMPLE_UNITS.items() if key in sample)
+    rows = [
+        (key, value, f"{METRICS[key]}, {how}", standard_error(sample, key))
+        for key, value in _known(sample, tuple(METRICS)).items()
+    ]
+    for value in _known(bound, ("bits_per_dim",)).values():
+        name = f"Variational bound, bits per dimension, {bound['num_images']:,} images"
+        rows.append(("bits_per_dim", value, name, bound.get("error")))
     result = partial(EvalResult, task_type=TASK, dataset_type=dataset, dataset_name=dataset.rpartition("/")[2])
     found = []
-    samples = evaluation.get("samples", ())
-    for sample in (one for one in samples if one.get("num_inference_steps") == samples[0].get("num_inference_steps")):
-        how = ", ".join(unit.format(sample[key]) for key, unit in SAMPLE_UNITS.items() if key in sample)
-        for key, value in _known(sample, tuple(METRICS)).items():
-            arguments = _known(sample, SAMPLE_ARGUMENTS) | {"floor": sample["floor"][key]}
-            name = f"{METRICS[key]} ({how})"
-            found.append(result(metric_type=key, metric_value=value, metric_name=name, metric_args=arguments))
-    for value in _known(evaluation.get("bound", {}), ("bits_per_dim",)).values():
-        arguments, name = _known(evaluation["bound"], BOUND_ARGUMENTS), "Variational bound, bits per dimension"
-        found.append(result(metric_type="bits_per_dim", metric_value=value, metric_name=name, metric_args=arguments))
+    for key, value, name, error in rows:
+        value, error = rounded(value, error)
+        args = {"error": error} if error is not None else None
+        found.append(result(metric_type=key, metric_value=value, metric_name=name, metric_args=args))
     return found
+
+
+def standard_error(figures: Mapping[str, Any], name: str) -> float | None:
+    """The standard error of a measure: that which was measured, or that of a share of N images; None if unknown."""
+    if name not in SHARES:
+        return figures.get(f"{name}_error")
+    share, count = figures[name], figures[SHARES[name]]
+    return math.sqrt(share * (1 - share) / count)
+
+
+def rounded(value: float, error: float | None) -> tuple[float, float | None]:
+    """A value and its standard error to two digits of the error; the value to three of its own if that is unknown."""
+    if error is None or not 0 < error < math.inf:
+        return float(f"{value:.3g}"), None
+    digits = 1 - math.floor(math.log10(error))
+    return round(value, digits), round(error, digits)
 
 
 def _known(values: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def staged(folder: Path) -> Iterator[Path]:
     """A temporary copy of the files of a model that are to be pushed, without paths of this machine."""
     with tempfile.TemporaryDirectory() as name:
         stage = Path(name, "model")
-        files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         for file in filter_repo_objects(files, allow_patterns=list(MODEL_FILES)):
             (stage / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / file, stage / file)
@@ -112,6 +112,12 @@ def hub_datasets(config: Mapping[str, Any]) -> list[str]:
     return [] if looks_local(name) or "/" not in name or Path(name).exists() else [name]
 
 
+def hub_base_model(config: Mapping[str, Any]) -> str | None:
+    """The model that a training configuration fine-tunes, if that is a name on the Hub."""
+    name = config.get("model_config_name_or_path") or ""
+    return None if looks_local(name) or "/" not in name or Path(name).exists() else name
+
+
 def write_page(stage: Path, repository: str, license: str | None) -> None:
     """Write pipeline.py, the page and the picture that its first code draws into a copy of a model's folder.
 
@@ -129,6 +135,7 @@ def write_page(stage: Path, repository: str, license: str | None) -> None:
         TEMPLATE,
         license=license or config.get("hub_license"),
         datasets=hub_datasets(config),
+        base_model=hub_base_model(config),
     )
     printed = run_usage(str(page()), repository, stage)
     page(usage_output=printed).save(stage / "README.md")

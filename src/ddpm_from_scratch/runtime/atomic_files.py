@@ -40,7 +40,9 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Flush a folder's list of names to the disk."""
+    """Flush a folder's list of names to the disk, where a folder can be opened for that; Windows opens none."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -85,7 +87,7 @@ def replacing_files(folder: Path) -> Iterator[Path]:
         yield unfinished
         files = [path.relative_to(unfinished) for path in unfinished.rglob("*") if path.is_file()]
         for file in files:
-            with open(unfinished / file, "rb") as opened:
+            with open(unfinished / file, "r+b") as opened:  # Windows flushes only what may be written to
                 os.fsync(opened.fileno())
         for file in files:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@
 |---|---|
 | 0 | the run is done |
 | 1 | an error that is none of these |
-| 2 | a wrong flag, preset, data set, checkpoint or token; nothing was done |
+| 2 | a wrong flag, preset, data set, checkpoint or token, or a folder that another run uses; nothing was done |
 | 65 | an image could not be read while training, or too many were passed over |
 | 70 | the loss was not finite for too many steps in a row; the last checkpoint is of before |
 | 74 | a checkpoint, the model or its pictures could not be written; the checkpoints that were there are whole |

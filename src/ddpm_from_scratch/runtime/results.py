@@ -1,12 +1,15 @@
 """Files of results, and the versions of the packages that results depend on."""
 
+import functools
 import json
 import platform
+import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from .atomic_files import replace_file
+from .shipped import CHECKOUT
 
 PACKAGES = ("ddpm-from-scratch", "torch", "diffusers", "accelerate", "datasets", "numpy", "pillow")
 
@@ -22,6 +25,28 @@ def version(package: str) -> str:
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that results depend on."""
     return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit of this project's checkout, with "-dirty" if files differ from it; None outside of a checkout."""
+    if not (CHECKOUT / ".git").exists():  # a wheel may lie within another project's repository
+        return None
+    command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git here, or no commit yet
+        return None
+    return done.stdout.strip()
+
+
+def code_address() -> str | None:
+    """The address of this project's code, as the package says; None if it says none."""
+    try:
+        urls = metadata.metadata(PACKAGES[0]).get_all("Project-URL") or ()
+    except metadata.PackageNotFoundError:
+        return None
+    return dict(url.split(", ", 1) for url in urls).get("Repository")
 
 
 def as_json(values: dict[str, Any]) -> str:

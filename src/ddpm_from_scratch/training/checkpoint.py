@@ -1,8 +1,10 @@
 """Checkpoints that are whole or absent, and hold nothing but tensors and JSON."""
 
 import hashlib
+import itertools
 import json
 import logging
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -146,12 +148,13 @@ def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
     return None
 
 
-def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], advice: str = "") -> None:
     """Refuse to go on with another run's state.
 
     Args:
         saved: what identifies the run that wrote the checkpoint.
         current: the same of this run.
+        advice: what to do instead, the end of the message.
 
     Raises:
         ValueError: they differ; the message names each field with both values.
@@ -164,4 +167,16 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
         if saved.get(key) != current.get(key)
     ]
     if differences:
-        raise ValueError("the checkpoint belongs to another run; it differs in\n  " + "\n  ".join(differences))
+        raise ValueError("\n  ".join(["the checkpoint belongs to another run; it differs in", *differences]) + advice)
+
+
+def another_way(resume: str | None, output_dir: str) -> str:
+    """What to do where a checkpoint is another run's, in lines: start anew, or go on with that run."""
+    if resume != LATEST:
+        return f"\nTo start anew, or to go on with the run in {output_dir}, leave out --resume_from_checkpoint."
+    free = next(name for number in itertools.count(2) if not Path(name := f"{output_dir}-{number}").exists())
+    ways = {
+        "To start anew, choose another folder": ["--output_dir", free],
+        "To go on with that run": ["ddpm", "train", str(Path(output_dir, "training_config.yaml"))],
+    }
+    return "".join(f"\n{way}: {shlex.join(words)}" for way, words in ways.items())

@@ -31,6 +31,7 @@ from .optimizer import DECAYS, OPTIMIZERS
 
 PRESETS = Path(__file__).parent / "presets"
 LOGGERS = ("none", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "aim", "clearml", "dvclive", "swanlab")
+LOG_LEVELS = ("info", "warning", "error")
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,7 @@ class TrainingConfig(DataConfig):
     output_dir: str = knob("outputs/ddpm", "the model folder, which also gets samples, results, checkpoints and logs")
     logging_dir: str = knob("logs", "folder of the logs, inside output_dir")
     logger: str = knob("tensorboard", "where losses are logged", one_of(LOGGERS))
+    log_level: str = knob("info", "the least of what the run says on standard error", one_of(LOG_LEVELS))
     log_steps: int = knob(10, "optimiser steps between two logged losses", at_least(1))
     checkpointing_steps: int | None = knob(500, "optimiser steps between checkpoints; null: none", at_least(1))
     checkpoints_total_limit: int | None = knob(None, "how many whole checkpoints are kept; left out: all", at_least(1))

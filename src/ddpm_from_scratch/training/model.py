@@ -81,7 +81,7 @@ def network_config(config: TrainingConfig) -> dict[str, Any]:
     if config.model_config_name_or_path is None:
         keys = dict(config.model or {})
     else:
-        saved = json.loads(Path(config.model_config_name_or_path).expanduser().read_text())
+        saved = json.loads(Path(config.model_config_name_or_path).expanduser().read_text(encoding="utf-8"))
         keys = {key: value for key, value in saved.items() if not key.startswith("_")}
         check_model_keys(keys, config.class_conditional)
     if "out_channels" in keys:

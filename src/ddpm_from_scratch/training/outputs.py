@@ -5,18 +5,22 @@ import math
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from ..data.arrays import to_8_bits
 from ..evaluation.config import LEAST_IMAGES
 from ..evaluation.figures import LOSS_LABELS, plot_losses
 from ..runtime.atomic_files import replace_file, replacing_files
-from ..runtime.errors import Diverged, Stopped, saving
+from ..runtime.devices import prepare_cpu
+from ..runtime.errors import Diverged, Refused, Stopped, saving
+from ..runtime.locks import InUse, locked
 from ..runtime.results import write_json
 from ..sampling.generate import SampleSpec, generate
 from ..sampling.previews import image_grid, to_pil
@@ -30,6 +34,31 @@ FEW_IMAGES = 1000  # fewer are learned by heart
 IMAGE_TRACKERS = ("wandb", "swanlab")  # those of accelerate, beside tensorboard, that take lists of pictures
 
 logger = logging.getLogger("train")
+
+
+@contextmanager
+def holding_output(config: TrainingConfig, only_dry: bool) -> Iterator[None]:
+    """Keep other runs out of the output folder; the main process does, and all processes learn whether it can.
+
+    A dry run creates no folder.
+
+    Raises Refused if another process has it.
+    """
+    folder = Path(config.output_dir)
+    state = PartialState(cpu=prepare_cpu())
+    with ExitStack() as stack:
+        refusal = None
+        if state.is_main_process and (folder.exists() or not only_dry):
+            try:
+                stack.enter_context(locked(folder))
+            except InUse as error:
+                refusal = f"{error}: wait until that has ended, or choose another folder (--output_dir)"
+            except OSError as error:
+                refusal = f"output_dir {folder} cannot be written to: {error}"
+        (refusal,) = broadcast_object_list([refusal])
+        if refusal is not None:
+            raise Refused(refusal)
+        yield
 
 
 def start_output(run: Run, config: TrainingConfig) -> None:
@@ -77,15 +106,15 @@ def log_start(run: Run) -> None:
         )
 
 
-def draw_grid(run: Run) -> Image.Image:
+def draw_grid(run: Run, title: str | None = None) -> Image.Image:
     """Sample with the network as it is now, from the same noise each time; the processes share the work.
 
-    Of a class-conditional network, the classes in turn.
+    Of a class-conditional network, the classes in turn. With a title, a bar shows how far it is.
     """
     config, unet, accelerator = run.config, run.eval_unet, run.accelerator
     pipeline = run.pipeline
     pipeline.scheduler = SAMPLERS[config.sample_scheduler](run.scheduler)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline.set_progress_bar_config(desc=title, disable=title is None or not accelerator.is_main_process)
     each = math.ceil(config.eval_batch_size / accelerator.num_processes)
     spec = SampleSpec(
         config.ddpm_num_inference_steps, config.eval_batch_size, run.id2label is not None, each, config.seed
@@ -127,7 +156,7 @@ def finish(run: Run) -> None:
 
     Raises CannotSave if it cannot be written; files that were there are whole.
     """
-    grid = draw_grid(run)
+    grid = draw_grid(run, title="drawing samples.png")
     if not run.accelerator.is_main_process:
         return
     track_grid(run, grid)
@@ -147,9 +176,9 @@ def finish(run: Run) -> None:
     )
 
 
-def log_to_stderr() -> None:
-    """Show what the run says, without every request and archive of the libraries."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+def log_to_stderr(level: str) -> None:
+    """Show what the run says from a level of `LOG_LEVELS` on, without every request and archive of the libraries."""
+    logging.basicConfig(level=level.upper(), format="%(message)s", stream=sys.stderr)
     for library in ("httpx", "httpx2", "fsspec"):
         logging.getLogger(library).setLevel(logging.WARNING)
 

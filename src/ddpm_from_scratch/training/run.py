@@ -27,10 +27,11 @@ from ..runtime.devices import (
 )
 from ..runtime.errors import saving
 from ..runtime.random_streams import derived_seed
-from ..runtime.results import versions
+from ..runtime.results import commit, versions
 from ..sampling.checkpoints import PROCESS_FLAGS, read_state, read_tensors
 from .checkpoint import (
     Progress,
+    another_way,
     check_same_run,
     find_checkpoint,
     load_optimizer_tensors,
@@ -297,11 +298,15 @@ def load(run: Run, checkpoint: Path) -> None:
     """
     state = read_state(checkpoint)
     older = {name: getattr(TrainingConfig(), name) for name in (*OBJECTIVE_FLAGS, "timestep_sampling")}
-    check_same_run({**older, **state["identity"]}, run.identity())  # version 0.1.0 had no other objective
+    advice = another_way(run.config.resume_from_checkpoint, run.config.output_dir)
+    check_same_run({**older, **state["identity"]}, run.identity(), advice)  # version 0.1.0 had no other objective
     run.progress = Progress(**state["progress"])
     renew_length(run)
     if run.progress.step > run.total_steps:
-        raise ValueError(f"{checkpoint} has done {run.progress.step} steps, the run has {run.total_steps}")
+        raise ValueError(
+            f"{checkpoint} has done {run.progress.step} steps, the run has {run.total_steps}: give it more, or choose "
+            "another --output_dir"
+        )
     run.guard.go_on(run.progress.skipped_steps, run.progress.skipped_in_a_row)
     run.trained_unet.load_state_dict(read_tensors(checkpoint, "unet"))
     load_optimizer_tensors(run.optimizer, run.parameter_names, read_tensors(checkpoint, "optimizer"))
@@ -335,6 +340,7 @@ def results(run: Run) -> dict[str, Any]:
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
         "versions": versions(),
+        **({"commit": here} if (here := commit()) else {}),
     }
 
 

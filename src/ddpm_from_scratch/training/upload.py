@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub.utils import disable_progress_bars
 
 from ..hub.model_card import model_page
-from ..hub.publish import CONFIG, TEMPLATE, hub_datasets, publish
+from ..hub.publish import CONFIG, TEMPLATE, hub_base_model, hub_datasets, publish
 from ..hub.repository import BackgroundPush, open_repository, push
 from ..runtime.privacy import as_yaml, public_config
 from ..runtime.results import write_json
@@ -58,6 +58,7 @@ class Upload:
             TEMPLATE,
             license=self.config.hub_license,
             datasets=hub_datasets(self.config.to_dict()),
+            base_model=hub_base_model(self.config.to_dict()),
             unfinished=(run.progress.step, run.known_steps or run.progress.step),
         )
         page.save(stage / "README.md")
