@@ -494,7 +494,7 @@ def _check_numbers(c: Config) -> None:
     ranges = {} if c["trained_betas"] is not None else {"beta_start": fraction, "beta_end": fraction}
     ranges |= {
         "dynamic_thresholding_ratio": ("lie in (0, 1]", lambda x: 0 < x <= 1),
-        "sample_max_value": ("be at least 1", lambda x: x >= 1),
+        "sample_max_value": ("be positive", lambda x: x > 0),
         "clip_sample_range": ("be positive", lambda x: x > 0),
     }
     for name, (allowed, fits) in ranges.items():
@@ -772,7 +772,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         thresholding: dynamic thresholding of the predicted x_0, instead of clipping.
         dynamic_thresholding_ratio: its quantile, in (0, 1].
         clip_sample_range: see clip_sample.
-        sample_max_value: upper bound of the threshold, at least 1.
+        sample_max_value: upper bound of the threshold, which is at least 1 where this allows it.
         timestep_spacing: "leading", "linspace" or "trailing", of K < T steps.
         steps_offset: added to the timesteps of the leading spacing.
         rescale_betas_zero_snr: rescale so that ᾱ of the last step is 0.
@@ -1003,8 +1003,6 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Choose the sampling chain: K spaced timesteps, or a strictly descending list; and its eta.
 
-        A `step` that took eta would get 0 from Stable Diffusion's pipelines.
-
         Raises:
             ValueError: for both or neither, or a value that is not allowed.
         """
@@ -1030,9 +1028,10 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         self._chain = Chain(timesteps, len(self), eta, optimal, device)
         self.timesteps = self._chain.timesteps
 
-    def previous_timestep(self, timestep: Timestep) -> int:
-        """The s that follows t in `timesteps`; -1 after the last one. ValueError if t is not there."""
-        return self._chain.previous(timestep)[1]
+    def previous_timestep(self, timestep: Timestep) -> Timestep:
+        """The s after t in `timesteps`, -1 after the last; once they are set a tensor, on the CPU. ValueError without t."""
+        s = self._chain.previous(timestep)[1]
+        return s if self.num_inference_steps is None else torch.tensor(s)
 
     def scale_model_input(self, sample: Tensor, timestep: Timestep | None = None) -> Tensor:
         """Return the sample unchanged: DDPM's network takes x_t itself."""
@@ -1833,7 +1832,7 @@ def label_numbers(class_labels: Any, classes: int, id2label: Mapping[int, str] |
     return torch.tensor([numbers_of[label] if isinstance(label, str) else int(label) for label in labels])
 
 
-OUTPUT_TYPES = ("pil", "np", "pt")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PICTURE_CHANNELS = (1, 3, 4)  # of which PIL makes gray, RGB and RGBA images
 HUB_OPTIONS = ("cache_dir", "force_download", "token", "revision", "local_files_only")
 # This folder, in the order in which it makes one file.
@@ -1957,7 +1956,8 @@ class ScratchDDPMPipeline(DiffusionPipeline):
             generator: of all the noise; with a list, one for each image, an image does not depend on the others.
             num_inference_steps: K; if left out, every step of the training chain.
             output_type: "pil", a list of images of 1, 3 or 4 channels; "np", an array [B, H, W, C] in [0, 1]; "pt", a
-                tensor [B, C, H, W] in [0, 1].
+                tensor [B, C, H, W] in [0, 1]; "latent", the chain's own end as a tensor [B, C, H, W]: in [-1, 1] where
+                the scheduler clips, in the precision of the chain, with nothing cut off.
             return_dict: False for a tuple.
             height: of the images, in pixels; the network's sample_size if left out.
             width: as height. The network was trained at its own size; at others, images may fall apart.
@@ -2091,6 +2091,8 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         return ScratchDDPMPipelineOutput(images, trajectory) if return_dict else (images, trajectory)
 
     def _postprocess(self, x: Tensor, output_type: str) -> Any:  # noqa: ANN401
+        if output_type == "latent":
+            return x
         images = (x / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images

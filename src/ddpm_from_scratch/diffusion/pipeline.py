@@ -25,7 +25,7 @@ from .stock import altered, safe_weights, write_config
 from .unet import ScratchUNet2DModel
 from .unet_config import sample_sides, takes_labels
 
-OUTPUT_TYPES = ("pil", "np", "pt")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PICTURE_CHANNELS = (1, 3, 4)  # of which PIL makes gray, RGB and RGBA images
 HUB_OPTIONS = ("cache_dir", "force_download", "token", "revision", "local_files_only")
 # This folder, in the order in which it makes one file.
@@ -149,7 +149,8 @@ class ScratchDDPMPipeline(DiffusionPipeline):
             generator: of all the noise; with a list, one for each image, an image does not depend on the others.
             num_inference_steps: K; if left out, every step of the training chain.
             output_type: "pil", a list of images of 1, 3 or 4 channels; "np", an array [B, H, W, C] in [0, 1]; "pt", a
-                tensor [B, C, H, W] in [0, 1].
+                tensor [B, C, H, W] in [0, 1]; "latent", the chain's own end as a tensor [B, C, H, W]: in [-1, 1] where
+                the scheduler clips, in the precision of the chain, with nothing cut off.
             return_dict: False for a tuple.
             height: of the images, in pixels; the network's sample_size if left out.
             width: as height. The network was trained at its own size; at others, images may fall apart.
@@ -283,6 +284,8 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         return ScratchDDPMPipelineOutput(images, trajectory) if return_dict else (images, trajectory)
 
     def _postprocess(self, x: Tensor, output_type: str) -> Any:  # noqa: ANN401
+        if output_type == "latent":
+            return x
         images = (x / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
