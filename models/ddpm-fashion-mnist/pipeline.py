@@ -1029,7 +1029,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = self._chain.timesteps
 
     def previous_timestep(self, timestep: Timestep) -> Timestep:
-        """The s after t in `timesteps`, -1 after the last; once they are set a tensor, on the CPU. ValueError without t."""
+        """The s after t in `timesteps`, or -1; a tensor on the CPU once they are set. ValueError if t is not there."""
         s = self._chain.previous(timestep)[1]
         return s if self.num_inference_steps is None else torch.tensor(s)
 
