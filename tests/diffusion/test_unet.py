@@ -389,3 +389,27 @@ def test_missing_class_labels(conditional_stock_unet):
         own(torch.zeros(2, 1, 8, 8), 3)
     with pytest.raises(ValueError, match=r"class_labels has shape \(3,\)"):
         own(torch.zeros(2, 1, 8, 8), 3, class_labels=torch.tensor([1, 2, 3]))
+
+
+@pytest.fixture(scope="module", params=["learned-variance", "class-conditional"])
+def exported(request):
+    """A network, and its program exported at a batch of two with any batch allowed."""
+    _, own = pair(CONFIGS[request.param])
+    arguments = inputs(CONFIGS[request.param])
+    batch = torch.export.Dim("batch", min=1, max=256)
+    program = torch.export.export(own, (), arguments, dynamic_shapes={name: {0: batch} for name in arguments})
+    return own, program.module()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_an_exported_program_takes_every_batch(exported, batch):
+    own, program = exported
+    generator = torch.Generator().manual_seed(batch)
+    arguments = {
+        "sample": torch.randn(batch, 3, 16, 16, generator=generator),
+        "timestep": torch.randint(0, 1000, (batch,), generator=generator),
+    }
+    if classes := own.config["num_class_embeds"]:
+        arguments["class_labels"] = torch.randint(0, classes, (batch,), generator=generator)
+    with torch.no_grad():
+        torch.testing.assert_close(program(**arguments).sample, own(**arguments).sample, rtol=1e-4, atol=1e-5)
