@@ -508,7 +508,7 @@ def _check_numbers(c: Config) -> None:
     ranges = {} if c["trained_betas"] is not None else {"beta_start": fraction, "beta_end": fraction}
     ranges |= {
         "dynamic_thresholding_ratio": ("lie in (0, 1]", lambda x: 0 < x <= 1),
-        "sample_max_value": ("be at least 1", lambda x: x >= 1),
+        "sample_max_value": ("be positive", lambda x: x > 0),
         "clip_sample_range": ("be positive", lambda x: x > 0),
     }
     for name, (allowed, fits) in ranges.items():
@@ -785,7 +785,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         thresholding: dynamic thresholding of the predicted x_0, instead of clipping.
         dynamic_thresholding_ratio: its quantile, in (0, 1].
         clip_sample_range: see clip_sample.
-        sample_max_value: upper bound of the threshold, at least 1.
+        sample_max_value: upper bound of the threshold, which is at least 1 where this allows it.
         timestep_spacing: "leading", "linspace" or "trailing", of K < T steps.
         steps_offset: added to the timesteps of the leading spacing.
         rescale_betas_zero_snr: rescale so that ᾱ of the last step is 0.
@@ -1016,8 +1016,6 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Choose the sampling chain: K spaced timesteps, or a strictly descending list; and its eta.
 
-        A `step` that took eta would get 0 from Stable Diffusion's pipelines.
-
         Raises:
             ValueError: for both or neither, or a value that is not allowed.
         """
@@ -1043,9 +1041,10 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         self._chain = Chain(timesteps, len(self), eta, optimal, device)
         self.timesteps = self._chain.timesteps
 
-    def previous_timestep(self, timestep: Timestep) -> int:
-        """The s that follows t in `timesteps`; -1 after the last one. ValueError if t is not there."""
-        return self._chain.previous(timestep)[1]
+    def previous_timestep(self, timestep: Timestep) -> Timestep:
+        """The s after t in `timesteps`, or -1; a tensor on the CPU once they are set. ValueError if t is not there."""
+        s = self._chain.previous(timestep)[1]
+        return s if self.num_inference_steps is None else torch.tensor(s)
 
     def scale_model_input(self, sample: Tensor, timestep: Timestep | None = None) -> Tensor:
         """Return the sample unchanged: DDPM's network takes x_t itself."""
@@ -1146,17 +1145,34 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
 
 # What each configuration key may be, for the keys of which not every value is implemented.
 SUPPORTED: dict[str, tuple[object, ...]] = {
-    "time_embedding_type": ("positional",),
+    "time_embedding_type": ("positional", "learned"),
     "mid_block_type": ("UNetMidBlock2D", None),
-    "downsample_type": ("conv",),
-    "upsample_type": ("conv",),
+    "downsample_type": ("conv", "resnet"),
+    "upsample_type": ("conv", "resnet"),
     "downsample_padding": (0, 1),
     "act_fn": ("silu", "swish"),
     "resnet_time_scale_shift": ("default", "scale_shift"),
-    "class_embed_type": (None,),
+    "class_embed_type": (None, "timestep", "identity"),
 }
-DOWN_BLOCKS = {"DownBlock2D": False, "AttnDownBlock2D": True}  # name: with attention?
-UP_BLOCKS = {"UpBlock2D": False, "AttnUpBlock2D": True}
+
+
+class BlockKind(NamedTuple):
+    """A level of the network."""
+
+    attention: bool
+    sampling: str | None  # by "conv" or "resnet"; None: by the configuration's downsample_type or upsample_type
+
+
+DOWN_BLOCKS = {
+    "DownBlock2D": BlockKind(attention=False, sampling="conv"),
+    "AttnDownBlock2D": BlockKind(attention=True, sampling=None),
+    "ResnetDownsampleBlock2D": BlockKind(attention=False, sampling="resnet"),
+}
+UP_BLOCKS = {
+    "UpBlock2D": BlockKind(attention=False, sampling="conv"),
+    "AttnUpBlock2D": BlockKind(attention=True, sampling=None),
+    "ResnetUpsampleBlock2D": BlockKind(attention=False, sampling="resnet"),
+}
 
 
 def check_network(config: dict[str, Any]) -> None:
@@ -1175,23 +1191,50 @@ def check_network(config: dict[str, Any]) -> None:
     for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
         if not isinstance(config[key], int) or config[key] < 1:
             raise ValueError(f"{key}={config[key]!r} must be a whole number, at least 1.")
-    _check_groups_and_heads(config)
+    if config["time_embedding_type"] == "learned" and not is_whole(config["num_train_timesteps"]):
+        raise ValueError("time_embedding_type='learned' needs num_train_timesteps: one embedding for each is learned.")
+    for channels in config["block_out_channels"]:
+        if channels % config["norm_num_groups"]:
+            raise ValueError(
+                f"block_out_channels={channels} is not divisible by norm_num_groups={config['norm_num_groups']}."
+            )
+    _check_heads(config)
     _check_sample_size(config)
 
 
-def _check_groups_and_heads(config: dict[str, Any]) -> None:
-    groups, head_dim = config["norm_num_groups"], config["attention_head_dim"]
-    for channels in config["block_out_channels"]:
-        if channels % groups:
-            raise ValueError(f"block_out_channels={channels} is not divisible by norm_num_groups={groups}.")
-    kinds = zip(
-        config["block_out_channels"], config["down_block_types"], reversed(config["up_block_types"]), strict=True
-    )
-    attending = [c for c, down, up in kinds if DOWN_BLOCKS[down] or UP_BLOCKS[up]]
-    if config["mid_block_type"] is not None and config["add_attention"]:
-        attending.append(config["block_out_channels"][-1])
-    if head_dim is not None and any(head_dim > channels or head_dim < 1 for channels in attending):
-        raise ValueError(f"attention_head_dim={head_dim} must lie between 1 and the channels that attend, {attending}.")
+def _check_heads(config: dict[str, Any]) -> None:
+    asked, all_channels = config["attention_head_dim"], config["block_out_channels"]
+    if isinstance(asked, Sequence) and len(asked) != len(all_channels):
+        raise ValueError(
+            f"attention_head_dim={asked!r} must be one width, or {len(all_channels)}, one for each level from the top."
+        )
+    kinds = zip(config["down_block_types"], reversed(config["up_block_types"]), strict=True)
+    attending = [DOWN_BLOCKS[down].attention or UP_BLOCKS[up].attention for down, up in kinds]
+    attending[-1] |= config["mid_block_type"] is not None and config["add_attention"]
+    for channels, width, attends in zip(all_channels, head_widths(config), attending, strict=True):
+        if attends and not (is_whole(width) and 1 <= width <= channels):
+            raise ValueError(
+                f"attention_head_dim={asked!r} must be a whole number, at least 1 and at most the channels of a level "
+                f"that attends: one of them has {channels}."
+            )
+
+
+def head_widths(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Channels of an attention head on each level, from the top, as attention_head_dim says it (None: all channels)."""
+    asked, all_channels = config["attention_head_dim"], config["block_out_channels"]
+    if asked is None:
+        return tuple(all_channels)
+    return tuple(asked) if isinstance(asked, Sequence) else (asked,) * len(all_channels)
+
+
+def embed_dim(config: Mapping[str, Any]) -> int:
+    """Channels of the embedding of timesteps and classes."""
+    return config["time_embedding_dim"] or 4 * config["block_out_channels"][0]
+
+
+def takes_labels(config: Mapping[str, Any]) -> bool:
+    """Whether a network is conditioned on class labels, of whichever form."""
+    return config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None
 
 
 def sides(sample_size: int | Sequence[int]) -> tuple[int, ...]:
@@ -1283,25 +1326,49 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x)
 
 
-class ResnetBlock(nn.Module):
-    """Twice norm, SiLU and convolution, plus the shortcut. The time embedding enters before or in the second norm."""
+def halved(x: Tensor) -> Tensor:
+    """Halve the resolution by averaging: [B, C, H, W] -> [B, C, H/2, W/2]."""
+    return F.avg_pool2d(x, 2)
 
-    def __init__(self, in_channels: int, out_channels: int, config: dict[str, Any], scale_factor: float = 1.0) -> None:
+
+def doubled(x: Tensor) -> Tensor:
+    """Double the resolution by repeating pixels: [B, C, H, W] -> [B, C, 2 H, 2 W]."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class ResnetBlock(nn.Module):
+    """Twice norm, SiLU and convolution, plus the shortcut. The time embedding enters before or in the second norm.
+
+    With `resample`, both ways change their resolution by it: the shortcut's at once, the other before its convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        config: dict[str, Any],
+        scale_factor: float = 1.0,
+        resample: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
+        self.resample = resample
         groups, eps = config["norm_num_groups"], config["norm_eps"]
         self.scale_shift = config["resnet_time_scale_shift"] == "scale_shift"
         self.scale_factor = scale_factor
         self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(_embed_dim(config), out_channels * (2 if self.scale_shift else 1))
+        self.time_emb_proj = nn.Linear(embed_dim(config), out_channels * (2 if self.scale_shift else 1))
         self.norm2 = GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(config["dropout"])
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, activated_emb: Tensor) -> Tensor:
-        """[B, C_in, H, W] and SiLU of the embedding [B, E] -> [B, C_out, H, W]."""
-        h = self.conv1(F.silu(self.norm1(x)))
+        """[B, C_in, H, W] and SiLU of the embedding [B, E] -> [B, C_out, H, W], resampled."""
+        h = F.silu(self.norm1(x))
+        if self.resample is not None:
+            x, h = self.resample(x), self.resample(h)
+        h = self.conv1(h)
         time = self.time_emb_proj(activated_emb)[:, :, None, None]
         if self.scale_shift:
             scale, shift = time.chunk(2, dim=1)
@@ -1365,20 +1432,29 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, 2 H, 2 W]."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(doubled(x))
+
+
+def run_sampler(sampler: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+    """Apply a layer that changes the resolution; residual blocks take the embedding too."""
+    resampled: Tensor = sampler(x, emb) if isinstance(sampler, ResnetBlock) else sampler(x)
+    return resampled
 
 
 class DownBlock(nn.Module):
     """Residual blocks with or without attention, then downsampling except on the last level."""
 
-    def __init__(self, channels: Sequence[int], attention: bool, halve: bool, config: dict[str, Any]) -> None:
+    def __init__(self, channels: Sequence[int], kind: BlockKind, halve: bool, config: dict[str, Any]) -> None:
         """`channels` has those of the input, then those of each residual block's output."""
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(a, b, config) for a, b in itertools.pairwise(channels))
         groups = config["norm_num_groups"]
-        self.attentions = nn.ModuleList(Attention(c, groups, config) for c in channels[1:]) if attention else None
-        halving = [Downsample(channels[-1], config["downsample_padding"])] if halve else []
-        self.downsamplers = nn.ModuleList(halving)
+        self.attentions = nn.ModuleList(Attention(c, groups, config) for c in channels[1:]) if kind.attention else None
+        self.downsamplers = nn.ModuleList()
+        if halve and (kind.sampling or config["downsample_type"]) == "resnet":
+            self.downsamplers.append(ResnetBlock(channels[-1], channels[-1], config, resample=halved))
+        elif halve:
+            self.downsamplers.append(Downsample(channels[-1], config["downsample_padding"]))
 
     def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
         """All intermediate results, which the up blocks take as skips; the last one is the input of the next level."""
@@ -1388,7 +1464,7 @@ class DownBlock(nn.Module):
             x = x if self.attentions is None else self.attentions[i](x)
             results += (x,)
         for downsample in self.downsamplers:
-            results += (downsample(x),)
+            results += (run_sampler(downsample, x, emb),)
         return results
 
 
@@ -1420,7 +1496,7 @@ class UpBlock(nn.Module):
         channels: int,
         out_channels: int,
         skips: Sequence[int],
-        attention: bool,
+        kind: BlockKind,
         double: bool,
         config: dict[str, Any],
     ) -> None:
@@ -1431,8 +1507,13 @@ class UpBlock(nn.Module):
             ResnetBlock(a + skip, out_channels, config) for a, skip in zip(inputs, skips, strict=True)
         )
         groups = config["norm_num_groups"]
-        self.attentions = nn.ModuleList(Attention(out_channels, groups, config) for _ in skips) if attention else None
-        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if double else [])
+        attentions = [Attention(out_channels, groups, config) for _ in skips] if kind.attention else None
+        self.attentions = None if attentions is None else nn.ModuleList(attentions)
+        self.upsamplers = nn.ModuleList()
+        if double and (kind.sampling or config["upsample_type"]) == "resnet":
+            self.upsamplers.append(ResnetBlock(out_channels, out_channels, config, resample=doubled))
+        elif double:
+            self.upsamplers.append(Upsample(out_channels))
 
     def forward(self, x: Tensor, skips: Sequence[Tensor], emb: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C_out, 2 H, 2 W], or [B, C_out, H, W] on the last level."""
@@ -1440,7 +1521,7 @@ class UpBlock(nn.Module):
             x = resnet(torch.cat([x, skips[i]], dim=1), emb)
             x = x if self.attentions is None else self.attentions[i](x)
         for upsample in self.upsamplers:
-            x = upsample(x)
+            x = run_sampler(upsample, x, emb)
         return x
 
 
@@ -1454,12 +1535,18 @@ class ScratchUNet2DModel(UNet2DModel):
     Honoured as in `UNet2DModel`: sample_size, in_channels, out_channels (twice in_channels for a learned variance),
     center_input_sample, time_embedding_dim, freq_shift, flip_sin_to_cos, block_out_channels, layers_per_block,
     mid_block_scale_factor, downsample_padding (0 or 1), dropout, attention_head_dim, norm_num_groups,
-    attn_norm_num_groups, norm_eps, add_attention, num_class_embeds, num_train_timesteps (recorded; not needed for
-    sinusoids), mid_block_type "UNetMidBlock2D" or None, down_block_types "DownBlock2D" and "AttnDownBlock2D",
-    up_block_types "UpBlock2D" and "AttnUpBlock2D", resnet_time_scale_shift "default" and "scale_shift".
+    attn_norm_num_groups, norm_eps, add_attention, num_class_embeds, class_embed_type None, "timestep" and "identity",
+    num_train_timesteps (recorded; needed for "learned" alone), time_embedding_type "positional" and "learned",
+    mid_block_type "UNetMidBlock2D" or None, down_block_types "DownBlock2D", "AttnDownBlock2D" and
+    "ResnetDownsampleBlock2D", up_block_types "UpBlock2D", "AttnUpBlock2D" and "ResnetUpsampleBlock2D", downsample_type
+    and upsample_type "conv" and "resnet", resnet_time_scale_shift "default" and "scale_shift".
 
-    Refused with a ValueError that names the key: time_embedding_type "fourier" and "learned", downsample_type and
-    upsample_type "resnet", act_fn other than "silu", class_embed_type "timestep" and "identity", other block types.
+    Beyond `UNet2DModel`, attention_head_dim may be a list with a width for each level, as networks with a fixed number
+    of heads need it.
+
+    Refused with a ValueError that names the key: time_embedding_type "fourier" and the skip blocks, which are score
+    SDEs'; blocks without a counterpart in pixel DDPMs (K-, Simple-, cross-attention, VAE's); act_fn other than "silu";
+    resnet_time_scale_shift "ada_group" and "spatial"; downsample_padding above 1.
     """
 
     @register_to_config
@@ -1484,7 +1571,7 @@ class ScratchUNet2DModel(UNet2DModel):
         upsample_type: str = "conv",
         dropout: float = 0.0,
         act_fn: str = "silu",
-        attention_head_dim: int | None = 8,
+        attention_head_dim: int | Sequence[int] | None = 8,
         norm_num_groups: int = 32,
         attn_norm_num_groups: int | None = None,
         norm_eps: float = 1e-5,
@@ -1499,33 +1586,47 @@ class ScratchUNet2DModel(UNet2DModel):
         check_network(self.config)
         self.sample_size = sample_size
         self.gradient_checkpointing = False
-        width, embed_dim = block_out_channels[0], _embed_dim(self.config)
-        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
-        self.time_embedding = TimeEmbedding(width, embed_dim)
-        self.class_embedding = nn.Embedding(num_class_embeds, embed_dim) if num_class_embeds is not None else None
+        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
+        self._build_embeddings(dict(self.config))
         self._build_levels(dict(self.config))
-        self.conv_norm_out = GroupNorm(norm_num_groups, width, norm_eps)
-        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        self.conv_norm_out = GroupNorm(norm_num_groups, block_out_channels[0], norm_eps)
+        self.conv_out = nn.Conv2d(block_out_channels[0], out_channels, 3, padding=1)
         self._initialise()
+
+    def _build_embeddings(self, config: dict[str, Any]) -> None:
+        """Build what embeds timesteps and class labels."""
+        width, embedded = config["block_out_channels"][0], embed_dim(config)
+        if config["time_embedding_type"] == "learned":
+            self.time_proj = nn.Embedding(config["num_train_timesteps"], width)
+        self.time_embedding = TimeEmbedding(width, embedded)
+        self.class_embedding: nn.Module | None = None
+        if config["class_embed_type"] == "timestep":
+            self.class_embedding = TimeEmbedding(width, embedded)
+        elif config["class_embed_type"] == "identity":
+            self.class_embedding = nn.Identity()
+        elif config["num_class_embeds"] is not None:
+            self.class_embedding = nn.Embedding(config["num_class_embeds"], embedded)
 
     def _build_levels(self, config: dict[str, Any]) -> None:
         """Build the down blocks, the middle block and the up blocks."""
         all_channels, layers = config["block_out_channels"], config["layers_per_block"]
         last = len(all_channels) - 1
+        configs = [{**config, "attention_head_dim": width} for width in head_widths(config)]
         self.down_blocks = nn.ModuleList()
         skips = [all_channels[0]]  # channels of every result of the way down
         for level, (kind, channels) in enumerate(zip(config["down_block_types"], all_channels, strict=True)):
             halve, outputs = level < last, [channels] * layers
-            self.down_blocks.append(DownBlock([skips[-1], *outputs], DOWN_BLOCKS[kind], halve, config))
+            self.down_blocks.append(DownBlock([skips[-1], *outputs], DOWN_BLOCKS[kind], halve, configs[level]))
             skips += outputs + [channels] * halve
 
-        self.mid_block = MidBlock(skips[-1], config) if config["mid_block_type"] is not None else None
+        self.mid_block = MidBlock(skips[-1], configs[-1]) if config["mid_block_type"] is not None else None
 
         self.up_blocks = nn.ModuleList()
         below = skips[-1]
         for level, (kind, channels) in enumerate(zip(config["up_block_types"], reversed(all_channels), strict=True)):
             taken = [skips.pop() for _ in range(layers + 1)]
-            self.up_blocks.append(UpBlock(below, channels, taken, UP_BLOCKS[kind], level < last, config))
+            up = UpBlock(below, channels, taken, UP_BLOCKS[kind], level < last, configs[last - level])
+            self.up_blocks.append(up)
             below = channels
 
     def _initialise(self) -> None:
@@ -1588,7 +1689,8 @@ class ScratchUNet2DModel(UNet2DModel):
         Args:
             sample: x_t, [B, in_channels, H, W]; H and W divisible by 2 ** (number of levels - 1).
             timestep: one for all, or [B].
-            class_labels: LongTensor [B]; required if, and only if, the network is class-conditional.
+            class_labels: required if, and only if, the network is conditioned on them: LongTensor [B]; numbers [B] for
+                class_embed_type "timestep"; [B, embed_dim] for "identity".
             return_dict: False for a tuple.
 
         Returns:
@@ -1624,13 +1726,24 @@ class ScratchUNet2DModel(UNet2DModel):
     def _embed(self, timestep: Tensor | float | int, class_labels: Tensor | None, x: Tensor) -> Tensor:
         """Embed timesteps and, if the network is class-conditional, class labels: [B, embed_dim]."""
         t = torch.as_tensor(timestep, device=x.device).reshape(-1)
-        if len(t) not in (1, x.shape[0]):
-            raise ValueError(f"{len(t)} timesteps for a batch of {x.shape[0]}: pass one, or one per sample.")
-        t = t.expand(x.shape[0])
-        width = self.config["block_out_channels"][0]
-        sinusoids = timestep_embedding(t, width, self.config["flip_sin_to_cos"], self.config["freq_shift"])
-        emb = self.time_embedding(sinusoids.to(self.time_embedding.linear_1.weight.dtype))
-        return emb if self.class_embedding is None else emb + self.class_embedding(class_labels)
+        if t.shape[0] not in (1, x.shape[0]):
+            raise ValueError(f"{t.shape[0]} timesteps for a batch of {x.shape[0]}: pass one, or one per sample.")
+        emb = self.time_embedding(self._project(t.expand(x.shape[0])))
+        if self.class_embedding is None or class_labels is None:
+            return emb
+        kind = self.config["class_embed_type"]
+        embedded = self.class_embedding(self._project(class_labels) if kind == "timestep" else class_labels)
+        return emb + embedded.to(emb.dtype)
+
+    def _project(self, t: Tensor) -> Tensor:
+        """The sinusoids of numbers, or their learned embedding: [B] -> [B, block_out_channels[0]]."""
+        if self.config["time_embedding_type"] == "learned":
+            if t.is_floating_point():
+                raise ValueError(f"time_embedding_type='learned' has whole timesteps alone, not {t.dtype}.")
+            return self.time_proj(t)
+        width, flip = self.config["block_out_channels"][0], self.config["flip_sin_to_cos"]
+        sinusoids = timestep_embedding(t, width, flip, self.config["freq_shift"])
+        return sinusoids.to(self.time_embedding.linear_1.weight.dtype)
 
     def _check_input(self, sample: Tensor, class_labels: Tensor | None) -> None:
         channels, levels = self.config["in_channels"], len(self.config["block_out_channels"])
@@ -1646,14 +1759,12 @@ class ScratchUNet2DModel(UNet2DModel):
                 if class_labels is None
                 else "class_labels was passed, but this network is not class-conditional (num_class_embeds=None)."
             )
-        if class_labels is not None and class_labels.shape != sample.shape[:1]:
+        of_each = (embed_dim(self.config),) if self.config["class_embed_type"] == "identity" else ()
+        if class_labels is not None and tuple(class_labels.shape) != (sample.shape[0], *of_each):
+            needed = f"{of_each[0]} numbers" if of_each else "one"
             raise ValueError(
-                f"class_labels has shape {tuple(class_labels.shape)}; a batch of {len(sample)} needs one each."
+                f"class_labels has shape {tuple(class_labels.shape)}; a batch of {len(sample)} needs {needed} each."
             )
-
-
-def _embed_dim(config: dict[str, Any]) -> int:
-    return config["time_embedding_dim"] or 4 * config["block_out_channels"][0]
 
 
 def _shortened(keys: Sequence[object]) -> str:
@@ -1734,13 +1845,13 @@ def label_numbers(class_labels: Any, classes: int, id2label: Mapping[int, str] |
     return torch.tensor([numbers_of[label] if isinstance(label, str) else int(label) for label in labels])
 
 
-OUTPUT_TYPES = ("pil", "np", "pt")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PICTURE_CHANNELS = (1, 3, 4)  # of which PIL makes gray, RGB and RGBA images
 HUB_OPTIONS = ("cache_dir", "force_download", "token", "revision", "local_files_only")
 # This folder, in the order in which it makes one file.
 MODULES = (
     *("checks", "stock", "gaussian", "tensors", "schedules", "timesteps", "reverse_variance", "scheduler_config"),
-    *("chain", "scheduler", "unet_config", "unet", "guidance", "pipeline"),
+    *("chain", "scheduler", "unet_config", "blocks", "unet", "guidance", "pipeline"),
 )
 MODULE_HEAD = '''"""ScratchDDPMPipeline of ddpm_from_scratch in one self-contained file, which `save_pretrained` writes.
 
@@ -1858,7 +1969,8 @@ class ScratchDDPMPipeline(DiffusionPipeline):
             generator: of all the noise; with a list, one for each image, an image does not depend on the others.
             num_inference_steps: K; if left out, every step of the training chain.
             output_type: "pil", a list of images of 1, 3 or 4 channels; "np", an array [B, H, W, C] in [0, 1]; "pt", a
-                tensor [B, C, H, W] in [0, 1].
+                tensor [B, C, H, W] in [0, 1]; "latent", the chain's own end as a tensor [B, C, H, W]: in [-1, 1] where
+                the scheduler clips, in the precision of the chain, with nothing cut off.
             return_dict: False for a tuple.
             height: of the images, in pixels; the network's sample_size if left out.
             width: as height. The network was trained at its own size; at others, images may fall apart.
@@ -1992,6 +2104,8 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         return ScratchDDPMPipelineOutput(images, trajectory) if return_dict else (images, trajectory)
 
     def _postprocess(self, x: Tensor, output_type: str) -> Any:  # noqa: ANN401
+        if output_type == "latent":
+            return x
         images = (x / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
@@ -2009,6 +2123,8 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         """Check labels and guidance; return the condition, None if the network has no classes, and the batch size."""
         guidance.check()
         classes, names = self.unet.config.get("num_class_embeds"), self.config.get("id2label")
+        if (kind := self.unet.config.get("class_embed_type")) is not None:
+            raise ValueError(f"class_embed_type={kind!r} has no numbered classes: call the network itself.")
         if classes is None:
             if class_labels is not None:
                 raise ValueError("class_labels was passed, but this network is not class-conditional.")
@@ -2070,7 +2186,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
             OSError: there is no such model, or only pickled weights of it.
         """
         with safe_weights(pretrained_model_name_or_path, kwargs):
-            if not os.path.isdir(pretrained_model_name_or_path) and "custom_pipeline" not in kwargs:
+            if "custom_pipeline" not in kwargs:
                 hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
                 with warnings.catch_warnings():  # diffusers passes huggingface_hub an argument that it has no more
                     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
@@ -2081,7 +2197,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
 
     @classmethod
     def _from_parts(cls, name: Any, index: dict[str, Any], hub: dict[str, Any], options: dict[str, Any]) -> Any:  # noqa: ANN401
-        """Load from a repository that names a pipeline of its own, which diffusers would fetch and run."""
+        """Load what names a pipeline of its own, whose code diffusers would run, and whose network it may not know."""
         parts = {part: options.pop(part) for part in ("unet", "scheduler") if part in options}
         if "unet" not in parts:
             parts["unet"] = ScratchUNet2DModel.from_pretrained(name, subfolder="unet", **options)
@@ -2102,7 +2218,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         """Write model_index.json in stock names, and this pipeline as one self-contained file beside it.
 
         `save_pretrained` and `push_to_hub` both pass here. Stock diffusers then loads the folder as a `DDPMPipeline`; a
-        class-conditional network, which that cannot run, names this pipeline instead.
+        network that this cannot run, with classes or heads of several widths, names this pipeline instead.
         """
         os.makedirs(save_directory, exist_ok=True)
         (Path(save_directory) / "pipeline.py").write_text(one_file(self._module_sources), encoding="utf-8")
@@ -2110,11 +2226,13 @@ class ScratchDDPMPipeline(DiffusionPipeline):
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write model_index.json; see `save_config`."""
-        conditional = self.unet.config.get("num_class_embeds") is not None
+        stock = not takes_labels(self.unet.config) and isinstance(
+            self.unet.config.get("attention_head_dim"), int | None
+        )
         unnamed = ["id2label"] if self.config.get("id2label") is None else []
         own = isinstance(self.scheduler, ScratchDDPMScheduler)
         names: dict[str, Any] = {
-            "_class_name": ["pipeline", ScratchDDPMPipeline.__name__] if conditional else DDPMPipeline.__name__,
+            "_class_name": DDPMPipeline.__name__ if stock else ["pipeline", ScratchDDPMPipeline.__name__],
             "unet": ["diffusers", UNet2DModel.__name__],
             "scheduler": ["diffusers", DDPMScheduler.__name__ if own else type(self.scheduler).__name__],
         }

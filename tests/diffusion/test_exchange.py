@@ -151,6 +151,20 @@ def test_saved_and_loaded_it_samples_bitwise_the_same(options, tmp_path, warning
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_loaded_configuration_is_handed_on_in_silence(other, tmp_path, warnings_of_diffusers):
+    """The keys that files leave out are marked as defaults, as other schedulers need it; all else is as it was."""
+    ours = ScratchDDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    ours.save_pretrained(tmp_path)
+    loaded = ScratchDDPMScheduler.from_pretrained(tmp_path)
+    config, again = dict(ours.config), dict(loaded.config)
+    config.pop("_use_default_values")
+    assert set(again.pop("_use_default_values")) == set(OWN_KEYS)
+    assert again == config
+    getattr(diffusers, other).from_config(loaded.config)
+    assert not warnings_of_diffusers
+
+
 def test_our_folder_names_the_stock_class_and_stock_reads_it(tmp_path, warnings_of_diffusers):
     ours = ScratchDDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
     ours.save_pretrained(tmp_path)

@@ -179,6 +179,22 @@ def test_the_progress_bar_shows_and_can_be_switched_off(pipeline, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_latents_are_the_end_of_the_chain(stock_unet, dtype):
+    """As stock's images, before they are cut off at 0 and 1 and turned to arrays of float32."""
+    scheduler = DDPMScheduler(clip_sample=False)
+    pipeline = ScratchDDPMPipeline(ScratchUNet2DModel.from_stock(stock_unet).to(dtype), scheduler)
+    latents = generate(pipeline, output_type="latent")
+    assert latents.dtype == dtype
+    assert latents.abs().max() > 1
+    images = generate(pipeline, output_type="np")
+    np.testing.assert_array_equal((latents / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().numpy(), images)
+    expected = generate(DDPMPipeline(stock_unet.to(dtype), scheduler), output_type="np")
+    np.testing.assert_allclose(images, expected, atol=1e-4)
+    frames = pipeline(num_inference_steps=3, output_type="latent", return_trajectory=3).trajectory
+    assert all(isinstance(frame.sample, torch.Tensor) for frame in frames)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_networks_give_nearly_the_same_images(pipeline, dtype):
     expected = generate(pipeline, num_inference_steps=10)
@@ -324,7 +340,7 @@ def test_the_saved_module_is_self_contained(pipeline, tmp_path):
         ({"generator": 0}, "generator=0 must be a torch.Generator"),
         ({"generator": [torch.Generator()], "batch_size": 2}, "1 entries for 2 images"),
         ({"generator": [1, 2], "batch_size": 2}, "must be a torch.Generator"),
-        ({"output_type": "latent"}, "output_type='latent' is not known; allowed: pil, np, pt"),
+        ({"output_type": "numpy"}, "output_type='numpy' is not known; allowed: pil, np, pt, latent"),
         ({"class_labels": [1]}, "not class-conditional"),
         ({"callback_on_step_end_tensor_inputs": ["latents"]}, "from sample, pred_original_sample"),
         ({"callback_on_step_end_tensor_inputs": "sample"}, "must be a list"),

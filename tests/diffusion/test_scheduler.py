@@ -116,11 +116,12 @@ def test_prediction_is_a_consistent_pair_at_every_t(prediction_type, limit):
         torch.testing.assert_close(stated, output, rtol=1e-9, atol=1e-9)
 
 
-def test_thresholding_equals_stock():
+@pytest.mark.parametrize("most", [0.5, 1.0, 1.7])
+def test_thresholding_equals_stock(most):
     options = {
         "thresholding": True,
         "dynamic_thresholding_ratio": 0.8,
-        "sample_max_value": 1.7,
+        "sample_max_value": most,
         "prediction_type": "sample",
     }
     stock, ours = DDPMScheduler(**options), ScratchDDPMScheduler(**options)

@@ -214,6 +214,21 @@ def test_custom_timesteps(chain):
     assert not ours.custom_timesteps
 
 
+@pytest.mark.parametrize("chosen", [None, {"num_inference_steps": 4}, {"timesteps": [12, 5, 0]}])
+def test_the_previous_timestep_has_stocks_type(chosen):
+    """An int on the whole chain; the entry of the list that was set, or -1, as a tensor."""
+    ours, stock = ScratchDDPMScheduler(20), DDPMScheduler(20)
+    for scheduler in (ours, stock) if chosen is not None else ():
+        scheduler.set_timesteps(**chosen)
+    for t in stock.timesteps.tolist():
+        got, expected = ours.previous_timestep(t), stock.previous_timestep(t)
+        assert type(got) is type(expected) is (int if chosen is None else torch.Tensor)
+        assert got == expected
+        if chosen is not None:
+            assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
+            assert got.item() == expected.item()
+
+
 def test_a_new_scheduler_has_the_whole_chain():
     ours, stock = ScratchDDPMScheduler(20), DDPMScheduler(20)
     assert ours.timesteps.tolist() == stock.timesteps.tolist() == list(range(19, -1, -1))

@@ -141,7 +141,7 @@ def test_step_draws_what_was_propagated(kind, spacing):
         mean, variance = expected[i]
         assert x.mean().item() == pytest.approx(mean, abs=5 * math.sqrt(variance / number))
         assert x.var().item() == pytest.approx(variance, rel=5 * math.sqrt(2 / number))
-        s = torch.tensor(scheduler.previous_timestep(t)).expand(number)
+        s = scheduler.previous_timestep(t).expand(number)
         output = network(x, t.expand(number), s, kind, "epsilon")
         x = scheduler.step(output, t, x, generator=generator).prev_sample
     mean, variance = expected[-1]

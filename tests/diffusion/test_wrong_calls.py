@@ -34,7 +34,7 @@ CONFIGURATIONS = [
     ({"clip_sample_range": 0}, ["clip_sample_range=0", "positive"]),
     ({"clip_sample_range": None}, ["clip_sample_range=None", "positive"]),
     ({"dynamic_thresholding_ratio": 1.5}, ["dynamic_thresholding_ratio=1.5", "(0, 1]"]),
-    ({"sample_max_value": 0.5}, ["sample_max_value=0.5", "at least 1"]),
+    ({"sample_max_value": 0}, ["sample_max_value=0", "positive"]),
     # Betas.
     ({"trained_betas": [0.1, 0.2]}, ["trained_betas", "(2,)", "(1000,)"]),
     ({"num_train_timesteps": 3, "trained_betas": NAN_BETAS}, ["trained_betas", "(0, 1)"]),

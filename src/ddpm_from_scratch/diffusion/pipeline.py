@@ -23,15 +23,15 @@ from .reverse_variance import LEARNED_VARIANCES
 from .scheduler import ScratchDDPMScheduler
 from .stock import altered, safe_weights, write_config
 from .unet import ScratchUNet2DModel
-from .unet_config import sample_sides
+from .unet_config import sample_sides, takes_labels
 
-OUTPUT_TYPES = ("pil", "np", "pt")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PICTURE_CHANNELS = (1, 3, 4)  # of which PIL makes gray, RGB and RGBA images
 HUB_OPTIONS = ("cache_dir", "force_download", "token", "revision", "local_files_only")
 # This folder, in the order in which it makes one file.
 MODULES = (
     *("checks", "stock", "gaussian", "tensors", "schedules", "timesteps", "reverse_variance", "scheduler_config"),
-    *("chain", "scheduler", "unet_config", "unet", "guidance", "pipeline"),
+    *("chain", "scheduler", "unet_config", "blocks", "unet", "guidance", "pipeline"),
 )
 MODULE_HEAD = '''"""ScratchDDPMPipeline of ddpm_from_scratch in one self-contained file, which `save_pretrained` writes.
 
@@ -149,7 +149,8 @@ class ScratchDDPMPipeline(DiffusionPipeline):
             generator: of all the noise; with a list, one for each image, an image does not depend on the others.
             num_inference_steps: K; if left out, every step of the training chain.
             output_type: "pil", a list of images of 1, 3 or 4 channels; "np", an array [B, H, W, C] in [0, 1]; "pt", a
-                tensor [B, C, H, W] in [0, 1].
+                tensor [B, C, H, W] in [0, 1]; "latent", the chain's own end as a tensor [B, C, H, W]: in [-1, 1] where
+                the scheduler clips, in the precision of the chain, with nothing cut off.
             return_dict: False for a tuple.
             height: of the images, in pixels; the network's sample_size if left out.
             width: as height. The network was trained at its own size; at others, images may fall apart.
@@ -283,6 +284,8 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         return ScratchDDPMPipelineOutput(images, trajectory) if return_dict else (images, trajectory)
 
     def _postprocess(self, x: Tensor, output_type: str) -> Any:  # noqa: ANN401
+        if output_type == "latent":
+            return x
         images = (x / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
@@ -300,6 +303,8 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         """Check labels and guidance; return the condition, None if the network has no classes, and the batch size."""
         guidance.check()
         classes, names = self.unet.config.get("num_class_embeds"), self.config.get("id2label")
+        if (kind := self.unet.config.get("class_embed_type")) is not None:
+            raise ValueError(f"class_embed_type={kind!r} has no numbered classes: call the network itself.")
         if classes is None:
             if class_labels is not None:
                 raise ValueError("class_labels was passed, but this network is not class-conditional.")
@@ -361,7 +366,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
             OSError: there is no such model, or only pickled weights of it.
         """
         with safe_weights(pretrained_model_name_or_path, kwargs):
-            if not os.path.isdir(pretrained_model_name_or_path) and "custom_pipeline" not in kwargs:
+            if "custom_pipeline" not in kwargs:
                 hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
                 with warnings.catch_warnings():  # diffusers passes huggingface_hub an argument that it has no more
                     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
@@ -372,7 +377,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
 
     @classmethod
     def _from_parts(cls, name: Any, index: dict[str, Any], hub: dict[str, Any], options: dict[str, Any]) -> Any:  # noqa: ANN401
-        """Load from a repository that names a pipeline of its own, which diffusers would fetch and run."""
+        """Load what names a pipeline of its own, whose code diffusers would run, and whose network it may not know."""
         parts = {part: options.pop(part) for part in ("unet", "scheduler") if part in options}
         if "unet" not in parts:
             parts["unet"] = ScratchUNet2DModel.from_pretrained(name, subfolder="unet", **options)
@@ -393,7 +398,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         """Write model_index.json in stock names, and this pipeline as one self-contained file beside it.
 
         `save_pretrained` and `push_to_hub` both pass here. Stock diffusers then loads the folder as a `DDPMPipeline`; a
-        class-conditional network, which that cannot run, names this pipeline instead.
+        network that this cannot run, with classes or heads of several widths, names this pipeline instead.
         """
         os.makedirs(save_directory, exist_ok=True)
         (Path(save_directory) / "pipeline.py").write_text(one_file(self._module_sources), encoding="utf-8")
@@ -401,11 +406,13 @@ class ScratchDDPMPipeline(DiffusionPipeline):
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write model_index.json; see `save_config`."""
-        conditional = self.unet.config.get("num_class_embeds") is not None
+        stock = not takes_labels(self.unet.config) and isinstance(
+            self.unet.config.get("attention_head_dim"), int | None
+        )
         unnamed = ["id2label"] if self.config.get("id2label") is None else []
         own = isinstance(self.scheduler, ScratchDDPMScheduler)
         names: dict[str, Any] = {
-            "_class_name": ["pipeline", ScratchDDPMPipeline.__name__] if conditional else DDPMPipeline.__name__,
+            "_class_name": DDPMPipeline.__name__ if stock else ["pipeline", ScratchDDPMPipeline.__name__],
             "unet": ["diffusers", UNet2DModel.__name__],
             "scheduler": ["diffusers", DDPMScheduler.__name__ if own else type(self.scheduler).__name__],
         }

@@ -91,7 +91,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         thresholding: dynamic thresholding of the predicted x_0, instead of clipping.
         dynamic_thresholding_ratio: its quantile, in (0, 1].
         clip_sample_range: see clip_sample.
-        sample_max_value: upper bound of the threshold, at least 1.
+        sample_max_value: upper bound of the threshold, which is at least 1 where this allows it.
         timestep_spacing: "leading", "linspace" or "trailing", of K < T steps.
         steps_offset: added to the timesteps of the leading spacing.
         rescale_betas_zero_snr: rescale so that ᾱ of the last step is 0.
@@ -322,8 +322,6 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Choose the sampling chain: K spaced timesteps, or a strictly descending list; and its eta.
 
-        A `step` that took eta would get 0 from Stable Diffusion's pipelines.
-
         Raises:
             ValueError: for both or neither, or a value that is not allowed.
         """
@@ -349,9 +347,10 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         self._chain = Chain(timesteps, len(self), eta, optimal, device)
         self.timesteps = self._chain.timesteps
 
-    def previous_timestep(self, timestep: Timestep) -> int:
-        """The s that follows t in `timesteps`; -1 after the last one. ValueError if t is not there."""
-        return self._chain.previous(timestep)[1]
+    def previous_timestep(self, timestep: Timestep) -> Timestep:
+        """The s after t in `timesteps`, or -1; a tensor on the CPU once they are set. ValueError if t is not there."""
+        s = self._chain.previous(timestep)[1]
+        return s if self.num_inference_steps is None else torch.tensor(s)
 
     def scale_model_input(self, sample: Tensor, timestep: Timestep | None = None) -> Tensor:
         """Return the sample unchanged: DDPM's network takes x_t itself."""

@@ -54,7 +54,7 @@ def _check_numbers(c: Config) -> None:
     ranges = {} if c["trained_betas"] is not None else {"beta_start": fraction, "beta_end": fraction}
     ranges |= {
         "dynamic_thresholding_ratio": ("lie in (0, 1]", lambda x: 0 < x <= 1),
-        "sample_max_value": ("be at least 1", lambda x: x >= 1),
+        "sample_max_value": ("be positive", lambda x: x > 0),
         "clip_sample_range": ("be positive", lambda x: x > 0),
     }
     for name, (allowed, fits) in ranges.items():

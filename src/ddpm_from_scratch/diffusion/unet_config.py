@@ -1,23 +1,40 @@
 """Checks of the network's configuration, whose keys are those of `UNet2DModel`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from .checks import is_whole
 
 # What each configuration key may be, for the keys of which not every value is implemented.
 SUPPORTED: dict[str, tuple[object, ...]] = {
-    "time_embedding_type": ("positional",),
+    "time_embedding_type": ("positional", "learned"),
     "mid_block_type": ("UNetMidBlock2D", None),
-    "downsample_type": ("conv",),
-    "upsample_type": ("conv",),
+    "downsample_type": ("conv", "resnet"),
+    "upsample_type": ("conv", "resnet"),
     "downsample_padding": (0, 1),
     "act_fn": ("silu", "swish"),
     "resnet_time_scale_shift": ("default", "scale_shift"),
-    "class_embed_type": (None,),
+    "class_embed_type": (None, "timestep", "identity"),
 }
-DOWN_BLOCKS = {"DownBlock2D": False, "AttnDownBlock2D": True}  # name: with attention?
-UP_BLOCKS = {"UpBlock2D": False, "AttnUpBlock2D": True}
+
+
+class BlockKind(NamedTuple):
+    """A level of the network."""
+
+    attention: bool
+    sampling: str | None  # by "conv" or "resnet"; None: by the configuration's downsample_type or upsample_type
+
+
+DOWN_BLOCKS = {
+    "DownBlock2D": BlockKind(attention=False, sampling="conv"),
+    "AttnDownBlock2D": BlockKind(attention=True, sampling=None),
+    "ResnetDownsampleBlock2D": BlockKind(attention=False, sampling="resnet"),
+}
+UP_BLOCKS = {
+    "UpBlock2D": BlockKind(attention=False, sampling="conv"),
+    "AttnUpBlock2D": BlockKind(attention=True, sampling=None),
+    "ResnetUpsampleBlock2D": BlockKind(attention=False, sampling="resnet"),
+}
 
 
 def check_network(config: dict[str, Any]) -> None:
@@ -36,23 +53,50 @@ def check_network(config: dict[str, Any]) -> None:
     for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
         if not isinstance(config[key], int) or config[key] < 1:
             raise ValueError(f"{key}={config[key]!r} must be a whole number, at least 1.")
-    _check_groups_and_heads(config)
+    if config["time_embedding_type"] == "learned" and not is_whole(config["num_train_timesteps"]):
+        raise ValueError("time_embedding_type='learned' needs num_train_timesteps: one embedding for each is learned.")
+    for channels in config["block_out_channels"]:
+        if channels % config["norm_num_groups"]:
+            raise ValueError(
+                f"block_out_channels={channels} is not divisible by norm_num_groups={config['norm_num_groups']}."
+            )
+    _check_heads(config)
     _check_sample_size(config)
 
 
-def _check_groups_and_heads(config: dict[str, Any]) -> None:
-    groups, head_dim = config["norm_num_groups"], config["attention_head_dim"]
-    for channels in config["block_out_channels"]:
-        if channels % groups:
-            raise ValueError(f"block_out_channels={channels} is not divisible by norm_num_groups={groups}.")
-    kinds = zip(
-        config["block_out_channels"], config["down_block_types"], reversed(config["up_block_types"]), strict=True
-    )
-    attending = [c for c, down, up in kinds if DOWN_BLOCKS[down] or UP_BLOCKS[up]]
-    if config["mid_block_type"] is not None and config["add_attention"]:
-        attending.append(config["block_out_channels"][-1])
-    if head_dim is not None and any(head_dim > channels or head_dim < 1 for channels in attending):
-        raise ValueError(f"attention_head_dim={head_dim} must lie between 1 and the channels that attend, {attending}.")
+def _check_heads(config: dict[str, Any]) -> None:
+    asked, all_channels = config["attention_head_dim"], config["block_out_channels"]
+    if isinstance(asked, Sequence) and len(asked) != len(all_channels):
+        raise ValueError(
+            f"attention_head_dim={asked!r} must be one width, or {len(all_channels)}, one for each level from the top."
+        )
+    kinds = zip(config["down_block_types"], reversed(config["up_block_types"]), strict=True)
+    attending = [DOWN_BLOCKS[down].attention or UP_BLOCKS[up].attention for down, up in kinds]
+    attending[-1] |= config["mid_block_type"] is not None and config["add_attention"]
+    for channels, width, attends in zip(all_channels, head_widths(config), attending, strict=True):
+        if attends and not (is_whole(width) and 1 <= width <= channels):
+            raise ValueError(
+                f"attention_head_dim={asked!r} must be a whole number, at least 1 and at most the channels of a level "
+                f"that attends: one of them has {channels}."
+            )
+
+
+def head_widths(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Channels of an attention head on each level, from the top, as attention_head_dim says it (None: all channels)."""
+    asked, all_channels = config["attention_head_dim"], config["block_out_channels"]
+    if asked is None:
+        return tuple(all_channels)
+    return tuple(asked) if isinstance(asked, Sequence) else (asked,) * len(all_channels)
+
+
+def embed_dim(config: Mapping[str, Any]) -> int:
+    """Channels of the embedding of timesteps and classes."""
+    return config["time_embedding_dim"] or 4 * config["block_out_channels"][0]
+
+
+def takes_labels(config: Mapping[str, Any]) -> bool:
+    """Whether a network is conditioned on class labels, of whichever form."""
+    return config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None
 
 
 def sides(sample_size: int | Sequence[int]) -> tuple[int, ...]:

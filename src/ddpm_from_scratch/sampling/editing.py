@@ -362,7 +362,7 @@ class ScratchDDPMInterpolationPipeline(_EditingPipeline):
         times, on_device = scheduler.timesteps.tolist(), scheduler.timesteps.to(x_0.device)
         alpha_bar, x_s = make_alpha_bar(scheduler.config), x_0
         for i in self.progress_bar(range(len(times) - 1, -1, -1)):
-            x_t, s = x_s, scheduler.previous_timestep(times[i])
+            x_t, s = x_s, int(scheduler.previous_timestep(times[i]))
             for _ in range(num_iterations):
                 output = self._predict(x_t, scheduler.timesteps[i], on_device[i], times[i], condition)
                 x_t = undo_ddim(alpha_bar, scheduler.predict(output, x_t, times[i]), x_s, times[i], s)
