@@ -1,7 +1,7 @@
 """Measure what a learned variance gives: a model trained with L_hybrid beside one trained with L_simple alone.
 
-    python training/train.py fashion_mnist_quick --output_dir outputs/fixed
-    python training/train.py fashion_mnist_quick --output_dir outputs/learned \
+    ddpm train fashion_mnist_quick --max_train_steps 8000 --output_dir outputs/fixed
+    ddpm train fashion_mnist_quick --max_train_steps 8000 --output_dir outputs/learned \
         --loss hybrid --ddpm_variance_type learned_range
     python benchmarks/learned_variance.py outputs/fixed outputs/learned
 

@@ -54,6 +54,7 @@ LONG = 100  # steps: of chains of more than these, fewer images are drawn
 TIMESTEPS = (0, 1, 2, 5, 10, 20, 50, *range(100, 1000, 100), 950, 980, 990, 999)
 PICTURES = 12  # of a row
 TRAINING_IMAGES = 10_000  # the embedded ones, whose mean is taken
+LENGTH = ("--max_train_steps=2000", "--train_batch_size=32", "--lr_warmup_steps=100", "--optimizer=adamw")
 Numbers = dict[str, Any]
 
 
@@ -61,12 +62,12 @@ Numbers = dict[str, Any]
 
 
 def train(name: str, folder: Path) -> None:
-    """The quick preset with another prediction."""
+    """The quick preset's network with another prediction, by AdamW and in as many steps on every machine."""
     if (folder / "model_index.json").is_file():
         return print(f"{folder} is there", flush=True)
     script = [sys.executable, str(ROOT / "training" / "train.py"), str(PRESET)]
     chosen = [f"--{key}={value}" for key, value in PREDICTIONS[name].items()]
-    subprocess.run([*script, *chosen, "--logger=none", f"--output_dir={folder}"], check=True)
+    subprocess.run([*script, *chosen, *LENGTH, "--logger=none", f"--output_dir={folder}"], check=True)
 
 
 @torch.no_grad()
