@@ -39,6 +39,7 @@ COMMANDS = {
     ),
     "calibrate": Command("estimate what few-step sampling needs to know of a model", f"{PACKAGE}.evaluation.calibrate"),
     "export": Command("make a model folder of a run's checkpoint", f"{PACKAGE}.training.export"),
+    "convert": Command("make a model folder of OpenAI's checkpoint (a .pt file)", f"{PACKAGE}.sampling.convert"),
     "publish": Command("write a model's page, and push both to the Hub", f"{PACKAGE}.hub.publish"),
 }
 
