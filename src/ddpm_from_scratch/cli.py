@@ -40,6 +40,7 @@ COMMANDS = {
     "calibrate": Command("estimate what few-step sampling needs to know of a model", f"{PACKAGE}.evaluation.calibrate"),
     "export": Command("make a model folder of a run's checkpoint", f"{PACKAGE}.training.export"),
     "publish": Command("write a model's page, and push both to the Hub", f"{PACKAGE}.hub.publish"),
+    "env": Command("show the system and the versions, for a bug report", f"{PACKAGE}.runtime.environment"),
 }
 
 # Flags of `ddpm train` and `ddpm evaluate` that say where they run; all others are the command's own.
