@@ -41,6 +41,7 @@ COMMANDS = {
     "export": Command("make a model folder of a run's checkpoint", f"{PACKAGE}.training.export"),
     "convert": Command("make a model folder of OpenAI's checkpoint (a .pt file)", f"{PACKAGE}.sampling.convert"),
     "publish": Command("write a model's page, and push both to the Hub", f"{PACKAGE}.hub.publish"),
+    "env": Command("show the system and the versions, for a bug report", f"{PACKAGE}.runtime.environment"),
 }
 
 # Flags of `ddpm train` and `ddpm evaluate` that say where they run; all others are the command's own.
