@@ -139,7 +139,7 @@ def speeds(rows: Sequence[str]) -> dict[str, float]:
 def add(results: Path, group: str, values: Mapping[str, Any]) -> None:
     """Add values to the results, to which another process may be adding others."""
     results.parent.mkdir(parents=True, exist_ok=True)
-    with results.with_suffix(".lock").open("a") as lock:
+    with results.with_suffix(".lock").open("a", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
         found[group] = {**found.get(group, {}), **values}

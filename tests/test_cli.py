@@ -209,6 +209,16 @@ def test_a_configuration_of_accelerates_is_left_to_it(machine):
     assert command == ["--config_file=gpus.yaml", str(cli.TRAINING_SCRIPT), "quick"]
 
 
+def test_an_interruption_is_a_line(machine, monkeypatch, capsys):
+    def interrupted(name, count, arguments):
+        raise KeyboardInterrupt
+
+    machine()
+    monkeypatch.setattr(cli, "split_over_cpu", interrupted)
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == "ddpm train: interrupted\n"
+
+
 @pytest.mark.parametrize("count", ["0", "-1", "two", "1.5"])
 def test_a_number_of_processes_that_is_none_is_refused(count, capsys):
     with pytest.raises(SystemExit, match="2"):

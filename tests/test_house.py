@@ -74,14 +74,13 @@ def test_text_without_an_encoding_is_found(code, expected):
     assert is_text_without_encoding(ast.parse(code, mode="eval").body) == expected
 
 
-# `recipes.py` opens a file only to lock it, with fcntl.
 @pytest.mark.parametrize("folder", ["src", "training", "benchmarks", "demo", "docs", "examples"])
 def test_every_text_file_has_an_encoding(folder):
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in sorted((ROOT / folder).rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and is_text_without_encoding(node) and path.name != "recipes.py"
+        if isinstance(node, ast.Call) and is_text_without_encoding(node)
     ]
     assert found == []
 

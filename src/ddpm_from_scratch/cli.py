@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-from .runtime.errors import Outcome, outcome, tell, told
+from .runtime.errors import INTERRUPTED, Outcome, outcome, tell, told
 from .runtime.shipped import shipped
 
 PACKAGE = "ddpm_from_scratch"
@@ -168,7 +168,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = COMMANDS[build_parser().parse_args([name]).command]
     if not command.launched or {"-h", "--help"} & set(rest):
         return told(importlib.import_module(command.module).main, name, rest)
-    return launch(name, rest)
+    try:
+        return launch(name, rest)
+    except KeyboardInterrupt:  # before the command itself has begun
+        return tell(Outcome(INTERRUPTED, f"ddpm {name}: interrupted"))
 
 
 if __name__ == "__main__":
