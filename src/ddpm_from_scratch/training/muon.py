@@ -4,10 +4,10 @@ Its step is the mean gradient U S V^T with S near the identity. After as many st
 which counts most in short runs (docs/training.md has the figures).
 """
 
-from collections.abc import Iterator
+from functools import reduce
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 MOMENTUM = 0.95
 # Jordan et al.'s quintic a x + b x³ + c x⁵, which five times in a row takes singular values to 0.7 to 1.2.
@@ -45,39 +45,75 @@ class Muon(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take a step; where `found_inf` is 1, as a gradient scaler sets it, weights and state stay as they are."""
         group = self.param_groups[0]
+        weights = [weight for weight in group["params"] if weight.grad is not None]
+        means = [self.mean_gradient(weight) for weight in weights]
+        directions = [weight.grad.lerp(mean, MOMENTUM).flatten(1) for weight, mean in zip(weights, means, strict=True)]
         found_inf = getattr(self, "found_inf", None)
-        for weights in by_shape(group["params"]):
-            gradients = torch.stack([weight.grad.flatten(1) for weight in weights])  # type: ignore[union-attr]
-            buffers = [self.momentum_of(weight) for weight in weights]
-            before = torch.stack([buffer.flatten(1) for buffer in buffers])
-            momentum = before.lerp(gradients, 1 - MOMENTUM)
-            steps = orthogonalised(gradients.lerp(momentum, MOMENTUM))  # Nesterov's
-            scale = group["lr"] * STEP_RMS * max(steps.shape[1:]) ** 0.5
-            for number, (weight, buffer) in enumerate(zip(weights, buffers, strict=True)):
-                stepped = weight * (1 - group["lr"] * group["weight_decay"]) - scale * steps[number].view_as(weight)
-                kept = momentum[number].view_as(buffer)
-                if found_inf is not None:  # no reading of its value, for which the host would wait
-                    stepped = torch.where(found_inf > 0, weight, stepped)
-                    kept = torch.where(found_inf > 0, buffer, kept)
-                weight.copy_(stepped)
-                buffer.copy_(kept)
-                weight.grad = None  # so that AdamW passes over it
+        for weight, mean, direction in zip(weights, means, orthogonalised_together(directions), strict=True):
+            length = group["lr"] * STEP_RMS * max(direction.shape) ** 0.5
+            stepped = weight * (1 - group["lr"] * group["weight_decay"]) - length * direction.view_as(weight)
+            self.keep(weight, stepped, found_inf)
+            self.keep(self.state[weight]["momentum"], mean, found_inf)
+            weight.grad = None  # so that AdamW passes over it
         super().step()
 
-    def momentum_of(self, weight: Tensor) -> Tensor:
-        """The mean gradient of a weight so far."""
+    def mean_gradient(self, weight: Tensor) -> Tensor:
+        """The moving average of a weight's gradients, with the present one."""
         state = self.state[weight]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(weight)
-        buffer: Tensor = state["momentum"]
-        return buffer
+        assert weight.grad is not None
+        mean: Tensor = state["momentum"].lerp(weight.grad, 1 - MOMENTUM)
+        return mean
+
+    @staticmethod
+    def keep(tensor: Tensor, value: Tensor, found_inf: Tensor | None) -> None:
+        """Give a tensor a value, but where `found_inf` is 1; the host does not wait for it."""
+        tensor.copy_(value if found_inf is None else torch.where(found_inf > 0, tensor, value))
 
 
-def by_shape(weights: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Weights that have gradients, those of one shape together: their products are batched."""
-    with_gradient = [weight for weight in weights if weight.grad is not None]
-    for shape in dict.fromkeys(weight.shape for weight in with_gradient):
-        yield [weight for weight in with_gradient if weight.shape == shape]
+def orthogonalised_together(matrices: list[Tensor]) -> list[Tensor]:
+    """What `orthogonalised` makes of each matrix, [rows, columns]; of several processes each does a share.
+
+    All of them must give the same matrices.
+    """
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return orthogonalised_by_shape(matrices)
+    shares = deal([cost(matrix) for matrix in matrices], distributed.get_world_size())
+    longest = max(sum(matrices[number].numel() for number in share) for share in shares)
+    own = orthogonalised_by_shape([matrices[number] for number in shares[distributed.get_rank()]])
+    sent = torch.cat([matrix.flatten() for matrix in (*own, matrices[0].new_zeros(longest))])[:longest]
+    received = [torch.empty_like(sent) for _ in shares]
+    distributed.all_gather(received, sent)
+    found: dict[int, Tensor] = {}
+    for share, values in zip(shares, received, strict=True):
+        sizes = [matrices[number].numel() for number in share]
+        for number, part in zip(share, values[: sum(sizes)].split(sizes), strict=True):
+            found[number] = part.view_as(matrices[number])
+    return [found[number] for number in range(len(matrices))]
+
+
+def cost(matrix: Tensor) -> int:
+    """Operations of `orthogonalised`, nearly."""
+    rows, columns = sorted(matrix.shape)
+    return rows * rows * (2 * columns + 4 * ITERATIONS * rows)
+
+
+def deal(costs: list[int], count: int) -> list[list[int]]:
+    """Numbers of things for each of `count` processes, so that none has much more to do than another."""
+    shares: list[list[int]] = [[] for _ in range(count)]
+    for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
+        min(shares, key=lambda share: sum(costs[each] for each in share)).append(number)
+    return shares
+
+
+def orthogonalised_by_shape(matrices: list[Tensor]) -> list[Tensor]:
+    """What `orthogonalised` makes of each matrix; those of one shape are multiplied together."""
+    found: dict[int, Tensor] = {}
+    for shape in dict.fromkeys(matrix.shape for matrix in matrices):
+        numbers = [number for number, matrix in enumerate(matrices) if matrix.shape == shape]
+        found.update(zip(numbers, orthogonalised(torch.stack([matrices[number] for number in numbers])), strict=True))
+    return [found[number] for number in range(len(matrices))]
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -90,10 +126,11 @@ def orthogonalised(matrices: Tensor) -> Tensor:
         return orthogonalised(matrices.mT).mT
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     gram = x @ x.mT
-    identity = torch.eye(gram.shape[1], device=x.device, dtype=x.dtype)
-    product = identity.expand_as(gram)
-    for _ in range(ITERATIONS):
-        factor = A * identity + B * gram + C * (gram @ gram)
-        product = factor @ product
-        gram = factor @ gram @ factor
-    return product @ x
+    factors = []
+    for number in range(ITERATIONS):
+        factor = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
+        factor.diagonal(dim1=1, dim2=2).add_(A)
+        factors.append(factor)
+        if number + 1 < ITERATIONS:
+            gram = factors[-1] @ gram @ factors[-1]
+    return reduce(torch.matmul, reversed(factors)) @ x
