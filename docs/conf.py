@@ -52,8 +52,11 @@ nitpick_ignore_regex = [
     # Other libraries' names lead into their own documentation, which a build without a network cannot look up.
     ("py:class", r"(accelerate|collections|diffusers|huggingface_hub|numpy|os|pathlib|PIL|torch)\..+"),
     ("py:exc", r"HfHubHTTPError"),
-    # No entries: a type variable, and the base of the editing pipelines.
-    ("py:class", r"ddpm_from_scratch\.(hub\.repository\.T|sampling\.editing\._EditingPipeline)"),
+    # No entries: a type variable, the base of the editing pipelines, and a row of a table of the network's levels.
+    (
+        "py:class",
+        r"ddpm_from_scratch\.(hub\.repository\.T|sampling\.editing\._EditingPipeline|diffusion\.unet_config\.BlockKind)",
+    ),
 ]
 
 # --- appearance -----------------------------------------------------------------------------------------------------

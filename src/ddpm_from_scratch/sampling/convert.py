@@ -152,13 +152,11 @@ def read(file: Path) -> dict[str, Tensor]:
 def _kind(file: Path, error: Exception) -> str:
     """What a file is that PyTorch does not read."""
     with open(file, "rb") as opened:
-        head = opened.read(9)
+        head = opened.read(2)
     unsafe = UNSAFE.search(str(error))
     if unsafe or ("Unsupported" in str(error) and head[:1] == PICKLE):
         return f"a pickle of other things than tensors, which may run code{f' ({unsafe[1]})' if unsafe else ''}"
-    if head[8:] == b"{":
-        return "a file of safetensors, not one of PyTorch's"
-    if head[:2] == b"PK" and not zipfile.is_zipfile(file):
+    if head == b"PK" and not zipfile.is_zipfile(file):
         return "a file of PyTorch's that is cut off: download it again"
     return "no file of PyTorch's, or a damaged one"
 
