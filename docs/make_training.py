@@ -84,7 +84,7 @@ def quick_run_facts(results: Numbers) -> str:
     facts = {}
     for processor, found in results.items():
         run = found["training"]
-        facts[f"{run['device']}, {processor}"] = (
+        facts[f"{processor}, {run['num_processes']} processes on as many cores"] = (
             f"{found['seconds_with_installation'] / 60:.1f} minutes with the installation; {run['images_seen']:,} "
             f"images seen, {run['images_per_second']:.0f} a second; kernel distance {distance(found)} (N = "
             f"{found['num_images']:,}, {found['num_inference_steps']} steps of {found['sampler']}; real images: "

@@ -113,7 +113,7 @@ def test_the_preset_and_the_data_may_both_be_named(folder):
     config, _ = arguments.parse([str(folder), "--preset", "cifar10"])
     assert config.dataset_name == str(folder) and config.train_batch_size == 128
     config, _ = arguments.parse([])
-    assert config.model["block_out_channels"] == [32, 64, 128] and config.max_train_minutes is None
+    assert config.model["block_out_channels"] == [32, 64, 128] and config.max_train_minutes == 6
 
 
 @pytest.mark.parametrize(
