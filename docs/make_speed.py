@@ -237,7 +237,7 @@ def cores_facts(_: Numbers, __: Numbers) -> str:
     rounds = len(next(iter(results["rounds"].values()))["alone"])
     return bullets(
         {
-            "Figures": f"medians of {rounds} runs of the quick preset each, as its plan tells them after twelve steps",
+            "Figures": f"of the quick preset, as its plan tells them after twelve steps; runs for each: {rounds}",
             "Device": f"{results['device']}, {results['processor']}; {versions(results)}",
         }
     )

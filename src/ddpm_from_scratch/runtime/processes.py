@@ -19,8 +19,8 @@ import torch
 
 from .errors import Outcome
 
-# Two processes of one thread train faster than one of two threads, and lose less beside other work: what waits for
-# each other are steps and not every operation (docs/speed.md).
+# Two processes of one thread train as fast as one of two threads, or faster, and lose less beside other work: they wait
+# for each other once a step and not at every operation (docs/speed.md).
 MOST = 8
 FEWEST_IMAGES = 4  # of a process in a pass: with fewer, a core does less
 GRACE = 30.0  # seconds in which the others may end after one has failed
