@@ -341,7 +341,7 @@ def test_a_second_signal_ends_a_run_at_once(preset, tmp_path, number):
     process = start(preset, output, *flags)
     wait_for_names(process, output / "checkpoints", "^step_", 1)
     for _ in range(2):
-        time.sleep(0.2)
+        time.sleep(1.2)  # within a second it would count as the same one
         os.killpg(process.pid, number)
     code, said = finished(process, output)
     assert code == -number, f"{code}\n{said}"
