@@ -92,7 +92,7 @@ def take_part(
 ) -> None:
     """Be one of the processes."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, interrupt_once)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
@@ -103,6 +103,12 @@ def take_part(
     if outcome.message is not None:
         outcomes.put(outcome.message)
     sys.exit(outcome.code)
+
+
+def interrupt_once(number: int, _: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, but not again for the signal that is passed on besides."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 @contextmanager
