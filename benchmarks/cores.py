@@ -8,7 +8,6 @@ to docs/results/cores.json, of which `python docs/make_speed.py` makes the table
 
 import argparse
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -63,7 +62,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     rates: dict[str, dict[str, list[float]]] = {way: {"alone": [], "beside": []} for way in WAYS}
     for _ in range(args.rounds):
         for way, flags in WAYS.items():

@@ -35,7 +35,7 @@ from ddpm_from_scratch.data.arrays import to_unit_range
 from ddpm_from_scratch.data.config import DataConfig
 from ddpm_from_scratch.data.dataset import load_data
 from ddpm_from_scratch.evaluation.features import efficientnet_lite0_features
-from ddpm_from_scratch.runtime.devices import device_name, keep_freed_memory
+from ddpm_from_scratch.runtime.devices import capabilities, device_name, keep_freed_memory
 from ddpm_from_scratch.runtime.results import versions
 from ddpm_from_scratch.sampling.generate import SampleSpec, generate
 from ddpm_from_scratch.sampling.previews import image_grid, to_pil
@@ -94,13 +94,14 @@ def train_ours(data: Path, minutes: float, folder: Path) -> Numbers:
     return {name: results[name] for name in ("steps", "images_seen", "seconds", "mixed_precision")}
 
 
-def measure(folder: Path, reference: np.ndarray, args: argparse.Namespace) -> tuple[Numbers, np.ndarray]:
-    """Kernel distance of a model's images, which the same sampler draws of both, and the images."""
-    pipeline = ScratchDDPMPipeline.from_pretrained(folder, dtype=torch.bfloat16 if args.bf16 else torch.float32)
+def measure(
+    folder: Path, reference: np.ndarray, spec: SampleSpec, dtype: torch.dtype = torch.float32
+) -> tuple[Numbers, np.ndarray]:
+    """Distances of a model's images, which SAMPLER draws, to real ones, and the images."""
+    pipeline = ScratchDDPMPipeline.from_pretrained(folder, dtype=dtype)
     pipeline.scheduler = SAMPLERS[SAMPLER](pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.to(memory_format=torch.channels_last)
-    spec = SampleSpec(args.num_inference_steps, args.num_images)
     images = generate(pipeline, spec, Accelerator(cpu=True))
     found = distances(efficientnet_lite0_features(images, FEATURE_SIZE), reference)
     return {"parameters": pipeline.unet.num_parameters(), **found}, images
@@ -109,9 +110,9 @@ def measure(folder: Path, reference: np.ndarray, args: argparse.Namespace) -> tu
 def processor() -> str:
     """The CPU's name, and which bfloat16 instructions it has."""
     names = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 bfloat16"}
-    capabilities = torch.cpu.get_capabilities()
-    found = [word for name, word in names.items() if capabilities.get(name)] or ["no bfloat16 instructions"]
-    return f"{capabilities.get('cpu_name', 'unknown CPU')} with {', '.join(found)}"
+    known = capabilities()
+    found = [word for name, word in names.items() if known.get(name)] or ["no bfloat16 instructions"]
+    return f"{known.get('cpu_name', 'unknown CPU')} with {', '.join(found)}"
 
 
 def parse() -> argparse.Namespace:
@@ -162,7 +163,8 @@ def main() -> None:
             replace_json(facts, {"minutes": args.minutes, **train(args.minutes, folder)})
         if json.loads(facts.read_text(encoding="utf-8"))["minutes"] != args.minutes:
             raise ValueError(f"{folder} was trained for another time: choose another --models_dir")
-        found, images = measure(folder, reference, args)
+        spec = SampleSpec(args.num_inference_steps, args.num_images)
+        found, images = measure(folder, reference, spec, torch.bfloat16 if args.bf16 else torch.float32)
         results["rows"].append({"name": name, **json.loads(facts.read_text(encoding="utf-8")), **found})
         print(results["rows"][-1], flush=True)
         pictures.append(image_grid(to_pil(images[:SHOWN]), COLUMNS, scale=2))

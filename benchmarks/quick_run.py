@@ -20,12 +20,13 @@ import time
 from pathlib import Path
 
 from few_steps import ROOT, replace_json
-from own_images import processor
-from recipes import NUM_IMAGES, SAMPLER, STEPS, measure, real_features
+from own_images import SAMPLER, measure, processor
+from recipes import NUM_IMAGES, STEPS, real_features
 
 from ddpm_from_scratch.data.config import EMBEDDED_DATA, EMBEDDED_TEST_SET
 from ddpm_from_scratch.evaluation.metrics import kernel_distance_with_error
 from ddpm_from_scratch.runtime.devices import keep_freed_memory
+from ddpm_from_scratch.sampling.generate import SampleSpec
 
 RESULTS = ROOT / "docs" / "results" / "quick_runs.json"
 MODEL = ROOT / "outputs" / "quick_run"
@@ -62,7 +63,7 @@ def main() -> None:
         "num_images": NUM_IMAGES,
         "sampler": SAMPLER,
         "num_inference_steps": STEPS,
-        **measure(MODEL, reference, NUM_IMAGES),
+        **measure(MODEL, reference, SampleSpec(STEPS, NUM_IMAGES))[0],
         "floor": {"kernel_distance": floor.value, "kernel_distance_error": floor.error},
         "training": json.loads((MODEL / "results.json").read_text(encoding="utf-8")),
     }

@@ -28,24 +28,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from few_steps import ROOT, distances, replace_json
-from own_images import processor
+from own_images import FEATURE_SIZE, SAMPLER, measure, processor
 
-from ddpm_from_scratch import ScratchDDPMPipeline
 from ddpm_from_scratch.data.config import EMBEDDED_DATA, EMBEDDED_TEST_SET, DataConfig
 from ddpm_from_scratch.data.dataset import load_data
 from ddpm_from_scratch.evaluation.features import efficientnet_lite0_features
 from ddpm_from_scratch.runtime.devices import device_name, keep_freed_memory
 from ddpm_from_scratch.runtime.results import versions
-from ddpm_from_scratch.sampling.generate import SampleSpec, generate
-from ddpm_from_scratch.sampling.samplers import SAMPLERS
+from ddpm_from_scratch.sampling.generate import SampleSpec
 from ddpm_from_scratch.training.arguments import parse as parse_training
 from ddpm_from_scratch.training.loop import passes_from, train_step
 from ddpm_from_scratch.training.run import build
 
 RESULTS = ROOT / "docs" / "results" / "recipes.json"
-SAMPLER, STEPS, FEATURE_SIZE, NUM_IMAGES = "dpmsolver++", 20, 112, 1000
+STEPS, NUM_IMAGES = 20, 1000  # of SAMPLER, drawn by each
 WARM_UP = 0.05  # of a run
 TIMED, ROUNDS = 2, 5  # steps of a turn, turns
 Numbers = dict[str, Any]
@@ -97,17 +94,6 @@ def train(row: str, images_seen: int, folder: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "training" / "train.py"), *flags_of(row, images_seen, folder)]
     subprocess.run(command, env=environment, check=True)
-
-
-def measure(folder: Path, reference: np.ndarray, num_images: int) -> Numbers:
-    """What a model's images show."""
-    pipeline = ScratchDDPMPipeline.from_pretrained(folder)
-    pipeline.scheduler = SAMPLERS[SAMPLER](pipeline.scheduler)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.unet.to(memory_format=torch.channels_last)
-    images = generate(pipeline, SampleSpec(STEPS, num_images), Accelerator(cpu=True))
-    parameters = pipeline.unet.num_parameters()
-    return {"parameters": parameters, **distances(efficientnet_lite0_features(images, FEATURE_SIZE), reference)}
 
 
 def real_features(path: Path, num_images: int) -> np.ndarray:
@@ -175,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         folder = ROOT / "outputs" / "recipes" / group.replace(" ", "_") / row.replace(" ", "_")
         train(row, args.images_seen, folder)
-        add(args.results, group, {row: measure(folder, reference, args.num_images)})
+        add(args.results, group, {row: measure(folder, reference, SampleSpec(STEPS, args.num_images))[0]})
         print(group, row, json.loads(args.results.read_text(encoding="utf-8"))[group][row], flush=True)
 
 

@@ -199,8 +199,11 @@ def choose(network: str, found: dict[str, System], args: argparse.Namespace) -> 
     if network in MODELS and network != "small":
         return {name: found[name] for name in DEFAULTS}
     compiling = args.full and (network == "small" or args.device != "cpu")
-    fitting = {name: system for name, system in found.items() if compiling or not system.compiled}
-    fitting = {name: system for name, system in fitting.items() if system.precision in args.precisions}
+    fitting = {
+        name: system
+        for name, system in found.items()
+        if (compiling or not system.compiled) and system.precision in args.precisions
+    }
     return {name: system for name, system in fitting.items() if name != PEER or network in PEER_NETWORKS}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib.figure
 import matplotlib.ticker
 
-from pages import bullets, load_script, replace_parts, table, versions
+from pages import bullets, load_script, made_from, replace_parts, table, versions
 
 DOCS = Path(__file__).parent
 figures = load_script(DOCS.parent / "benchmarks" / "figures.py")
@@ -194,9 +194,8 @@ def quality_facts(_: Numbers, quality: Numbers) -> str:
     return bullets(found)
 
 
-def float32_table(_: Numbers, __: Numbers) -> str:
+def float32_table(results: Numbers) -> str:
     """Training on a CPU without bfloat16: every system's rate, and its share of the machine's peak."""
-    results = json.loads(FLOAT32.read_text(encoding="utf-8"))
     ((_, found),) = results["networks"].items()
     rows = []
     for name, row in found["training"].items():
@@ -207,9 +206,8 @@ def float32_table(_: Numbers, __: Numbers) -> str:
     return table(("system", "images/s", "of the peak", f"against {STOCK}"), rows)
 
 
-def float32_facts(_: Numbers, __: Numbers) -> str:
+def float32_facts(results: Numbers) -> str:
     """Machine and rounds."""
-    results = json.loads(FLOAT32.read_text(encoding="utf-8"))
     ((_, found),) = results["networks"].items()
     facts = {
         "Network": f"that of the quick preset, {found['parameters'] / 1e6:.1f}M, batches of {found['batch']}",
@@ -221,9 +219,8 @@ def float32_facts(_: Numbers, __: Numbers) -> str:
     return bullets(facts)
 
 
-def cores_table(_: Numbers, __: Numbers) -> str:
+def cores_table(results: Numbers) -> str:
     """`ddpm train` with one process and with a process for each core, alone and beside a busy one."""
-    results = json.loads(CORES.read_text(encoding="utf-8"))
     rows = [
         (way, f"{rates['alone']:.0f}", f"{rates['beside']:.0f}", f"{rates['beside'] / rates['alone']:.0%}")
         for way, rates in results["images_per_second"].items()
@@ -231,9 +228,8 @@ def cores_table(_: Numbers, __: Numbers) -> str:
     return table(("`ddpm train`", "images/s, alone", "beside a busy process", "keeps"), rows)
 
 
-def cores_facts(_: Numbers, __: Numbers) -> str:
+def cores_facts(results: Numbers) -> str:
     """Machine and rounds."""
-    results = json.loads(CORES.read_text(encoding="utf-8"))
     rounds = len(next(iter(results["rounds"].values()))["alone"])
     return bullets(
         {
@@ -244,10 +240,6 @@ def cores_facts(_: Numbers, __: Numbers) -> str:
 
 
 PARTS = {
-    "float32": float32_table,
-    "float32 facts": float32_facts,
-    "cores": cores_table,
-    "cores facts": cores_facts,
     "ratios": ratio_table,
     "systems": system_table,
     "sampling": sampling_table,
@@ -259,6 +251,12 @@ PARTS = {
     "quality": quality_table,
     "quality facts": quality_facts,
 }
+WITHOUT_BF16 = {
+    "float32": (FLOAT32, float32_table),
+    "float32 facts": (FLOAT32, float32_facts),
+    "cores": (CORES, cores_table),
+    "cores facts": (CORES, cores_facts),
+}
 
 
 def read() -> tuple[Numbers, Numbers]:
@@ -269,7 +267,7 @@ def read() -> tuple[Numbers, Numbers]:
 def fill(page: str) -> str:
     """The page with what stands between its markers replaced."""
     results = read()
-    return replace_parts(page, {name: make(*results) for name, make in PARTS.items()})
+    return replace_parts(page, {name: make(*results) for name, make in PARTS.items()} | made_from(WITHOUT_BF16))
 
 
 def draw(quality: Numbers) -> matplotlib.figure.Figure:

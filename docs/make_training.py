@@ -5,11 +5,10 @@
 `python benchmarks/memory.py`, `recipes.py` and `quick_run.py` measure.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from pages import bullets, replace_parts, table, versions
+from pages import bullets, made_from, replace_parts, table, versions
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results" / "memory.json"
@@ -107,10 +106,7 @@ PARTS = {
 
 def fill(path: Path, page: str) -> str:
     """A page with what stands between its markers replaced."""
-    parts = {
-        name: make(json.loads(results.read_text(encoding="utf-8"))) for name, (results, make) in PARTS[path].items()
-    }
-    return replace_parts(page, parts)
+    return replace_parts(page, made_from(PARTS[path]))
 
 
 if __name__ == "__main__":

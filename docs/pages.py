@@ -1,8 +1,9 @@
 """What the scripts that fill pages with results share: parts between markers, tables, lists, scripts to run."""
 
 import importlib.util
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ def replace_parts(page: str, parts: Mapping[str, str]) -> str:
         if count != 1:
             raise ValueError(f"the page has {count} places {start.strip()!r}, where there must be one.")
     return page
+
+
+def made_from(parts: Mapping[str, tuple[Path, Callable[[Any], str]]]) -> dict[str, str]:
+    """The parts of a page by name, each made of the results in a JSON file."""
+    return {name: make(json.loads(results.read_text(encoding="utf-8"))) for name, (results, make) in parts.items()}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -56,7 +56,7 @@ LAUNCHER_FLAGS = (
     "gpu_ids",
     "num_cpu_threads_per_process",
 )
-AUTO = "auto"  # as many processes as pay
+AUTO = "auto"  # as many processes as pay: what is done where nothing is said
 OWN_LAUNCHER_FLAGS = ("num_processes", "cpu")  # which need no launcher by themselves
 # Said explicitly, or the launcher would warn that it chose them.
 QUIET = {"num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}
@@ -86,16 +86,18 @@ def split_launcher_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, 
     return parser.parse_known_args(arguments)
 
 
-def number_of_processes(value: str) -> str:
-    """The value of --num_processes: auto, or a number from 1 on."""
-    if value != AUTO and not (value.isdecimal() and int(value)):
+def number_of_processes(value: str) -> str | None:
+    """The value of --num_processes: a number from 1 on, or None for auto."""
+    if value == AUTO:
+        return None
+    if not (value.isdecimal() and int(value)):
         raise argparse.ArgumentTypeError(f"{value!r} is neither {AUTO} nor a number from 1 on")
     return value
 
 
 def launch_command(flags: argparse.Namespace, program: Sequence[str], gpus: int) -> list[str]:
     """The command line by which accelerate's launcher starts a program in the processes that the flags ask for."""
-    given = {name: value for name in LAUNCHER_FLAGS if (value := getattr(flags, name)) not in (None, AUTO)}
+    given = {name: value for name in LAUNCHER_FLAGS if (value := getattr(flags, name)) is not None}
     if not flags.config_file:
         given = {**QUIET, "num_processes": str(max(1, gpus)), **given}
     switches = [f"--{name}" for name in SWITCHES if getattr(flags, name)]
@@ -118,10 +120,10 @@ def split_over_cpu(name: str, count: str | None, arguments: list[str]) -> tuple[
 
     If nothing is said, a training run has as many as pay, which share the batch; SystemExit if its flags are wrong.
     """
-    if name != "train":
-        return (1 if count in (None, AUTO) else int(count)), arguments
-    if count not in (None, AUTO):
+    if count is not None:
         return int(count), arguments
+    if name != "train":
+        return 1, arguments
     import torch
 
     from .runtime.processes import processes_that_pay
@@ -143,7 +145,7 @@ def launch(name: str, arguments: Sequence[str]) -> int:
     from .runtime.processes import run_together
 
     gpus = 0 if computes_on_cpu() else torch.accelerator.device_count()
-    several = gpus and (flags.num_processes not in (None, AUTO, "1") or (gpus > 1 and flags.num_processes != "1"))
+    several = gpus and int(flags.num_processes or gpus) > 1
     others = [flag for flag in (*LAUNCHER_FLAGS, *SWITCHES) if flag not in OWN_LAUNCHER_FLAGS and getattr(flags, flag)]
     if several or others:
         return subprocess.run(launch_command(flags, [*COMMANDS[name].launched, *own], gpus), check=False).returncode

@@ -109,13 +109,18 @@ def hub_datasets(config: Mapping[str, Any]) -> list[str]:
     if "dataset_name" not in config or config.get("train_data_dir"):
         return []
     name = config["dataset_name"] or EMBEDDED_DATASET
-    return [] if looks_local(name) or "/" not in name or Path(name).exists() else [name]
+    return [name] if is_on_hub(name) else []
 
 
 def hub_base_model(config: Mapping[str, Any]) -> str | None:
     """The model that a training configuration fine-tunes, if that is a name on the Hub."""
     name = config.get("model_config_name_or_path") or ""
-    return None if looks_local(name) or "/" not in name or Path(name).exists() else name
+    return name if is_on_hub(name) else None
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether a name is that of a repository on the Hub, and not a path."""
+    return "/" in name and not looks_local(name) and not Path(name).exists()
 
 
 def write_page(stage: Path, repository: str, license: str | None) -> None:

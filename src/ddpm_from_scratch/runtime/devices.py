@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 from collections.abc import Mapping
+from typing import Any
 
 import psutil
 import torch
@@ -26,11 +27,15 @@ FAST_BF16_CPU = ("avx512_bf16", "amx_bf16", "amx_tile")
 KEEP_MEMORY = {-1: 2**31 - 1, -3: 2**30}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: in bytes
 
 
+def capabilities() -> dict[str, Any]:
+    """What torch knows of the CPU; empty before torch 2.13."""
+    return dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else {}
+
+
 def cpu_has_fast_bf16() -> bool:
     """Whether the CPU multiplies bfloat16 matrices in hardware."""
-    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.13
-        capabilities = torch.cpu.get_capabilities()
-        return any(capabilities.get(name, False) for name in FAST_BF16_CPU)
+    if hasattr(torch.cpu, "get_capabilities"):
+        return any(capabilities().get(name, False) for name in FAST_BF16_CPU)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -74,9 +79,14 @@ def prepare_cpu() -> bool:
     return on_cpu
 
 
+def allowed_cores() -> int:
+    """Logical cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def use_all_cores() -> None:
     """Share this machine's cores among the run's processes on it."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    available = allowed_cores()
     threads = threads_per_process(os.environ, min(psutil.cpu_count(logical=False) or available, available))
     if threads is not None:
         torch.set_num_threads(threads)

@@ -6,10 +6,10 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
+from .devices import allowed_cores, capabilities
 from .results import commit, version, versions
 
 # Beside those that results name.
@@ -36,15 +36,10 @@ def environment() -> dict[str, str]:
     }
 
 
-def capabilities() -> dict[str, Any]:
-    """What torch knows of the CPU; empty before torch 2.13."""
-    return dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else {}
-
-
 def cpu() -> str:
     """The CPU's name, its cores, and the threads that torch takes."""
     name = capabilities().get("cpu_name") or platform.processor() or platform.machine()
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    allowed = allowed_cores()
     return f"{name}, {os.cpu_count()} logical cores, {allowed} of them allowed, {torch.get_num_threads()} threads"
 
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import wait
-from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
@@ -50,7 +49,10 @@ def run_together(program: Callable[[], Outcome], count: int) -> Outcome:
     # A forked process has imported everything already; elsewhere than on Linux it would not be safe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     outcomes = context.SimpleQueue()
-    processes = start(context, program, count, outcomes)
+    threads, port = max(1, torch.get_num_threads() // count), free_port()
+    kind = context.Process  # type: ignore[attr-defined]  # every context has it but their base in typeshed
+    arguments = [(program, rank, count, port, threads, outcomes) for rank in range(count)]
+    processes = [kind(target=take_part, args=each) for each in arguments]
     with passing_on_signals(processes):
         for process in processes:
             process.start()
@@ -59,20 +61,6 @@ def run_together(program: Callable[[], Outcome], count: int) -> Outcome:
     while not outcomes.empty():
         messages.append(outcomes.get())
     return Outcome(code, "\n".join(dict.fromkeys(messages)) or None)
-
-
-def start(
-    context: BaseContext,
-    program: Callable[[], Outcome],
-    count: int,
-    outcomes: Any,  # noqa: ANN401
-) -> list[Any]:
-    """The processes, still to be started."""
-    threads, port = max(1, torch.get_num_threads() // count), free_port()
-    return [
-        context.Process(target=take_part, args=(program, rank, count, port, threads, outcomes))  # type: ignore[attr-defined]
-        for rank in range(count)
-    ]
 
 
 def free_port() -> int:

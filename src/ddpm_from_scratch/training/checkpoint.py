@@ -92,17 +92,20 @@ def save_checkpoint(
     except OSError:
         shutil.rmtree(unfinished, ignore_errors=True)  # what fills the disk for nothing
         raise
-    for old in beyond(list_checkpoints(folder.parent), total_limit):
+    for old in beyond(list_checkpoints(folder.parent), total_limit, folder):
         remove_folder(old)
 
 
-def beyond(checkpoints: Sequence[Path], total_limit: int | None) -> list[Path]:
-    """The checkpoints, given oldest first, that are older than the last `total_limit` whole ones."""
+def beyond(checkpoints: Sequence[Path], total_limit: int | None, written: Path) -> list[Path]:
+    """The checkpoints, given oldest first, that are older than the last `total_limit` whole ones.
+
+    That which was written just now is whole, and not read again.
+    """
     if total_limit is None:
         return []
     whole = 0
     for place in range(len(checkpoints) - 1, -1, -1):
-        whole += damage(checkpoints[place]) is None
+        whole += checkpoints[place] == written or damage(checkpoints[place]) is None
         if whole == total_limit:
             return list(checkpoints[:place])
     return []

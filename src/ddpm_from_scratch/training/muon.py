@@ -4,7 +4,7 @@ Its step is the mean gradient U S V^T with S near the identity. After as many st
 which counts most in short runs (docs/training.md has the figures).
 """
 
-from functools import reduce
+from functools import cache, reduce
 
 import torch
 from torch import Tensor, distributed, nn
@@ -79,7 +79,7 @@ def orthogonalised_together(matrices: list[Tensor]) -> list[Tensor]:
     """
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return orthogonalised_by_shape(matrices)
-    shares = deal([cost(matrix) for matrix in matrices], distributed.get_world_size())
+    shares = deal(tuple(cost(matrix) for matrix in matrices), distributed.get_world_size())
     longest = max(sum(matrices[number].numel() for number in share) for share in shares)
     own = orthogonalised_by_shape([matrices[number] for number in shares[distributed.get_rank()]])
     sent = torch.cat([matrix.flatten() for matrix in (*own, matrices[0].new_zeros(longest))])[:longest]
@@ -99,7 +99,8 @@ def cost(matrix: Tensor) -> int:
     return rows * rows * (2 * columns + 4 * ITERATIONS * rows)
 
 
-def deal(costs: list[int], count: int) -> list[list[int]]:
+@cache  # the same at every step
+def deal(costs: tuple[int, ...], count: int) -> list[list[int]]:
     """Numbers of things for each of `count` processes, so that none has much more to do than another."""
     shares: list[list[int]] = [[] for _ in range(count)]
     for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
