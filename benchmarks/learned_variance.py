@@ -37,7 +37,7 @@ from ddpm_from_scratch.data.dataset import load_data
 from ddpm_from_scratch.evaluation.calibration import calibrate
 from ddpm_from_scratch.evaluation.features import efficientnet_lite0_features
 from ddpm_from_scratch.evaluation.likelihood import bits_per_dim
-from ddpm_from_scratch.runtime.devices import COMPILE_MODE, device_name
+from ddpm_from_scratch.runtime.devices import compile_mode, device_name
 from ddpm_from_scratch.runtime.results import versions
 from ddpm_from_scratch.sampling.generate import to_unit_range
 from ddpm_from_scratch.training.config import TrainingConfig
@@ -58,7 +58,7 @@ def load(folder: Path, precision: torch.dtype) -> ScratchDDPMPipeline:
     pipeline = ScratchDDPMPipeline.from_pretrained(folder, dtype=precision)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.unet.to(memory_format=torch.channels_last)
-    pipeline.unet.compile(mode=COMPILE_MODE.get(pipeline.device.type, "default"))
+    pipeline.unet.compile(mode=compile_mode(pipeline.device))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel
-from ddpm_from_scratch.runtime.devices import COMPILE_MODE, MEMORY_FORMAT, keep_freed_memory, resolve_precision
+from ddpm_from_scratch.runtime.devices import MEMORY_FORMAT, compile_mode, keep_freed_memory, resolve_precision
 from ddpm_from_scratch.training.config import PRESETS
 
 __all__ = ["DTYPES", "KINDS", "NETWORKS", "ROOT", "System", "network_config", "network_form", "systems", "wait_for"]
@@ -101,7 +101,7 @@ def build_network(system: System, network: str, device: torch.device) -> UNet2DM
     unet = (ScratchUNet2DModel if system.ours else UNet2DModel)(**network_config(network)).to(device)
     unet = unet.to(memory_format=torch.channels_last) if system.channels_last else unet
     if system.compiled:
-        unet.compile(mode=COMPILE_MODE.get(device.type, "default"))
+        unet.compile(mode=compile_mode(device))
     return unet
 
 

@@ -33,6 +33,7 @@ from helpers.runs import (
     stratified_timesteps,
 )
 
+GENERATOR = draws.DRAWS["generator"]
 NAMES = ("bag", "shoe", "coat")
 NULL = len(NAMES)
 DROPOUT = 0.25
@@ -202,7 +203,7 @@ def test_fingerprint_covers_the_labels_where_they_are_used(tmp_path):
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_labels_are_dropped_at_their_rate(rate):
     count = 10_000
-    dropped = draws.dropped_labels(0, range(count), rate)
+    dropped = draws.dropped_labels(GENERATOR, 0, torch.arange(count), rate)
     assert abs(int(dropped.sum()) - rate * count) < 4.5 * (rate * (1 - rate) * count) ** 0.5
     both = int((dropped[1:] & dropped[:-1]).sum())  # neighbours are independent
     assert abs(both - rate**2 * count) < 6 * (rate**2 * count) ** 0.5
@@ -212,11 +213,13 @@ def test_labels_are_dropped_at_their_rate(rate):
 
 
 def test_whether_a_label_is_dropped_follows_from_seed_and_position():
-    dropped = draws.dropped_labels(0, range(200), 0.5)
-    assert torch.equal(draws.dropped_labels(0, [150, 3, 77], 0.5), dropped[[150, 3, 77]])
-    assert not torch.equal(draws.dropped_labels(1, range(200), 0.5), dropped)
-    assert not draws.dropped_labels(0, range(200), 0.0).any()
-    assert (dropped | ~draws.dropped_labels(0, range(200), 0.3)).all()  # a higher rate drops more, and these too
+    dropped = draws.dropped_labels(GENERATOR, 0, torch.arange(200), 0.5)
+    assert torch.equal(draws.dropped_labels(GENERATOR, 0, torch.tensor([150, 3, 77]), 0.5), dropped[[150, 3, 77]])
+    assert not torch.equal(draws.dropped_labels(GENERATOR, 1, torch.arange(200), 0.5), dropped)
+    assert not draws.dropped_labels(GENERATOR, 0, torch.arange(200), 0.0).any()
+    assert (
+        dropped | ~draws.dropped_labels(GENERATOR, 0, torch.arange(200), 0.3)
+    ).all()  # a higher rate drops more, and these too
 
 
 def test_stream_gives_the_labels_of_its_images(inputs):
@@ -263,7 +266,7 @@ def test_network_is_told_the_labels_of_the_images_it_sees(inputs, tmp_path, monk
     monkeypatch.setattr(ScratchUNet2DModel, "forward", spied_forward)
     run_main(inputs, tmp_path / "model", "--train_batch_size", "2", "--gradient_accumulation_steps", "2")
     expected, told = label_of(torch.cat(shown)), torch.cat(told)
-    expected[draws.dropped_labels(0, range(STEPS * BATCH), DROPOUT)] = NULL
+    expected[draws.dropped_labels(GENERATOR, 0, torch.arange(STEPS * BATCH), DROPOUT)] = NULL
     assert len(told) == STEPS * BATCH and torch.equal(told, expected)
     assert set(told.tolist()) == {*range(NULL), NULL}
 
@@ -412,7 +415,7 @@ def test_unconditional_run_is_algorithm_1_without_labels(inputs, tmp_path):
         positions = range(step * BATCH, (step + 1) * BATCH)
         labels = [LABELS[draws.image_index(0, position, NUM_IMAGES)] for position in positions]
         x_0 = (100 * torch.tensor(labels).float() / 127.5 - 1).reshape(-1, 1, 1, 1).expand(-1, -1, SIZE, SIZE)
-        noise = draws.noise_rows(0, positions, (1, SIZE, SIZE))
+        noise = draws.noise_rows(0, torch.tensor(positions), (1, SIZE, SIZE))
         t = stratified_timesteps(0, step, BATCH, 1000)
         output = unet(scheduler.add_noise(x_0, noise, t), t).sample
         scheduler.simple_loss(output, x_0, noise, t).mean().backward()

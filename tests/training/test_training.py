@@ -358,13 +358,13 @@ def test_global_batch_does_not_depend_on_how_it_is_cut(world_size, passes):
 def test_noise_is_float32_standard_normal_and_per_position():
     torch.set_default_dtype(torch.float64)
     try:
-        noise = draws.noise_rows(0, range(2000), (1, 4, 4))
+        noise = draws.noise_rows(0, torch.arange(2000), (1, 4, 4))
     finally:
         torch.set_default_dtype(torch.float32)
     assert noise.dtype == torch.float32
     assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
-    assert torch.equal(noise[5:9], draws.noise_rows(0, range(5, 9), (1, 4, 4)))
-    assert not torch.equal(noise[:4], draws.noise_rows(1, range(4), (1, 4, 4)))
+    assert torch.equal(noise[5:9], draws.noise_rows(0, torch.arange(5, 9), (1, 4, 4)))
+    assert not torch.equal(noise[:4], draws.noise_rows(1, torch.arange(4), (1, 4, 4)))
 
 
 def test_purposes_draw_independently():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..runtime.errors import BadImages
 from ..runtime.privacy import public_name
-from ..runtime.random_streams import WindowedOrder, batch_positions, dropped_labels, generator, image_index, noise_rows
+from ..runtime.random_streams import DRAWS, Draws, WindowedOrder, batch_positions, dropped_labels, image_index
 from .arrays import OWN_RANGES, PICTURE, ValueRange, range_of
 from .config import EMBEDDED_DATA, DataConfig
 from .images import REMEDY, DecodedOnDemand, Form, Images, Survey, advising, check_bad_images, decode_all, survey
@@ -23,6 +23,7 @@ from .sizes import Size, as_size, describe_fit, resolution_of
 from .sources import MIB, StreamedRows, evenly, open_source
 
 IN_MEMORY_BYTES = 2**30  # sets that decode to less are decoded once
+CENTRE = HALF = 2**31  # of the range of a random word
 
 logger = logging.getLogger(__name__)
 
@@ -207,6 +208,12 @@ class ImageStream(torch.utils.data.Dataset[Tensor]):
     random_flip: bool
     label_dropout: float = 0.0
     skip_bad_images: bool = False
+    noise: str = "generator"  # one of DRAWS, which draws all that follows from a position
+
+    @property
+    def draws(self) -> Draws:
+        """The functions that draw."""
+        return DRAWS[self.noise]
 
     def __getitem__(self, position: int) -> Tensor:
         """The image at a position of the stream: uint8 [C, H, W], or float32 in [-1, 1]."""
@@ -233,31 +240,42 @@ class ImageStream(torch.utils.data.Dataset[Tensor]):
 
     def augmented(self, image: Tensor, position: int) -> Tensor:
         """The image cropped, and flipped or not, as the position says."""
-        size = self.data.size
-        if image.shape[1:] == size and not self.random_flip:
+        if image.shape[1:] == self.data.size and not self.random_flip:
             return image
-        top, left, flip = torch.rand(3, generator=generator(self.seed, "augment", position)).tolist()
-        if self.center_crop:
-            top = left = 0.5
-        free = (side - wanted for side, wanted in zip(image.shape[1:], size, strict=True))
-        top, left = (int(u * (pixels + 1)) for u, pixels in zip((top, left), free, strict=True))
-        image = image[:, top : top + size[0], left : left + size[1]]
-        return image.flip(2) if self.random_flip and flip < 0.5 else image
+        words = self.draws.placement(self.seed, torch.tensor([position]))
+        top, left, flipped = (int(value) for value in self.place(words, (image.shape[1], image.shape[2])))
+        image = image[:, top : top + self.data.size[0], left : left + self.data.size[1]]
+        return image.flip(2) if flipped else image
 
-    def labels_at(self, positions: Sequence[int], indices: Sequence[int]) -> Tensor | None:
+    def place(self, words: Tensor, size: Size) -> tuple[Tensor, Tensor, Tensor]:
+        """Top and left edge of the crop from images of this size, and whether it is flipped.
+
+        Args:
+            words: int64 [B, 3], as `Draws.placement` draws them.
+            size: (height, width) of the images.
+
+        Returns:
+            int64 [B], int64 [B], bool [B].
+        """
+        edges = words.new_full(words[:, :2].shape, CENTRE) if self.center_crop else words[:, :2]
+        free = [whole - wanted for whole, wanted in zip(size, self.data.size, strict=True)]
+        top, left = ((edges[:, side] * (pixels + 1)) >> 32 for side, pixels in enumerate(free))
+        return top, left, (words[:, 2] < HALF) & self.random_flip
+
+    def labels_at(self, positions: Tensor, indices: Sequence[int]) -> Tensor | None:
         """The labels of the images at these positions, or the null label in their place: int64 [len(positions)]."""
         labels = self.data.labels
         if labels is None:
             return None
-        dropped = dropped_labels(self.seed, positions, self.label_dropout)
+        dropped = dropped_labels(self.draws, self.seed, positions, self.label_dropout)
         return labels.of_images[list(indices)].masked_fill(dropped, labels.null)
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """The images at these positions with their labels and their noise."""
         images, indices, unreadable = zip(*map(self.load, positions), strict=True)
-        batch = torch.stack(images)
-        noise = noise_rows(self.seed, positions, batch.shape[1:])
-        return Batch(batch, self.labels_at(positions, indices), noise, tuple(itertools.chain(*unreadable)))
+        batch, places = torch.stack(images), torch.tensor(positions)
+        noise = self.draws.noise(self.seed, places, batch.shape[1:])
+        return Batch(batch, self.labels_at(places, indices), noise, tuple(itertools.chain(*unreadable)))
 
 
 @dataclass(frozen=True)

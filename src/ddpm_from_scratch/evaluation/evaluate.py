@@ -16,7 +16,7 @@ from ..data.images import MEND
 from ..data.sizes import Size
 from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..diffusion.scheduler import ScratchDDPMScheduler
-from ..runtime.devices import COMPILE_MODE, PRECISIONS, prepare_cpu, resolve_precision
+from ..runtime.devices import PRECISIONS, compile_mode, prepare_cpu, resolve_precision
 from ..runtime.errors import told
 from ..runtime.privacy import public_name
 from ..runtime.results import merge_results
@@ -99,7 +99,7 @@ def prepare(pipeline: DiffusionPipeline, device: torch.device, compiled: bool) -
     if compiled:
         # A CUDA graph's output is overwritten by the next call, and multistep schedulers keep several.
         one_step = isinstance(pipeline.scheduler, ScratchDDPMScheduler)
-        pipeline.unet.compile(mode=COMPILE_MODE.get(device.type, "default") if one_step else "default")
+        pipeline.unet.compile(mode=compile_mode(device) if one_step else "default")
 
 
 def main(arguments: Sequence[str]) -> Path:

@@ -3,7 +3,7 @@
 import ctypes
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import psutil
@@ -39,6 +39,13 @@ def cpu_has_fast_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+# Whether devices compute bfloat16 fast. Older GPUs emulate it, which is slower than float32.
+FAST_BF16: dict[str, Callable[[], bool]] = {
+    "cpu": cpu_has_fast_bf16,
+    "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+}
+
+
 def resolve_precision(mixed_precision: str, device: torch.device) -> str:
     """Resolve `auto` to bf16 where the device computes it fast, else to no.
 
@@ -48,8 +55,7 @@ def resolve_precision(mixed_precision: str, device: torch.device) -> str:
         raise ValueError(f"mixed_precision fp16 needs a CUDA device, this is {device.type}; choose auto, bf16 or no")
     if mixed_precision != "auto":
         return mixed_precision
-    fast_bf16 = {"cpu": cpu_has_fast_bf16, "cuda": torch.cuda.is_bf16_supported}.get(device.type, lambda: False)
-    return "bf16" if fast_bf16() else "no"
+    return "bf16" if FAST_BF16.get(device.type, lambda: False)() else "no"
 
 
 def threads_per_process(environment: Mapping[str, str], cores: int) -> int | None:
@@ -107,5 +113,11 @@ def keep_freed_memory() -> None:
 # have it anyway, and so the gradients need no turning.
 MEMORY_FORMAT = dict.fromkeys(("cpu", "cuda"), torch.channels_last)
 
-# How a network is compiled: CUDA graphs spare a GPU the wait for the host, which starts hundreds of kernels a step.
-COMPILE_MODE = {"cuda": "reduce-overhead"}
+
+def compile_mode(device: torch.device, passes: int = 1) -> str:
+    """How a network is compiled that makes so many passes before an optimiser step.
+
+    CUDA graphs spare a GPU the wait for the host, which starts hundreds of kernels a step. But they keep gradients in
+    memory that the next pass overwrites, so the sum over several would be wrong.
+    """
+    return "reduce-overhead" if device.type == "cuda" and passes == 1 else "default"

@@ -4,17 +4,23 @@ The rows of all global batches, one after another, form a stream. The image at a
 and noise, and whether it loses its label, follow from (seed, position); the timesteps of a batch follow from
 (seed, step). So nothing has to be saved to resume, and nothing changes with the number of processes, accumulation steps
 or loader workers.
+
+What follows from a position is drawn in one of two ways (`DRAWS`): by a generator of PyTorch's for each image, on the
+CPU, or by counters, on any device.
 """
 
 import hashlib
+import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import philox
 
 
 def derived_seed(seed: int, *names: str | int) -> int:
@@ -38,6 +44,16 @@ def image_index(seed: int, position: int, num_images: int) -> int:
     """The index of the image at a position of the stream; every num_images positions hold each image once."""
     epoch, offset = divmod(position, num_images)
     return int(epoch_order(seed, epoch, num_images)[offset])
+
+
+def image_indices(seed: int, positions: range, num_images: int) -> Tensor:
+    """`image_index` of each of these positions, which follow each other: int64 [len(positions)]."""
+    parts, start = [], positions.start
+    while start < positions.stop:
+        epoch, offset = divmod(start, num_images)
+        parts.append(epoch_order(seed, epoch, num_images)[offset : offset + positions.stop - start])
+        start += len(parts[-1])
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -116,18 +132,58 @@ def stratified_uniforms(seed: int, step: int, global_batch_size: int) -> Tensor:
     return (part + within) / global_batch_size
 
 
-def dropped_labels(seed: int, positions: Sequence[int], rate: float) -> Tensor:
-    """Draw where the null label replaces the label: bool [len(positions)], true with probability `rate`."""
-    u = [torch.rand((), generator=generator(seed, "label dropout", position)) for position in positions]
-    return torch.stack(u) < rate
+class Draws(NamedTuple):
+    """Random numbers for positions of the stream, int64 [B], each a function of the seed and the position alone."""
+
+    placement: Callable[[int, Tensor], Tensor]  # words for (top, left, flip): int64 [B, 3], uniform on [0, 2^32)
+    label: Callable[[int, Tensor], Tensor]  # a word for the label's dropout: int64 [B]
+    noise: Callable[[int, Tensor, Sequence[int]], Tensor]  # standard normal: float32 [B, *shape]
 
 
-def noise_rows(seed: int, positions: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Standard normal noise for positions of the stream: float32 [len(positions), *shape].
+def uniform_words(seed: int, purpose: str, positions: Tensor, count: int) -> Tensor:
+    """32-bit words of a generator for each position: int64 [B, count], of which 24 bits are random."""
+    u = [torch.rand(count, generator=generator(seed, purpose, position)) for position in positions.tolist()]
+    return (torch.stack(u).double() * 2**32).long()
+
+
+def noise_rows(seed: int, positions: Tensor, shape: Sequence[int]) -> Tensor:
+    """Standard normal noise of a generator for each position: float32 [B, *shape].
 
     16-bit noise would vanish beside x_0 at small t.
     """
     noise = torch.empty(len(positions), *shape, dtype=torch.float32)
-    for row, position in zip(noise, positions, strict=True):
+    for row, position in zip(noise, positions.tolist(), strict=True):
         row.normal_(generator=generator(seed, "noise", position))
     return noise
+
+
+@lru_cache(maxsize=2)
+def philox_key(seed: int) -> int:
+    """The key of a run's counters, which are not those of another seed."""
+    return derived_seed(seed, "philox")
+
+
+DRAWS = {
+    "generator": Draws(
+        placement=lambda seed, positions: uniform_words(seed, "augment", positions, 3),
+        label=lambda seed, positions: uniform_words(seed, "label dropout", positions, 1)[:, 0],
+        noise=noise_rows,
+    ),
+    "philox": Draws(
+        placement=lambda seed, positions: philox.words(philox_key(seed), philox.PLACEMENT, positions, 3),
+        label=lambda seed, positions: philox.words(philox_key(seed), philox.LABEL, positions, 1)[:, 0],
+        noise=lambda seed, positions, shape: philox.standard_normal(
+            philox_key(seed), positions, shape, philox.normal_quantiles(positions.device)
+        ),
+    ),
+}
+
+
+def dropped_labels(draws: Draws, seed: int, positions: Tensor, rate: float) -> Tensor:
+    """Draw where the null label replaces the label: bool [B], true with probability `rate`."""
+    return is_dropped(draws.label(seed, positions), rate)
+
+
+def is_dropped(words: Tensor, rate: float) -> Tensor:
+    """Whether random words say that a label is dropped, which a share of `rate` of all words does."""
+    return words < math.ceil(rate * 2**32)

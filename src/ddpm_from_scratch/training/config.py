@@ -23,6 +23,7 @@ from ..diffusion.timesteps import TIMESTEP_SPACINGS
 from ..diffusion.unet import ScratchUNet2DModel
 from ..diffusion.unet_config import halvings
 from ..runtime.privacy import LATEST, NOT_SAVED, as_yaml
+from ..runtime.random_streams import DRAWS
 from ..runtime.results import versions
 from ..sampling.samplers import SAMPLERS
 from .network import SIZES
@@ -139,6 +140,13 @@ class TrainingConfig(DataConfig):
     )
     mixed_precision: str = knob(
         "auto", "auto: bf16 where the device computes it fast (paper: no)", one_of(("auto", "no", "bf16", "fp16"))
+    )
+    noise: str | None = knob(
+        None,
+        "how noise, crops, flips and dropped labels are drawn: generator (one for each image, on the CPU) or philox "
+        "(counters, on the device, where the images stay if they fit); left out: philox on a GPU, else generator; a "
+        "run that goes on keeps its own",
+        one_of(DRAWS),
     )
     seed: int = knob(0, "the run is a function of it: weights, order, flips, timesteps, noise, dropouts", at_least(0))
 

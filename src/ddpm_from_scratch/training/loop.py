@@ -14,11 +14,12 @@ from tqdm import tqdm
 from ..data.arrays import to_unit_range
 from ..data.dataset import Batch, StreamBatches, build_loader
 from ..data.images import check_bad_images
+from ..data.resident import ResidentImages, can_reside
 from ..runtime.errors import Diverged, Stopped, saving
 from ..runtime.random_streams import derived_seed, stratified_uniforms
 from .faults import StopSignals
 from .objectives import LossAwareSampler
-from .optimizer import ema_decay, learning_rate, set_learning_rate
+from .optimizer import clip_gradients, ema_decay, forget_gradients, learning_rate, set_learning_rate
 from .outputs import draw_grid, save_grid
 from .plan import Stopwatch
 from .run import Run, save
@@ -46,7 +47,8 @@ def train_step(run: Run, passes: Iterator[Pass], step: int) -> Tensor:
     """
     config, accelerator, unet = run.config, run.accelerator, run.unet
     to_device = partial(moved, device=accelerator.device)
-    torch.manual_seed(derived_seed(config.seed, "dropout", step, accelerator.process_index))
+    if run.has_dropout:
+        torch.manual_seed(derived_seed(config.seed, "dropout", step, accelerator.process_index))
     of_images, losses = [], []
     for batch, t, weight in itertools.islice(passes, config.gradient_accumulation_steps):
         with accelerator.accumulate(unet):
@@ -59,14 +61,28 @@ def train_step(run: Run, passes: Iterator[Pass], step: int) -> Tensor:
             loss = (to_device(weight) * loss_of_image).mean()
             accelerator.backward(loss)  # ∇_θ
             if accelerator.sync_gradients:
-                run.guard.check(accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm))
-            run.optimizer.step()
-            run.optimizer.zero_grad()
+                accelerator.unscale_gradients()
+                run.guard.check(clip_gradients(run.weights, config.max_grad_norm))
+                run.optimizer.step()
+                forget_gradients(run.weights)
         of_images.append(loss_of_image.detach())
         losses.append(loss.detach())
     if isinstance(run.sampler, LossAwareSampler):
         remember(run, run.sampler, step, of_images)
     return torch.stack(losses).mean()
+
+
+def batches_of(run: Run, positions: StreamBatches) -> Iterator[Batch]:
+    """The batches at these positions: made on the device if they can be, else by a loader that starts at once."""
+    config, device = run.config, run.accelerator.device
+    if not can_reside(run.stream):
+        return iter(build_loader(run.stream, positions, config.dataloader_num_workers, device.type == "cuda"))
+    resident = ResidentImages(run.stream, device)
+    make = torch.compile(resident.batch) if config.compile and device.type == "cuda" else resident.batch
+    return (
+        make(moved(resident.indices(places), device), torch.arange(places.start, places.stop, device=device))
+        for places in positions
+    )
 
 
 def passes_from(run: Run, step: int) -> Iterator[Pass]:
@@ -75,7 +91,7 @@ def passes_from(run: Run, step: int) -> Iterator[Pass]:
     passes = config.gradient_accumulation_steps
     micro_steps = range(step * passes, run.total_steps * passes)
     batches = StreamBatches(micro_steps, accelerator.process_index, accelerator.num_processes, config.train_batch_size)
-    loader = iter(build_loader(run.stream, batches, config.dataloader_num_workers, accelerator.device.type == "cuda"))
+    loader = batches_of(run, batches)
 
     def all_passes() -> Iterator[Pass]:
         for optimizer_step in range(step, run.total_steps):
@@ -116,8 +132,10 @@ def note_bad_images(run: Run, messages: Iterable[str]) -> None:
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device; a GPU copies pinned memory while the host goes on."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """The tensor on the device; a GPU copies pinned memory while the host goes on."""
+    if device.type != "cuda" or tensor.device == device:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def advance(run: Run, passes: Iterator[Pass]) -> Tensor:
@@ -127,7 +145,7 @@ def advance(run: Run, passes: Iterator[Pass]) -> Tensor:
     loss = train_step(run, passes, step)
     run.progress.step = step + 1
     if run.ema:
-        run.ema.update(run.trained_unet, run.progress.step)
+        run.ema.update(run.weights, run.progress.step)
     return loss
 
 
@@ -167,7 +185,7 @@ def train(run: Run, validation_set: ValidationSet | None, upload: Upload | None,
         draws = due(step, config.sample_steps)
         evaluates = due(step, config.eval_steps, last)
         if logs := saves or draws or evaluates or last or due(step, config.log_steps):
-            log(run, bar, unread, time.perf_counter() - clock)
+            log(run, bar, unread, clock)
             if evaluates and validation_set is not None:
                 compare(run, validation_set)
             if saves:
@@ -178,8 +196,8 @@ def train(run: Run, validation_set: ValidationSet | None, upload: Upload | None,
                 save_grid(run, draw_grid(run))
             clock = time.perf_counter()  # so that saving and sampling do not count as training
         if asked_to_stop(run, signals, logs):
-            progress.seconds += time.perf_counter() - clock
             progress.unread = [float(loss) for loss in unread]  # so that the next log is that of a run without a stop
+            progress.seconds += time.perf_counter() - clock
             if not saves:
                 save(run)
             raise Stopped(f"stopped after step {step}; a checkpoint is written: the same command goes on.")
@@ -196,8 +214,8 @@ def asked_to_stop(run: Run, signals: StopSignals, logging_now: bool) -> bool:
     return bool(run.accelerator.reduce(torch.tensor(float(asked), device=run.accelerator.device)) > 0)
 
 
-def log(run: Run, bar: "tqdm[Any]", unread: list[Tensor], seconds: float) -> None:
-    """Read the losses of the steps since the last call, which took `seconds`, and pass them on.
+def log(run: Run, bar: "tqdm[Any]", unread: list[Tensor], since: float) -> None:
+    """Read the losses of the steps since the last call, which began at a time of `perf_counter`, and pass them on.
 
     Raises Diverged if the gradients have not been finite for too many steps in a row.
     """
@@ -206,6 +224,7 @@ def log(run: Run, bar: "tqdm[Any]", unread: list[Tensor], seconds: float) -> Non
     finite = losses.isfinite()
     both = torch.stack([losses.where(finite, 0).sum(), finite.sum()])
     total, count = accelerator.reduce(both, reduction="sum").tolist()  # waits for the device
+    seconds = time.perf_counter() - since  # read only now: the host may have been ahead
     steps = len(unread)
     images_per_second = steps * run.global_batch_size / seconds
     unread.clear()

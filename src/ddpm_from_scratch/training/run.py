@@ -19,8 +19,8 @@ from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..diffusion.scheduler import ScratchDDPMScheduler
 from ..diffusion.unet import ScratchUNet2DModel
 from ..runtime.devices import (
-    COMPILE_MODE,
     MEMORY_FORMAT,
+    compile_mode,
     device_name,
     prepare_cpu,
     resolve_precision,
@@ -64,6 +64,9 @@ SPLITTING_ENGINES = {
     "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
 }
 
+NOISE_BEFORE = "generator"  # the only kind of version 0.1.0
+NOISE_OF_DEVICE = {"cuda": "philox"}
+
 UNLIMITED = 10**9  # steps, before a budget of time has become a number of them
 
 
@@ -104,7 +107,13 @@ class Run:
         """The images in the order of training, as the network sees them."""
         config = self.config
         return ImageStream(
-            self.data, config.seed, config.center_crop, config.random_flip, config.label_dropout, config.skip_bad_images
+            self.data,
+            config.seed,
+            config.center_crop,
+            config.random_flip,
+            config.label_dropout,
+            config.skip_bad_images,
+            config.noise or NOISE_BEFORE,
         )
 
     @property
@@ -113,7 +122,7 @@ class Run:
         waiting = self.config.max_train_minutes is not None and self.progress.total_steps is None
         return None if waiting else self.total_steps
 
-    @property
+    @cached_property
     def trained_unet(self) -> ScratchUNet2DModel:
         """The network that the optimiser steps."""
         return cast(ScratchUNet2DModel, self.accelerator.unwrap_model(self.unet))
@@ -134,6 +143,16 @@ class Run:
         return ScratchDDPMPipeline(unet=self.eval_unet, scheduler=self.scheduler, id2label=self.id2label)
 
     @cached_property
+    def weights(self) -> list[Tensor]:
+        """All that is trained, listed once: a walk through the network takes as long as a good part of a step."""
+        return list(self.trained_unet.parameters())
+
+    @cached_property
+    def has_dropout(self) -> bool:
+        """Whether a pass draws random numbers."""
+        return bool(self.trained_unet.config.dropout)
+
+    @cached_property
     def parameter_names(self) -> dict[Tensor, str]:
         """Names for the optimiser's state."""
         return {parameter: name for name, parameter in self.trained_unet.named_parameters()}
@@ -146,6 +165,8 @@ class Run:
             same.append("skip_bad_images")
         if config.optimizer != TrainingConfig.optimizer:
             same.append("optimizer")
+        if config.noise != NOISE_BEFORE:
+            same.append("noise")
         if config.background != BACKGROUND:
             same.append("background")
         if config.value_range is not None:
@@ -184,7 +205,8 @@ def build(config: TrainingConfig) -> Run:
     """
     check_engine()
     accelerator = build_accelerator(config)
-    config = split_batch(config, accelerator.num_processes)
+    checkpoint = checkpoint_of(config, accelerator)
+    config = split_batch(with_noise(config, accelerator.device, checkpoint), accelerator.num_processes)
     config = in_optimizer_steps(
         config, config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     )
@@ -195,7 +217,7 @@ def build(config: TrainingConfig) -> Run:
     ema = EMA(unet, config.ema_inv_gamma, config.ema_power, config.ema_max_decay) if config.use_ema else None
     optimizer = build_optimizer(unet, config, device)
     if config.compile:
-        unet.compile(mode=COMPILE_MODE.get(device.type, "default"))
+        unet.compile(mode=compile_mode(device, config.gradient_accumulation_steps))
     prepared_unet, optimizer = accelerator.prepare(unet, optimizer)
     run = Run(
         config,
@@ -210,11 +232,27 @@ def build(config: TrainingConfig) -> Run:
         TIMESTEP_SAMPLERS[config.timestep_sampling](scheduler.config.num_train_timesteps),
         FiniteGuard(optimizer.optimizer if accelerator.scaler is None else None, device),
     )
-    with accelerator.main_process_first():  # it clears up what a killed run left, once
-        checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir, "checkpoints"))
     if checkpoint is not None:
         load(run, checkpoint)
     return run
+
+
+def checkpoint_of(config: TrainingConfig, accelerator: Accelerator) -> Path | None:
+    """Where the run goes on, if it does."""
+    with accelerator.main_process_first():  # it clears up what a killed run left, once
+        return find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir, "checkpoints"))
+
+
+def with_noise(config: TrainingConfig, device: torch.device, checkpoint: Path | None) -> TrainingConfig:
+    """The configuration with the kind of random numbers, if that was left open.
+
+    A run that goes on keeps its own; a new one takes what its device draws quickly.
+    """
+    if config.noise is not None:
+        return config
+    if checkpoint is None:
+        return replace(config, noise=NOISE_OF_DEVICE.get(device.type, NOISE_BEFORE))
+    return replace(config, noise=read_state(checkpoint)["identity"].get("noise", NOISE_BEFORE))
 
 
 def build_accelerator(config: TrainingConfig) -> Accelerator:
