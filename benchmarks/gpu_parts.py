@@ -1,0 +1,383 @@
+"""The parts of `gpu.py`."""
+
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
+from gpu import Recorder, kernels, wait_for
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel
+from ddpm_from_scratch.diffusion import blocks
+from ddpm_from_scratch.runtime import philox
+from ddpm_from_scratch.runtime.devices import compile_mode, device_name
+from ddpm_from_scratch.runtime.results import versions
+from ddpm_from_scratch.sampling.generate import SampleSpec, generate
+from ddpm_from_scratch.sampling.samplers import SAMPLERS
+from ddpm_from_scratch.training.arguments import parse
+from ddpm_from_scratch.training.config import PRESETS
+from ddpm_from_scratch.training.loop import Pass, advance, passes_from
+from ddpm_from_scratch.training.run import Run, build, load, save
+
+PROFILED = 10  # steps
+# In small: few channels, few images.
+SMALL = [
+    *("--model.block_out_channels", "[8,8,8]", "--model.norm_num_groups", "4", "--model.attention_head_dim", "8"),
+    *("--model.layers_per_block", "1", "--train_batch_size", "4", "--dataloader_num_workers", "0"),
+    *("--model.down_block_types", "[DownBlock2D,AttnDownBlock2D,DownBlock2D]"),
+    *("--model.up_block_types", "[UpBlock2D,AttnUpBlock2D,UpBlock2D]"),
+]
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def new_run(record: Recorder, preset: str, *flags: str) -> Run:
+    """A training run of a preset, on random pictures for CIFAR-10 and on the embedded ones else."""
+    folder = tempfile.mkdtemp()
+    data = random_pictures(Path(folder, "pictures")) if preset == "cifar10" else "null"
+    here = ["--dataset_name", data, "--output_dir", f"{folder}/run", "--resume_from_checkpoint", "null"]
+    small = SMALL if record.smoke else []
+    config, _ = parse([preset, *here, "--logger", "none", "--noise", "philox", *small, *flags])
+    torch.compiler.reset()
+    run = build(config)
+    run.unet.train()
+    return run
+
+
+def random_pictures(folder: Path, count: int = 1024, side: int = 32) -> str:
+    """A folder of pictures of noise, which are as much work as others."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return str(folder)
+
+
+def steps_of(run: Run, passes: Iterator[Pass] | None = None) -> Callable[[], Tensor]:
+    """A function that does the next step of a run."""
+    return partial(advance, run, passes or passes_from(run, run.progress.step))
+
+
+def network_pass(run: Run, one: Pass) -> Callable[[], None]:
+    """A function that does the forward and backward pass of the network alone."""
+    device = run.accelerator.device
+    x = torch.randn(one.batch.noise.shape, device=device)
+    labels = None if one.batch.labels is None else one.batch.labels.to(device)
+    t = one.t.to(device)
+
+    def call() -> None:
+        run.accelerator.backward(run.unet(x, t, class_labels=labels).sample.float().square().mean())
+        for weight in run.weights:
+            weight.grad = None
+
+    return call
+
+
+def before(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """PyTorch's own group normalisation."""
+    return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+
+
+def training(record: Recorder, preset: str) -> None:
+    """A network's training step, compiled and not, the network's part of it, and a profile."""
+    run = new_run(record, preset, "--compile", compiling(record))
+    images = run.global_batch_size
+    step = steps_of(run)
+    record.time("compiled", step, images, batch=images, parameters=run.trained_unet.num_parameters())
+    record.add("compiled, profile", **kernels(step, record.device, 1 if record.smoke else PROFILED))
+    one = next(passes_from(run, run.progress.step))
+    record.time("compiled, network alone", network_pass(run, one), images)
+    loading = replace(run, config=replace(run.config, noise="generator"))
+    record.time("compiled, by the loader", steps_of(loading), images)
+    del run, loading, step
+    run = new_run(record, preset, "--compile", "false")
+    record.time("eager", steps_of(run), images)
+
+
+def compiling(record: Recorder) -> str:
+    """The value of --compile: on a CPU it would take too long."""
+    return str(not record.smoke).lower()
+
+
+def with_norm_before(record: Recorder, preset: str) -> None:
+    """The compiled step with PyTorch's own group normalisation."""
+    ours = blocks.GroupNorm.forward
+    blocks.GroupNorm.forward = lambda norm, x: before(x, norm)  # type: ignore[assignment,method-assign]
+    run = new_run(record, preset, "--compile", compiling(record))
+    record.time("compiled, group norm of PyTorch", steps_of(run), run.global_batch_size)
+    blocks.GroupNorm.forward = ours  # type: ignore[method-assign]
+
+
+def stock(record: Recorder, preset: str, batch: int, compiled: bool, channels_last: bool = False) -> None:
+    """The training step of diffusers' example in bfloat16, on one batch that lies on the device."""
+    keys = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text(encoding="utf-8"))["model"]
+    size, channels = (32, 3) if preset == "cifar10" else (28, 1)
+    if record.smoke:
+        batch, narrow = 2, {"block_out_channels": [32] * len(keys["block_out_channels"]), "attention_head_dim": 8}
+        keys = {**keys, **narrow}
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    unet = UNet2DModel(**{**keys, "sample_size": size, "in_channels": channels, "out_channels": channels})
+    unet.to(record.device, memory_format=torch.channels_last if channels_last else torch.preserve_format).train()
+    average = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
+    scheduler = DDPMScheduler()
+    network = torch.compile(unet) if compiled and not record.smoke else unet
+    x_0 = torch.rand(batch, channels, size, size, device=record.device) * 2 - 1
+
+    def step() -> None:
+        noise = torch.randn_like(x_0)
+        t = torch.randint(0, 1000, (batch,), device=record.device)
+        with torch.autocast(record.device.type, torch.bfloat16):
+            output = network(scheduler.add_noise(x_0, noise, t), t).sample
+        F.mse_loss(output.float(), noise).backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.step(unet.parameters())
+
+    name = f"stock, {'compiled' if compiled else 'eager'}{', channels last' if channels_last else ''}"
+    record.time(name, step, batch)
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def about(record: Recorder) -> None:
+    """What is measured on, and how fast it copies and multiplies."""
+    import subprocess
+
+    device = record.device
+    record.add("versions", device=device_name(device), versions=versions(), cuda=torch.version.cuda)
+    if device.type == "cuda":
+        query = "name,driver_version,clocks.sm,clocks.max.sm,power.limit"
+        said = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True)
+        record.add("nvidia-smi", **{query: said.stdout.decode().strip()})
+    a = torch.ones(2**20 if record.smoke else 2**30, device=device)
+    record.time("copy", partial(torch.empty_like(a).copy_, a), 1, num_bytes=8 * len(a))
+    side = 256 if record.smoke else 8192
+    x = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    record.time("bfloat16 product", partial(torch.matmul, x, x.clone()), 1, operations=2 * side**3)
+
+
+def shipped(record: Recorder) -> None:
+    """The shipped model's network, 3.8M weights."""
+    training(record, "fashion_mnist")
+    with_norm_before(record, "fashion_mnist")
+    stock(record, "fashion_mnist", 256, compiled=False)
+
+
+def cifar10(record: Recorder) -> None:
+    """Ho et al.'s network for CIFAR-10, 35.7M weights."""
+    training(record, "cifar10")
+    for compiled in (False, True):
+        stock(record, "cifar10", 128, compiled)
+
+
+def right(record: Recorder) -> None:
+    """What only a GPU can show to be right."""
+    for name, check in CHECKS.items():
+        start = time.perf_counter()
+        try:
+            found = check(record)
+        except Exception as error:  # the next check tells more
+            found = {"failed": f"{type(error).__name__}: {error}"[:2000]}
+        record.add(name, **found, seconds=time.perf_counter() - start)
+
+
+def counters(record: Recorder) -> dict[str, Any]:
+    """Words and noise on the device, eager and compiled, against those on the CPU: how many differ."""
+    positions = torch.arange(2**33, 2**33 + 64)
+    shape = (3, 32, 32)
+
+    def draw(where: Tensor, quantiles: Tensor) -> Tensor:
+        return philox.standard_normal(7, where, shape, quantiles)
+
+    expected = draw(positions, philox.normal_quantiles(torch.device("cpu")))
+    there, table = positions.to(record.device), philox.normal_quantiles(record.device)
+    compiled = torch.compile(draw)
+    return {
+        "eager": int((draw(there, table).cpu() != expected).sum()),
+        "compiled": int((compiled(there, table).cpu() != expected).sum()),
+        "of": expected.numel(),
+    }
+
+
+def waiting(record: Recorder) -> dict[str, Any]:
+    """Steps in which a wait of the host would be an error."""
+    done = {}
+    for noise in ("philox", "generator"):
+        run = new_run(record, "fashion_mnist", "--noise", noise, "--compile", "false", "--max_train_steps", "40")
+        step = steps_of(run)
+        for _ in range(5):
+            step()
+        wait_for(record.device)
+        if record.device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(5):
+                step()
+        finally:
+            if record.device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        done[noise] = "5 steps without a wait"
+    return done
+
+
+def accumulation(record: Recorder) -> dict[str, Any]:
+    """Weights after steps of two passes, compiled against eager, in float32: the largest difference."""
+    weights = []
+    for compiled in ("false", compiling(record)):
+        flags = [*SMALL, "--gradient_accumulation_steps", "2", "--mixed_precision", "no"]
+        run = new_run(record, "fashion_mnist", *flags, "--compile", compiled, "--learning_rate", "1e-4")
+        step = steps_of(run)
+        for _ in range(3):
+            step()
+        weights.append([weight.detach().clone() for weight in run.weights])
+    return {"largest": max(float((a - b).abs().max()) for a, b in zip(*weights, strict=True)), "rate": 1e-4}
+
+
+def resuming(record: Recorder) -> dict[str, Any]:
+    """Whether a run that stops after 5 steps ends with the weights of one that does not, and of itself again."""
+    ends = []
+    compiled = [*SMALL, "--compile", compiling(record)]
+    for stops in (False, False, True):
+        run = new_run(record, "fashion_mnist", *compiled, "--max_train_steps", "1000")
+        step = steps_of(run)
+        for number in range(10):
+            if stops and number == 5:
+                save(run)
+                checkpoint = Path(run.config.output_dir, "checkpoints", "step_00000005")
+                run = new_run(record, "fashion_mnist", *compiled, "--max_train_steps", "1000")
+                load(run, checkpoint)
+                step = steps_of(run)
+            step()
+        ends.append(torch.cat([weight.detach().flatten() for weight in run.weights]))
+    return {"again": int((ends[0] != ends[1]).sum()), "resumed": int((ends[0] != ends[2]).sum()), "of": len(ends[0])}
+
+
+def half_precision(record: Recorder) -> dict[str, Any]:
+    """Training in float16 with a scaler: the loss falls, and how many steps it skipped."""
+    if record.device.type != "cuda":
+        return {"skipped": "float16 training needs a GPU"}
+    flags = ["--mixed_precision", "fp16", "--compile", "false", "--lr_warmup_steps", "1"]
+    run = new_run(record, "fashion_mnist", *flags)
+    step = steps_of(run)
+    losses = torch.stack([step() for _ in range(100)]).tolist()
+    return {"first": sum(losses[:5]) / 5, "last": sum(losses[-20:]) / 20, "skipped_steps": run.guard.counts()[0]}
+
+
+CHECKS: dict[str, Callable[[Recorder], dict[str, Any]]] = {
+    "counter-based numbers": counters,
+    "no waiting": waiting,
+    "accumulation, compiled": accumulation,
+    "resumed": resuming,
+    "float16": half_precision,
+}
+
+
+def sampling(record: Recorder) -> None:
+    """Chains of 50 steps: ours and stock's, compiled and not, in float16."""
+    keys = yaml.safe_load((PRESETS / "fashion_mnist.yaml").read_text(encoding="utf-8"))["model"]
+    form = {**keys, "sample_size": 28, "in_channels": 1, "out_channels": 1}
+    steps = 2 if record.smoke else 50
+    torch.manual_seed(0)
+    source = ScratchUNet2DModel(**form)
+    for weight in source.parameters():
+        if not weight.any():
+            nn.init.normal_(weight, std=0.02)  # zeros would run faster
+    for ours, compiled in itertools.product((True, False), (False, True)):
+        torch.compiler.reset()
+        unet = (ScratchUNet2DModel if ours else UNet2DModel)(**form)
+        unet.load_state_dict(source.state_dict())
+        unet.to(record.device, torch.float16 if record.device.type == "cuda" else torch.float32).eval()
+        if ours:
+            unet.to(memory_format=torch.channels_last)
+        if compiled and not record.smoke:
+            unet.compile(mode=compile_mode(record.device) if ours else None)
+        pipeline = ScratchDDPMPipeline(unet, ScratchDDPMScheduler()) if ours else DDPMPipeline(unet, DDPMScheduler())
+        pipeline.set_progress_bar_config(disable=True)
+        for batch in (2,) if record.smoke else (16, 256):
+            name = f"{'ours' if ours else 'stock'}, {'compiled' if compiled else 'eager'}"
+            draw = partial(chain, pipeline, batch, steps, record.device)
+            record.time(name, draw, batch, batch=batch, steps=steps)
+
+
+def chain(pipeline: DDPMPipeline | ScratchDDPMPipeline, batch: int, steps: int, device: torch.device) -> None:
+    """Draw a batch, with noise of the device."""
+    generator = torch.Generator(device).manual_seed(0)
+    pipeline(batch, generator, num_inference_steps=steps, output_type="np")
+
+
+CURVE_MINUTES = (0.5, 1.0, 1.5, 2.0, 2.5)
+CURVE_FLAGS = ["--lr_warmup_steps", "300", "--learning_rate", "4e-4", "--lr_scheduler", "cosine"]
+
+
+def curve(record: Recorder, data: Path = Path("outputs/gpu/cifar10.parquet"), num_images: int = 1000) -> None:
+    """CIFAR-10 by the clock: images after so many minutes of training, whose distances `gpu_distances.py` measures.
+
+    Compiling and drawing do not count.
+    """
+    flags = [*CURVE_FLAGS, "--dataset_name", str(data)] if data.is_file() else CURVE_FLAGS
+    run = new_run(record, "cifar10", *flags, "--compile", compiling(record), "--max_train_steps", "1000000")
+    step = steps_of(run)
+    marks = (0.01,) if record.smoke else CURVE_MINUTES
+    seconds, trained = pace(step, record), 0.0
+    total = run.progress.step + int(60 * marks[-1] / seconds)
+    run.progress.total_steps = total
+    for mark in marks:
+        start, goal = time.perf_counter(), total * mark / marks[-1]
+        while run.progress.step < goal:
+            step()
+        wait_for(record.device)
+        trained += time.perf_counter() - start
+        images = drawn(run, 4 if record.smoke else num_images)
+        path = record.path.with_name(f"cifar10_{mark:g}_minutes.npz")
+        np.savez_compressed(path, images=images)
+        seen = run.progress.step * run.global_batch_size
+        record.add("curve", minutes=mark, trained=trained, images_seen=seen, file=path.name, real=data.is_file())
+
+
+def pace(step: Callable[[], Tensor], record: Recorder) -> float:
+    """Seconds of a step, after those that set things up."""
+    for _ in range(1 if record.smoke else 20):
+        step()
+    wait_for(record.device)
+    start = time.perf_counter()
+    for _ in range(1 if record.smoke else 50):
+        step()
+    wait_for(record.device)
+    return (time.perf_counter() - start) / (1 if record.smoke else 50)
+
+
+def drawn(run: Run, num_images: int) -> np.ndarray:
+    """Images of the average as it is now, by 20 steps of DPM-Solver++: uint8 [N, H, W, C]."""
+    pipeline = run.pipeline
+    pipeline.scheduler = SAMPLERS["dpmsolver++"](run.scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    spec = SampleSpec(20, num_images, batch_size=min(500, num_images))
+    with run.accelerator.autocast():
+        return generate(pipeline, spec, run.accelerator, progress=False)
+
+
+PARTS: dict[str, Callable[[Recorder], None]] = {
+    "about": about,
+    "shipped": shipped,
+    "cifar10": cifar10,
+    "right": right,
+    "sampling": sampling,
+    "curve": curve,
+}
