@@ -137,14 +137,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=int, default=PART_SECONDS, help="that a part may take")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # of a process that does one
     args = parser.parse_args(arguments)
-    if args.part:
-        run_part(args.part, args.results, args.smoke)
+    if args.part or args.smoke:
+        for name in [args.part] if args.part else args.parts:
+            run_part(name, args.results, args.smoke)
         return 0
     failed = 0
     for name in args.parts:
         command = [sys.executable, "-u", __file__, "--results", str(args.results), "--part", name]
         try:
-            code = subprocess.run([*command, *["--smoke"][: args.smoke]], timeout=args.seconds, check=False).returncode
+            code = subprocess.run(command, timeout=args.seconds, check=False).returncode
         except subprocess.TimeoutExpired:
             code = -1
         print(f"part {name}: exit code {code}", flush=True)

@@ -31,7 +31,9 @@ from ddpm_from_scratch.training.config import PRESETS
 from ddpm_from_scratch.training.loop import Pass, advance, passes_from
 from ddpm_from_scratch.training.run import Run, build, load, save
 
+FORMS = {"fashion_mnist": (28, 1), "cifar10": (32, 3)}  # side and channels of the pictures
 PROFILED = 10  # steps
+SCRATCH = tempfile.TemporaryDirectory()  # pictures and runs, until the process ends
 # In small: few channels, few images.
 SMALL = [
     *("--model.block_out_channels", "[8,8,8]", "--model.norm_num_groups", "4", "--model.attention_head_dim", "8"),
@@ -45,9 +47,9 @@ SMALL = [
 
 
 def new_run(record: Recorder, preset: str, *flags: str) -> Run:
-    """A training run of a preset, on random pictures for CIFAR-10 and on the embedded ones else."""
-    folder = tempfile.mkdtemp()
-    data = random_pictures(Path(folder, "pictures")) if preset == "cifar10" else "null"
+    """A training run of a preset, on random pictures unless the flags name others."""
+    folder = tempfile.mkdtemp(dir=SCRATCH.name)
+    data = random_pictures(Path(folder, "pictures"), *FORMS[preset], 64 if record.smoke else 1024)
     here = ["--dataset_name", data, "--output_dir", f"{folder}/run", "--resume_from_checkpoint", "null"]
     small = SMALL if record.smoke else []
     config, _ = parse([preset, *here, "--logger", "none", "--noise", "philox", *small, *flags])
@@ -57,12 +59,14 @@ def new_run(record: Recorder, preset: str, *flags: str) -> Run:
     return run
 
 
-def random_pictures(folder: Path, count: int = 1024, side: int = 32) -> str:
-    """A folder of pictures of noise, which are as much work as others."""
-    folder.mkdir()
+def random_pictures(folder: Path, side: int, channels: int, count: int) -> str:
+    """A folder of pictures of noise in two classes, which are as much work as others."""
     rng = np.random.default_rng(0)
     for number in range(count):
-        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        pixels = rng.integers(0, 256, (side, side, channels), dtype=np.uint8)
+        path = folder / f"class_{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(path)
     return str(folder)
 
 
@@ -124,7 +128,7 @@ def with_norm_before(record: Recorder, preset: str) -> None:
 def stock(record: Recorder, preset: str, batch: int, compiled: bool, channels_last: bool = False) -> None:
     """The training step of diffusers' example in bfloat16, on one batch that lies on the device."""
     keys = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text(encoding="utf-8"))["model"]
-    size, channels = (32, 3) if preset == "cifar10" else (28, 1)
+    size, channels = FORMS[preset]
     if record.smoke:
         batch, narrow = 2, {"block_out_channels": [32] * len(keys["block_out_channels"]), "attention_head_dim": 8}
         keys = {**keys, **narrow}

@@ -161,6 +161,8 @@ def write_config(
 
 Generators = torch.Generator | list[torch.Generator] | None
 
+WITHOUT_SPECIAL_FUNCTIONS = ("mps",)  # devices that have neither erfcx nor log_ndtr
+
 
 class Gaussian(NamedTuple):
     """The distribution N(mean, exp(log_variance) I). log_variance broadcasts over mean."""
@@ -204,11 +206,16 @@ def noise_like(x: Tensor, generator: Generators = None, dtype: torch.dtype | Non
     """
     if isinstance(generator, list) and len(generator) != len(x):
         raise ValueError(f"{len(generator)} generators for a batch of {len(x)}: pass one, or one per sample.")
-    return randn_tensor(x.shape, generator=generator, device=x.device, dtype=dtype or x.dtype)
+    one = generator[0] if isinstance(generator, list) else generator
+    # Numbers of a generator on the host reach a GPU without a wait.
+    device = one.device if one is not None and one.device.type == "cpu" else x.device
+    return moved(randn_tensor(x.shape, generator=generator, device=device, dtype=dtype or x.dtype), x.device)
 
 
 def _log_ndtr(z: Tensor) -> Tensor:
     """log Φ(z), with an exact gradient in the far left tail, where that of `torch.special.log_ndtr` decays to 0."""
+    if z.device.type in WITHOUT_SPECIAL_FUNCTIONS:
+        return _log_ndtr(z.cpu()).to(z.device)
     left = z.clamp(max=0)
     tail = torch.log(torch.special.erfcx(-left * 0.5**0.5) / 2) - left**2 / 2
     return torch.where(z < 0, tail, torch.special.log_ndtr(z.clamp(min=0)))
@@ -232,6 +239,13 @@ def broadcast(value: Coefficient, x: Tensor) -> float | Tensor:
         raise ValueError(f"{len(value)} timesteps for a batch of {x.shape[0]}: pass one, or one per sample.")
     tensor = torch.as_tensor(value, dtype=x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
     return tensor.to(x.device, non_blocking=True)
+
+
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; a GPU copies it from pinned memory while the host goes on."""
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def plus(x: Tensor, factor: float | Tensor, y: Tensor) -> Tensor:
@@ -997,7 +1011,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         reverse = self.p_reverse(model_output, x_t, t, s)
         kl = self.q_posterior(x_0, x_t, t, s).kl(reverse)
         decoder = -reverse.discretized_log_prob(x_0)
-        last = torch.as_tensor(step.s < 0).reshape(-1, *(1,) * (x_0.ndim - 1)).to(x_0.device)
+        last = moved(torch.as_tensor(step.s < 0).reshape(-1, *(1,) * (x_0.ndim - 1)), x_0.device)
         return mean_of_sample(torch.where(last, decoder, kl))
 
     def prior_kl(self, x_0: Tensor, t: Timestep | None = None) -> Tensor:
@@ -1293,6 +1307,13 @@ def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: f
     return F.pad(torch.cat(parts, dim=-1), (0, dim % 2))
 
 
+def matrix_operand(x: Tensor) -> Tensor:
+    """The tensor in the type and order that products of matrices take, for several that would each make a copy."""
+    device = x.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x.to(torch.get_autocast_dtype(device) if casts else x.dtype).contiguous()
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Scaled dot-product attention, [B, heads, tokens, d] each."""
     slow_backward = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad
@@ -1315,11 +1336,30 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(sinusoids)))
 
 
+def group_norm_by_channel(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Group normalisation, [B, C, ...], by the moments of each channel, in float32 at least.
+
+    A compiler makes two passes over memory of it, whatever the layout: one for the moments, and one that scales, shifts
+    and does what follows. Reductions over whole groups jump through channels last.
+    """
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    within, mean = torch.var_mean(values.flatten(2), dim=2, correction=0)  # [B, C]
+    of_group = mean.unflatten(1, (groups, -1)).mean(2, keepdim=True)  # [B, groups, 1]
+    between = mean.unflatten(1, (groups, -1)) - of_group
+    variance = (within.unflatten(1, (groups, -1)) + between.square()).mean(2, keepdim=True)
+    scale = weight * (variance + eps).rsqrt().expand_as(between).flatten(1)  # [B, C]
+    shift = bias - of_group.expand_as(between).flatten(1) * scale
+    form = (*scale.shape, *(1,) * (x.ndim - 2))
+    return values * scale.reshape(form) + shift.reshape(form)
+
+
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation that converts 16-bit values to the memory layout in which a CPU is fast."""
+    """Group normalisation in the form in which each device is fast."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
+        if x.device.type == "cuda" and torch.compiler.is_compiling():
+            return group_norm_by_channel(x, self.num_groups, self.weight, self.bias, self.eps)
         # In channels last PyTorch takes up to six times as long for them as with turning them there and back.
         if x.device.type == "cpu" and x.dtype.itemsize == 2 and x.ndim == 4:
             return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
@@ -1401,7 +1441,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
         h = x if self.group_norm is None else self.group_norm(x)
-        tokens = h.flatten(2).transpose(1, 2)  # [B, H W, C]
+        tokens = matrix_operand(h.flatten(2).transpose(1, 2))  # [B, H W, C]
         query, key, value = (
             project(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, H W, d]
             for project in (self.to_q, self.to_k, self.to_v)
@@ -1548,6 +1588,8 @@ class ScratchUNet2DModel(UNet2DModel):
     SDEs'; blocks without a counterpart in pixel DDPMs (K-, Simple-, cross-attention, VAE's); act_fn other than "silu";
     resnet_time_scale_shift "ada_group" and "spatial"; downsample_padding above 1.
     """
+
+    _repeated_blocks = ("ResnetBlock", "Attention")  # what `compile_repeated_blocks` compiles, once for each form
 
     @register_to_config
     def __init__(

@@ -38,6 +38,7 @@ KINDS = {  # what else is told to the runs, and which changes are made
         {"loss": "vlb", "timestep_sampling": "loss_aware", "ddpm_num_steps": 4},  # uniform for the first steps only
         CHANGES if FULL else [(2, 4), (4, 1)],
     ),
+    "counter-based random numbers": ({"noise": "philox"}, CHANGES if FULL else [(2, 4), (4, 1)]),
     "Muon": (  # whose processes share the work of a step
         {"optimizer": "muon", "model": {**TINY["model"], "dropout": 0.0, "block_out_channels": [16, 16]}},
         CHANGES if FULL else [(1, 2)],

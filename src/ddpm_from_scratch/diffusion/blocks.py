@@ -32,8 +32,8 @@ def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: f
 def matrix_operand(x: Tensor) -> Tensor:
     """The tensor in the type and order that products of matrices take, for several that would each make a copy."""
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return x.to(dtype).contiguous()
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x.to(torch.get_autocast_dtype(device) if casts else x.dtype).contiguous()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -9,7 +9,11 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .tensors import moved
+
 Generators = torch.Generator | list[torch.Generator] | None
+
+WITHOUT_SPECIAL_FUNCTIONS = ("mps",)  # devices that have neither erfcx nor log_ndtr
 
 
 class Gaussian(NamedTuple):
@@ -54,11 +58,16 @@ def noise_like(x: Tensor, generator: Generators = None, dtype: torch.dtype | Non
     """
     if isinstance(generator, list) and len(generator) != len(x):
         raise ValueError(f"{len(generator)} generators for a batch of {len(x)}: pass one, or one per sample.")
-    return randn_tensor(x.shape, generator=generator, device=x.device, dtype=dtype or x.dtype)
+    one = generator[0] if isinstance(generator, list) else generator
+    # Numbers of a generator on the host reach a GPU without a wait.
+    device = one.device if one is not None and one.device.type == "cpu" else x.device
+    return moved(randn_tensor(x.shape, generator=generator, device=device, dtype=dtype or x.dtype), x.device)
 
 
 def _log_ndtr(z: Tensor) -> Tensor:
     """log Φ(z), with an exact gradient in the far left tail, where that of `torch.special.log_ndtr` decays to 0."""
+    if z.device.type in WITHOUT_SPECIAL_FUNCTIONS:
+        return _log_ndtr(z.cpu()).to(z.device)
     left = z.clamp(max=0)
     tail = torch.log(torch.special.erfcx(-left * 0.5**0.5) / 2) - left**2 / 2
     return torch.where(z < 0, tail, torch.special.log_ndtr(z.clamp(min=0)))

@@ -24,6 +24,13 @@ def broadcast(value: Coefficient, x: Tensor) -> float | Tensor:
     return tensor.to(x.device, non_blocking=True)
 
 
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; a GPU copies it from pinned memory while the host goes on."""
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 def plus(x: Tensor, factor: float | Tensor, y: Tensor) -> Tensor:
     """Compute x + factor * y, in one pass over memory if the factor is a number."""
     return x + factor * y if isinstance(factor, Tensor) else torch.add(x, y, alpha=factor)

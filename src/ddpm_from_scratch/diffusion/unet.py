@@ -46,6 +46,8 @@ class ScratchUNet2DModel(UNet2DModel):
     resnet_time_scale_shift "ada_group" and "spatial"; downsample_padding above 1.
     """
 
+    _repeated_blocks = ("ResnetBlock", "Attention")  # what `compile_repeated_blocks` compiles, once for each form
+
     @register_to_config
     def __init__(
         self,

@@ -15,6 +15,7 @@ from ..data.arrays import to_unit_range
 from ..data.dataset import Batch, StreamBatches, build_loader
 from ..data.images import check_bad_images
 from ..data.resident import ResidentImages, can_reside
+from ..diffusion.tensors import moved
 from ..runtime.errors import Diverged, Stopped, saving
 from ..runtime.random_streams import derived_seed, stratified_uniforms
 from .faults import StopSignals
@@ -129,13 +130,6 @@ def note_bad_images(run: Run, messages: Iterable[str]) -> None:
             known.append(message)
             logger.warning("passed over: %s", message)
     check_bad_images(known, run.config.max_bad_images)
-
-
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; a GPU copies pinned memory while the host goes on."""
-    if device.type != "cuda" or tensor.device == device:
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def advance(run: Run, passes: Iterator[Pass]) -> Tensor:

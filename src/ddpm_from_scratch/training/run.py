@@ -3,14 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from accelerate import Accelerator, PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 from torch import Tensor, nn
 
 from ..data.config import BACKGROUND
@@ -63,6 +64,9 @@ SPLITTING_ENGINES = {
     "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
     "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
 }
+
+# Said explicitly: of diffusers' own a compiler warns.
+RECOMPUTE = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
 NOISE_BEFORE = "generator"  # the only kind of version 0.1.0
 NOISE_OF_DEVICE = {"cuda": "philox"}
@@ -263,6 +267,8 @@ def build_accelerator(config: TrainingConfig) -> Accelerator:
         # Said explicitly: `accelerate launch` without a config of its own would set "no".
         mixed_precision=resolve_precision(config.mixed_precision, PartialState(cpu=on_cpu).device),
         gradient_accumulation_steps=config.gradient_accumulation_steps,
+        # One copy of the gradients less; and DDP takes them in whatever memory order weights of 1x1 have.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         log_with=None if config.logger == "none" else config.logger,
         project_dir=str(Path(config.output_dir, config.logging_dir)),
     )
@@ -299,7 +305,7 @@ def build_inputs(
         unet = build_unet(keys, config, data)
     unet.register_to_config(sample_size=sample_size(data.size))
     if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        unet.enable_gradient_checkpointing(RECOMPUTE)
     if config.learning_rate is None:
         config = replace(config, learning_rate=rate_for(unet.config.block_out_channels[0]))
     return config, scheduler, unet, data
