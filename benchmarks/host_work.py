@@ -8,6 +8,7 @@ and average. Its own part, the backward pass that hands out the zeros, is timed 
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20, help="in each round")
     parser.add_argument("--train_batch_size", type=int, default=1, help="1: the work that does not grow with it")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--label", default="now", help="the name of these figures in the results")
+    parser.add_argument("--label", default="now", help="the name of these figures, beside others in the results")
     parser.add_argument("more", nargs="*", help="flags of the run")
     args = parser.parse_args(arguments)
     keep_freed_memory()
@@ -110,8 +111,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     flags = [*FLAGS, "--train_batch_size", str(args.train_batch_size), *args.more]
     figures = measure(flags, args.rounds, args.steps)
-    print(args.label, figures, device_name(torch.device("cpu")), processor(), versions())
-    replace_json(args.results, {args.label: figures})
+    found = json.loads(args.results.read_text(encoding="utf-8")) if args.results.is_file() else {}
+    device = f"{device_name(torch.device('cpu'))}, {processor()}"
+    about = {"device": device, "versions": versions(), "rounds": args.rounds, "steps": args.steps}
+    replace_json(args.results, {**found, args.label: {**figures, **about}})
+    print(args.label, figures)
 
 
 if __name__ == "__main__":

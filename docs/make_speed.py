@@ -4,7 +4,8 @@
 
 `make bench ARGS="--full --results docs/results/speed_cpu.json"` and `python benchmarks/time_to_quality.py` measure; on
 a CPU without bfloat16 instructions `python benchmarks/cores.py` and `make bench ARGS="--networks fashion_mnist_quick
---precisions no --kinds training --results docs/results/speed_cpu_float32.json"`.
+--precisions no --kinds training --results docs/results/speed_cpu_float32.json"`; on a GPU `python benchmarks/gpu.py
+--results docs/results/gpu.jsonl`; `python benchmarks/host_work.py` anywhere.
 """
 
 import json
@@ -12,6 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import gpu_tables
 import matplotlib.figure
 import matplotlib.ticker
 
@@ -25,6 +27,7 @@ peak_share, ratio, round_ratios = figures.peak_share, figures.ratio, figures.rou
 SPEED = DOCS / "results" / "speed_cpu.json"
 QUALITY = DOCS / "results" / "time_to_quality.json"
 FLOAT32 = DOCS / "results" / "speed_cpu_float32.json"
+HOST = DOCS / "results" / "host_work.json"
 CORES = DOCS / "results" / "cores.json"
 PAGE = DOCS / "speed.md"
 FIGURE = DOCS / "figures" / "time_to_quality.png"
@@ -239,6 +242,21 @@ def cores_facts(results: Numbers) -> str:
     )
 
 
+def host_table(results: Numbers) -> str:
+    """What a step costs the host besides the network, before and now."""
+    rows = [
+        (name, f"{row['host']:.1f}", f"{row['host'] / results['before']['host']:.2f}") for name, row in results.items()
+    ]
+    return table(("host work of a step", "ms", "of what it was"), rows)
+
+
+def host_facts(results: Numbers) -> str:
+    """Machine and rounds."""
+    now = results["now"]
+    shown = f"medians of {now['rounds']} rounds of {now['steps']} steps, {now['tensors']} weights, one image a step"
+    return bullets({"Figures": shown, "Device": f"{now['device']}; {versions(now)}"})
+
+
 PARTS = {
     "ratios": ratio_table,
     "systems": system_table,
@@ -251,11 +269,13 @@ PARTS = {
     "quality": quality_table,
     "quality facts": quality_facts,
 }
-WITHOUT_BF16 = {
+OWN_RESULTS = {
     "float32": (FLOAT32, float32_table),
     "float32 facts": (FLOAT32, float32_facts),
     "cores": (CORES, cores_table),
     "cores facts": (CORES, cores_facts),
+    "host work": (HOST, host_table),
+    "host facts": (HOST, host_facts),
 }
 
 
@@ -267,7 +287,8 @@ def read() -> tuple[Numbers, Numbers]:
 def fill(page: str) -> str:
     """The page with what stands between its markers replaced."""
     results = read()
-    return replace_parts(page, {name: make(*results) for name, make in PARTS.items()} | made_from(WITHOUT_BF16))
+    parts = {name: make(*results) for name, make in PARTS.items()}
+    return replace_parts(page, parts | made_from(OWN_RESULTS) | gpu_tables.parts())
 
 
 def draw(quality: Numbers) -> matplotlib.figure.Figure:

@@ -1011,7 +1011,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         reverse = self.p_reverse(model_output, x_t, t, s)
         kl = self.q_posterior(x_0, x_t, t, s).kl(reverse)
         decoder = -reverse.discretized_log_prob(x_0)
-        last = moved(torch.as_tensor(step.s < 0).reshape(-1, *(1,) * (x_0.ndim - 1)), x_0.device)
+        last = torch.as_tensor(step.s < 0).reshape(-1, *(1,) * (x_0.ndim - 1)).to(x_0.device, non_blocking=True)
         return mean_of_sample(torch.where(last, decoder, kl))
 
     def prior_kl(self, x_0: Tensor, t: Timestep | None = None) -> Tensor:

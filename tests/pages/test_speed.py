@@ -163,3 +163,18 @@ def test_the_page_is_what_its_script_writes():
     )
     assert f"**{expected:.2f}**" in script.ratio_table(speed, quality)
     assert len(quality["points"]) == 12 and quality["num_images"] == 500
+
+
+def test_what_no_gpu_measured_is_said_so(tmp_path):
+    tables = load(DOCS / "gpu_tables.py")
+    empty = tables.parts(tmp_path / "none.jsonl")
+    assert empty["gpu speed"].count(tables.NOT_MEASURED) == 4 * (len(tables.TRAINED) + len(tables.SAMPLED))
+    assert empty["gpu checks"].count(tables.NOT_MEASURED) == len(tables.CHECKED)
+    rows = [
+        {"part": "shipped", "name": "eager", "seconds": 0.5, "fastest": 0.4, "slowest": 1.0, "images_per_second": 512},
+        {"part": "right", "name": "resumed", "at": 1, "again": 0, "resumed": 3, "of": 9, "seconds": 2},
+    ]
+    path = tmp_path / "gpu.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = tables.parts(path)
+    assert "| 512 (256 to 640) |" in found["gpu speed"] and "again: 0, resumed: 3, of: 9" in found["gpu checks"]

@@ -19,7 +19,7 @@ from ddpm_from_scratch.runtime.errors import Fault
 from ddpm_from_scratch.sampling.checkpoints import read_state
 from ddpm_from_scratch.training import loop, run
 from ddpm_from_scratch.training.arguments import parse
-from ddpm_from_scratch.training.optimizer import clip_gradients, forget_gradients
+from ddpm_from_scratch.training.optimizer import ListedAdamW, clip_gradients, forget_gradients
 from helpers.runs import BATCH, NUM_IMAGES, STEPS, assert_equal, checkpoint_tensors, picture, run_main, write_parquet
 
 # --- batches made on the device --------------------------------------------------------------------------------------
@@ -185,3 +185,25 @@ def test_bfloat16_that_a_gpu_emulates_is_not_fast(monkeypatch, native, expected)
 )
 def test_graphs_are_for_a_gpu_and_one_pass(device, passes, mode):
     assert devices.compile_mode(torch.device(device), passes) == mode
+
+
+def test_the_optimiser_that_lists_its_tensors_steps_as_pytorchs():
+    """Over a change of its state, as a checkpoint makes it, and a step that is left out."""
+    torch.manual_seed(0)
+    ours, theirs = (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    options = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1, "fused": True}
+    listed, plain = ListedAdamW(ours, **options), torch.optim.AdamW(theirs.parameters(), **options)
+    for number in range(8):
+        for network, optimizer in ((ours, listed), (theirs, plain)):
+            network(torch.full((5, 3), float(number))).square().sum().backward()
+            optimizer.found_inf = torch.tensor(float(number == 5))
+            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + number)
+            optimizer.step()
+            optimizer.zero_grad()
+        if number == 3:
+            for state in listed.state.values():
+                state.update({key: tensor.clone() for key, tensor in state.items()})
+    assert_equal(ours.state_dict(), theirs.state_dict())
+    kept = zip(listed.state.values(), plain.state.values(), strict=True)
+    assert all(torch.equal(one[key], other[key]) for one, other in kept for key in other)

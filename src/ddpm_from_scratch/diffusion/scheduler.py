@@ -52,17 +52,7 @@ from .scheduler_config import (
     with_argument_names,
 )
 from .stock import write_config
-from .tensors import (
-    Coefficient,
-    as_tensor,
-    broadcast,
-    check_shapes,
-    mean_of_sample,
-    moved,
-    plus,
-    split_channels,
-    upcast,
-)
+from .tensors import Coefficient, as_tensor, broadcast, check_shapes, mean_of_sample, plus, split_channels, upcast
 
 # Standard deviation of noise in p(x_1 | x_2), with the paper's indices, of which a pixel in [-1, 1] shows E|noise| = 2
 # of its 255 levels: more than that would hardly be taken out again (Analytic-DPM, appendix on sampling).
@@ -313,7 +303,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         reverse = self.p_reverse(model_output, x_t, t, s)
         kl = self.q_posterior(x_0, x_t, t, s).kl(reverse)
         decoder = -reverse.discretized_log_prob(x_0)
-        last = moved(torch.as_tensor(step.s < 0).reshape(-1, *(1,) * (x_0.ndim - 1)), x_0.device)
+        last = torch.as_tensor(step.s < 0).reshape(-1, *(1,) * (x_0.ndim - 1)).to(x_0.device, non_blocking=True)
         return mean_of_sample(torch.where(last, decoder, kl))
 
     def prior_kl(self, x_0: Tensor, t: Timestep | None = None) -> Tensor:

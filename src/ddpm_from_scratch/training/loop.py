@@ -64,7 +64,7 @@ def train_step(run: Run, passes: Iterator[Pass], step: int) -> Tensor:
             if accelerator.sync_gradients:
                 accelerator.unscale_gradients()
                 run.guard.check(clip_gradients(run.weights, config.max_grad_norm))
-                run.optimizer.step()
+                run.stepper.step()
                 forget_gradients(run.weights)
         of_images.append(loss_of_image.detach())
         losses.append(loss.detach())
@@ -77,7 +77,9 @@ def batches_of(run: Run, positions: StreamBatches) -> Iterator[Batch]:
     """The batches at these positions: made on the device if they can be, else by a loader that starts at once."""
     config, device = run.config, run.accelerator.device
     if not can_reside(run.stream):
-        return iter(build_loader(run.stream, positions, config.dataloader_num_workers, device.type == "cuda"))
+        workers = config.dataloader_num_workers
+        here = map(run.stream.__getitems__, positions)  # a loader without workers does no more, in more time
+        return iter(build_loader(run.stream, positions, workers, device.type == "cuda")) if workers else here
     resident = ResidentImages(run.stream, device)
     make = torch.compile(resident.batch) if config.compile and device.type == "cuda" else resident.batch
     return (

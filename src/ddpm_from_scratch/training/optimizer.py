@@ -4,10 +4,11 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from .muon import Muon
 
@@ -102,8 +103,40 @@ def forget_gradients(weights: list[Tensor]) -> None:
         weight.grad = None
 
 
+class ListedAdamW(torch.optim.AdamW):
+    """AdamW of a network that lists its tensors once.
+
+    Going through all parameters and their state takes the host longer than it takes to start the fused kernel.
+    """
+
+    def __init__(self, network: nn.Module, **options: Any) -> None:  # noqa: ANN401
+        super().__init__(network.parameters(), **options)
+        self._lists: list[list[Tensor]] = []  # both moments and the counts of steps, in the order of the weights
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take a step, as AdamW does."""
+        (group,) = self.param_groups
+        gradients = [weight.grad for weight in group["params"] if weight.grad is not None]
+        if not (group["fused"] and self._is_listed(group["params"]) and len(gradients) == len(group["params"])):
+            super().step()
+            states = [self.state[weight] for weight in group["params"] if self.state[weight]]
+            self._lists = [[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")]
+            return
+        means, squares, steps = self._lists
+        of_scaler = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
+        options: dict[str, Any] = {name: group[name] for name in ("lr", "weight_decay", "eps", "maximize", "amsgrad")}
+        options |= dict(zip(("beta1", "beta2"), group["betas"], strict=True)) | of_scaler
+        adamw(group["params"], gradients, means, squares, [], steps, fused=True, **options)
+
+    def _is_listed(self, weights: list[Tensor]) -> bool:
+        """Whether the state is still the one that was listed: that of a checkpoint may have taken its place."""
+        means = self._lists[0] if self._lists else []
+        return len(means) == len(weights) and means[0] is self.state[weights[0]]["exp_avg"]
+
+
 OPTIMIZERS: dict[str, Callable[..., torch.optim.AdamW]] = {
-    "adamw": lambda network, **options: torch.optim.AdamW(network.parameters(), **options),
+    "adamw": ListedAdamW,
     "muon": Muon,
 }
 

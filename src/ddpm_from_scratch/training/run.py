@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.utils.checkpoint
 from accelerate import Accelerator, PartialState
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 from torch import Tensor, nn
 
@@ -150,6 +151,15 @@ class Run:
     def weights(self) -> list[Tensor]:
         """All that is trained, listed once: a walk through the network takes as long as a good part of a step."""
         return list(self.trained_unet.parameters())
+
+    @property
+    def stepper(self) -> torch.optim.Optimizer:
+        """What takes a step: the engine's optimiser where it scales gradients, else the plain one.
+
+        The engine's looks for a package in every step, which takes long.
+        """
+        wrapped = cast(AcceleratedOptimizer, self.optimizer)
+        return wrapped if self.accelerator.scaler is not None else wrapped.optimizer
 
     @cached_property
     def has_dropout(self) -> bool:
