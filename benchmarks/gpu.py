@@ -15,7 +15,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ class Recorder:
         self.part, self.path, self.smoke = part, path, smoke
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.start = time.perf_counter()
+        self.failed = False  # so far
 
     def add(self, name: str, **values: Any) -> None:  # noqa: ANN401
         """Write a row."""
@@ -43,7 +46,17 @@ class Recorder:
 
     def time(self, name: str, call: Callable[[], object], images: int, **values: Any) -> None:  # noqa: ANN401
         """Time a call that is about so many images, in blocks, and write a row."""
-        self.add(name, **timed(call, self.device, self.smoke, images), **values)
+        with self.trying(name, **values):
+            self.add(name, **timed(call, self.device, self.smoke, images), **values)
+
+    @contextmanager
+    def trying(self, name: str, **values: Any) -> Iterator[None]:  # noqa: ANN401
+        """Write down what goes wrong, and go on: the next row tells more than none."""
+        try:
+            yield
+        except Exception:
+            self.failed = True
+            self.add(name, failed=traceback.format_exc()[-3000:], **values)
 
 
 def wait_for(device: torch.device) -> None:
@@ -120,11 +133,13 @@ def kernels(call: Callable[[], object], device: torch.device, steps: int) -> dic
     }
 
 
-def run_part(name: str, path: Path, smoke: bool) -> None:
-    """Do one part in this process."""
+def run_part(name: str, path: Path, smoke: bool) -> bool:
+    """Do one part in this process; whether all of it went well."""
     from gpu_parts import PARTS
 
-    PARTS[name](Recorder(name, path, smoke))
+    record = Recorder(name, path, smoke)
+    PARTS[name](record)
+    return not record.failed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,10 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=int, default=PART_SECONDS, help="that a part may take")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # of a process that does one
     args = parser.parse_args(arguments)
-    if args.part or args.smoke:
-        for name in [args.part] if args.part else args.parts:
-            run_part(name, args.results, args.smoke)
-        return 0
+    if args.part:
+        return int(not run_part(args.part, args.results, args.smoke))
+    if args.smoke:
+        return int(sum(not run_part(name, args.results, args.smoke) for name in args.parts) > 0)
     failed = 0
     for name in args.parts:
         command = [sys.executable, "-u", __file__, "--results", str(args.results), "--part", name]

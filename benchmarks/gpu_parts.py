@@ -1,6 +1,7 @@
 """The parts of `gpu.py`."""
 
 import itertools
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from gpu import Recorder, kernels, wait_for
@@ -54,6 +56,7 @@ def new_run(record: Recorder, preset: str, *flags: str) -> Run:
     small = SMALL if record.smoke else []
     config, _ = parse([preset, *here, "--logger", "none", "--noise", "philox", *small, *flags])
     torch.compiler.reset()
+    AcceleratorState._reset_state(reset_partial_state=True)
     run = build(config)
     run.unet.train()
     return run
@@ -195,11 +198,8 @@ def right(record: Recorder) -> None:
     """What only a GPU can show to be right."""
     for name, check in CHECKS.items():
         start = time.perf_counter()
-        try:
-            found = check(record)
-        except Exception as error:  # the next check tells more
-            found = {"failed": f"{type(error).__name__}: {error}"[:2000]}
-        record.add(name, **found, seconds=time.perf_counter() - start)
+        with record.trying(name):
+            record.add(name, **check(record), seconds=time.perf_counter() - start)
 
 
 def counters(record: Recorder) -> dict[str, Any]:
@@ -207,11 +207,12 @@ def counters(record: Recorder) -> dict[str, Any]:
     positions = torch.arange(2**33, 2**33 + 64)
     shape = (3, 32, 32)
 
-    def draw(where: Tensor, quantiles: Tensor) -> Tensor:
-        return philox.standard_normal(7, where, shape, quantiles)
+    def draw(where: Tensor, look_up: philox.Tables) -> Tensor:
+        return philox.standard_normal(7, where, shape, look_up)
 
-    expected = draw(positions, philox.normal_quantiles(torch.device("cpu")))
-    there, table = positions.to(record.device), philox.normal_quantiles(record.device)
+    count = math.prod(shape)
+    expected = draw(positions, philox.tables(torch.device("cpu"), count))
+    there, table = positions.to(record.device), philox.tables(record.device, count)
     compiled = torch.compile(draw)
     return {
         "eager": int((draw(there, table).cpu() != expected).sum()),

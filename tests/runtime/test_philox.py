@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ddpm_from_scratch.runtime import philox, random_streams
-from ddpm_from_scratch.runtime.philox import LABEL, NOISE, PLACEMENT, WORD, normal_quantiles, standard_normal, words
+from ddpm_from_scratch.runtime.philox import LABEL, NOISE, PLACEMENT, WORD, standard_normal, tables, words
 
 CPU = torch.device("cpu")
 
@@ -41,35 +41,41 @@ def test_known_answers(counter, key, expected):
 
 def test_words_are_those_of_their_counters():
     seed, positions = 2**63 + 12345, torch.tensor([0, 1, 2**32 - 1, 2**32, 2**40 + 7])
-    got = words(seed, NOISE, positions, 10)
+    got = words(seed, NOISE, positions, torch.arange(3))
     for row, position in zip(got.tolist(), positions.tolist(), strict=True):
         blocks = [
             by_integers((block, NOISE, position % 2**32, position // 2**32), (seed % 2**32, seed // 2**32))
             for block in range(3)
         ]
-        assert row == [word for block in blocks for word in block][:10]
+        assert row == [word for block in blocks for word in block]
 
 
 @pytest.mark.parametrize("split", [1, 3, 4])
 def test_a_word_depends_on_nothing_but_seed_purpose_and_place(split):
     positions = torch.arange(100, 112)
-    whole = words(5, NOISE, positions, 9)
-    assert torch.equal(torch.cat([words(5, NOISE, part, 9) for part in positions.split(split)]), whole)
-    assert torch.equal(words(5, NOISE, positions, 4), whole[:, :4])
-    others = [words(5, LABEL, positions, 9), words(5, PLACEMENT, positions, 9), words(6, NOISE, positions, 9)]
+    blocks = torch.arange(3)
+    whole = words(5, NOISE, positions, blocks)
+    assert torch.equal(torch.cat([words(5, NOISE, part, blocks) for part in positions.split(split)]), whole)
+    assert torch.equal(words(5, NOISE, positions, blocks[:1]), whole[:, :4])
+    others = [
+        words(5, LABEL, positions, blocks),
+        words(5, PLACEMENT, positions, blocks),
+        words(6, NOISE, positions, blocks),
+    ]
     for other in others:
         assert (other == whole).sum() == 0
 
 
 def test_words_are_made_where_the_positions_are():
     meta = torch.arange(3, device="meta")
-    assert words(0, NOISE, meta, 5).device.type == "meta"
-    noise = standard_normal(0, meta, (1, 4, 4), torch.empty(2**16, device="meta"))
+    look_up = tables(torch.device("meta"), 16)
+    assert words(0, NOISE, meta, look_up.blocks).device.type == "meta"
+    noise = standard_normal(0, meta, (1, 4, 4), look_up)
     assert noise.shape == (3, 1, 4, 4) and noise.device.type == "meta"
 
 
 def test_quantiles_are_those_of_half_the_variance():
-    table = normal_quantiles(CPU)
+    table = tables(CPU, 1).quantiles
     assert table.dtype == torch.float32 and table.shape == (2**16,)
     assert torch.equal(table, -table.flip(0)) and bool((table.diff() > 0).all())
     assert abs(float(table.double().square().mean()) - 0.5) < 1e-8
@@ -78,7 +84,7 @@ def test_quantiles_are_those_of_half_the_variance():
 def many_normals(count, row=1000):
     """So many draws, float64, sorted by nothing: rows of 1,000 from positions that follow each other."""
     rows = torch.arange(count // row).split(1000)
-    return torch.cat([standard_normal(11, part, (row,), normal_quantiles(CPU)) for part in rows]).double()
+    return torch.cat([standard_normal(11, part, (row,), tables(CPU, row)) for part in rows]).double()
 
 
 @pytest.mark.full
@@ -111,7 +117,7 @@ def test_ten_million_draws_are_normal():
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # Inductor's own
 def test_compiled_code_draws_the_same_bits():
-    positions, table = torch.arange(2**32 - 3, 2**32 + 3), normal_quantiles(CPU)
+    positions, table = torch.arange(2**32 - 3, 2**32 + 3), tables(CPU, 192)
     compiled = torch.compile(standard_normal, dynamic=False)
     assert torch.equal(compiled(3, positions, (3, 8, 8), table), standard_normal(3, positions, (3, 8, 8), table))
 
@@ -119,8 +125,8 @@ def test_compiled_code_draws_the_same_bits():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_draws_the_same_bits():
     positions, device = torch.arange(2**32 - 3, 2**32 + 3), torch.device("cuda")
-    expected = standard_normal(3, positions, (3, 8, 8), normal_quantiles(CPU))
-    assert torch.equal(standard_normal(3, positions.to(device), (3, 8, 8), normal_quantiles(device)).cpu(), expected)
+    expected = standard_normal(3, positions, (3, 8, 8), tables(CPU, 192))
+    assert torch.equal(standard_normal(3, positions.to(device), (3, 8, 8), tables(device, 192)).cpu(), expected)
 
 
 @pytest.mark.parametrize("kind", random_streams.DRAWS)

@@ -24,8 +24,9 @@ class ResidentImages:
         self.labels = None if labels is None else labels.of_images.to(device)
         self.null = 0 if labels is None else labels.null
         self.key = philox_key(stream.seed)
-        self.quantiles = philox.normal_quantiles(device)
         height, width = stream.data.size
+        self.tables = philox.tables(device, stream.data.channels * height * width)
+        self.one_block = philox.tables(device, 4).blocks
         self.rows, self.columns = torch.arange(height, device=device), torch.arange(width, device=device)
         self.channels = torch.arange(stream.data.channels, device=device)
 
@@ -40,7 +41,7 @@ class ResidentImages:
             indices: of the images, int64 [B], on the device.
             positions: of the stream, int64 [B], on the device.
         """
-        noise = philox.standard_normal(self.key, positions, self.shape, self.quantiles)
+        noise = philox.standard_normal(self.key, positions, self.shape, self.tables)
         return Batch(self.images(indices, positions), self.labels_at(indices, positions), noise)
 
     @property
@@ -53,7 +54,7 @@ class ResidentImages:
         whole = self.pixels.shape[2:]
         if tuple(whole) == self.stream.data.size and not self.stream.random_flip:
             return self.pixels[indices]
-        words = philox.words(self.key, philox.PLACEMENT, positions, 3)
+        words = philox.words(self.key, philox.PLACEMENT, positions, self.one_block)[:, :3]
         top, left, flipped = self.stream.place(words, (whole[0], whole[1]))
         columns = torch.where(flipped[:, None], self.columns.flip(0), self.columns) + left[:, None]
         rows = self.rows + top[:, None]
@@ -65,7 +66,7 @@ class ResidentImages:
         """int64 [B], some of them the null label; None for unconditional training."""
         if self.labels is None:
             return None
-        drawn = philox.words(self.key, philox.LABEL, positions, 1)[:, 0]
+        drawn = philox.words(self.key, philox.LABEL, positions, self.one_block)[:, 0]
         return torch.where(is_dropped(drawn, self.stream.label_dropout), self.null, self.labels[indices])
 
 

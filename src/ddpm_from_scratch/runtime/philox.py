@@ -9,19 +9,18 @@ where the tensors are, and nothing depends on what was drawn before.
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-WORD = 2**32 - 1  # the lowest 32 bits
+WORD, HALF_WORD = 2**32 - 1, 2**16 - 1  # the lowest 32 and 16 bits
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 WEYL = 0x9E3779B9, 0xBB67AE85  # added to the key from round to round
 ROUNDS = 10
 
 # Purposes: the second word of the counter.
 PLACEMENT, LABEL, NOISE = range(3)
-
-HALF_BITS = 16  # of the two parts of a word that pick a quantile each
 
 
 def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
@@ -37,40 +36,53 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
     c_0, c_1, c_2, c_3 = counter
     k_0, k_1 = key
     for _ in range(ROUNDS):
-        # An int64 product holds the lowest 64 bits, which as an unsigned number are the whole product.
-        product_0, product_1 = c_0 * MULTIPLIERS[0], c_2 * MULTIPLIERS[1]
-        c_0 = ((product_1 >> 32) & WORD) ^ c_1 ^ k_0
-        c_2 = ((product_0 >> 32) & WORD) ^ c_3 ^ k_1
-        c_1, c_3 = product_1 & WORD, product_0 & WORD
+        (high_0, low_0), (high_1, low_1) = multiplied(c_0, MULTIPLIERS[0]), multiplied(c_2, MULTIPLIERS[1])
+        c_0, c_1, c_2, c_3 = high_1 ^ c_1 ^ k_0, low_1, high_0 ^ c_3 ^ k_1, low_0
         k_0, k_1 = (k_0 + WEYL[0]) & WORD, (k_1 + WEYL[1]) & WORD
     return [c_0, c_1, c_2, c_3]
 
 
-def words(seed: int, purpose: int, positions: Tensor, count: int) -> Tensor:
-    """Random words for positions of the stream: int64 [B, count], each uniform on [0, 2^32).
+def multiplied(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """The upper and the lower 32 bits of the product of two words.
+
+    By halves of the factor: the product itself may not fit into an int64, and compilers take it that numbers do.
+    """
+    lower = word * (factor & HALF_WORD)
+    upper = word * (factor >> 16) + (lower >> 16)
+    return upper >> 16, (upper & HALF_WORD) << 16 | lower & HALF_WORD
+
+
+class Tables(NamedTuple):
+    """What drawing looks up, on one device; inputs of compiled code, where a product with an index may have 32 bits."""
+
+    blocks: Tensor  # int64 [n]: 0, 1, ...
+    quantiles: Tensor  # float32 [2^16]
+
+
+def words(seed: int, purpose: int, positions: Tensor, blocks: Tensor) -> Tensor:
+    """Random words for positions of the stream: int64 [B, 4 n], each uniform on [0, 2^32).
 
     Args:
         seed: in [0, 2^64).
         purpose: PLACEMENT, LABEL or NOISE; their words are independent.
         positions: int64 [B], not negative.
-        count: words for each position.
+        blocks: int64 [n], of four words each.
     """
-    blocks = torch.arange(math.ceil(count / 4), device=positions.device)[None, :]
-    purposes = torch.full_like(blocks, purpose)
     low, high = (positions & WORD)[:, None], (positions >> 32)[:, None]
-    drawn = philox((blocks, purposes, low, high), (seed & WORD, seed >> 32))
-    return torch.stack(drawn, dim=-1).flatten(1)[:, :count]
+    counter = (blocks[None, :], torch.full_like(blocks, purpose)[None, :], low, high)
+    return torch.stack(philox(counter, (seed & WORD, seed >> 32)), dim=-1).flatten(1)
 
 
 @lru_cache(maxsize=8)
-def normal_quantiles(device: torch.device) -> Tensor:
-    """2^16 equally likely values of variance 1/2 that are spread as a normal distribution: float32 [2^16]."""
-    levels = (torch.arange(2**HALF_BITS, dtype=torch.float64) + 0.5) / 2**HALF_BITS
+def tables(device: torch.device, count: int) -> Tables:
+    """Blocks for so many words, and quantiles of a normal distribution: 2^16 equally likely values of variance 1/2."""
+    levels = (torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16
     quantiles = torch.special.ndtri(levels)
-    return (quantiles / (quantiles.square().mean() * 2).sqrt()).float().to(device)
+    scaled = (quantiles / (quantiles.square().mean() * 2).sqrt()).float()
+    return Tables(torch.arange(math.ceil(count / 4), device=device), scaled.to(device))
 
 
-def standard_normal(seed: int, positions: Tensor, shape: Sequence[int], quantiles: Tensor) -> Tensor:
+def standard_normal(seed: int, positions: Tensor, shape: Sequence[int], look_up: Tables) -> Tensor:
     """Standard normal noise for positions of the stream: float32 [B, *shape].
 
     A number is the sum of two of the quantiles, picked by the halves of a word: 2^32 equally likely pairs, a normal
@@ -81,8 +93,9 @@ def standard_normal(seed: int, positions: Tensor, shape: Sequence[int], quantile
         seed: in [0, 2^64).
         positions: int64 [B], not negative.
         shape: of the noise of one position.
-        quantiles: `normal_quantiles` of the positions' device.
+        look_up: `tables` of the positions' device, for as many numbers.
     """
-    drawn = words(seed, NOISE, positions, math.prod(shape))
-    noise = quantiles[drawn >> HALF_BITS] + quantiles[drawn & (2**HALF_BITS - 1)]
+    count = math.prod(shape)
+    drawn = words(seed, NOISE, positions, look_up.blocks)[:, :count]
+    noise = look_up.quantiles[drawn >> 16] + look_up.quantiles[drawn & HALF_WORD]
     return noise.reshape(-1, *shape)
