@@ -9,7 +9,14 @@ from diffusers import UNet2DModel
 from torch._dynamo.utils import counters
 
 from ddpm_from_scratch import ScratchUNet2DModel
-from ddpm_from_scratch.diffusion.blocks import FEW_TOKENS, Attention, GroupNorm, ResnetBlock, attend
+from ddpm_from_scratch.diffusion.blocks import (
+    FEW_TOKENS,
+    Attention,
+    GroupNorm,
+    ResnetBlock,
+    attend,
+    group_norm_by_channel,
+)
 from helpers.networks import (
     TINY_NETWORK,
     inputs,
@@ -413,3 +420,42 @@ def test_an_exported_program_takes_every_batch(exported, batch):
         arguments["class_labels"] = torch.randint(0, classes, (batch,), generator=generator)
     with torch.no_grad():
         torch.testing.assert_close(program(**arguments).sample, own(**arguments).sample, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_group_norm_that_gpus_compile_is_pytorchs(dtype, layout):
+    torch.manual_seed(0)
+    x = (3 + torch.randn(2, 12, 5, 7)).to(dtype).to(memory_format=layout).requires_grad_()
+    norm = torch.nn.GroupNorm(4, 12, eps=1e-5)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    precise = x.double().detach().requires_grad_()
+    expected = torch.nn.functional.group_norm(precise, 4, norm.weight.double(), norm.bias.double(), 1e-5)
+    weights = torch.randn_like(expected)
+    (expected * weights).sum().backward()
+    norm.to(dtype)
+    found = group_norm_by_channel(x, 4, norm.weight, norm.bias, 1e-5)
+    assert found.dtype == dtype  # all of one type, as without autocast
+    (found * weights).sum().backward()
+    tolerance = 20 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=5 * tolerance)
+    torch.testing.assert_close(x.grad.double(), precise.grad, rtol=tolerance, atol=20 * tolerance)
+
+
+def test_that_group_norm_gives_float32_where_autocast_would():
+    norm = torch.nn.GroupNorm(4, 12)
+    x = torch.randn(2, 12, 5, 7).bfloat16()
+    assert group_norm_by_channel(x, 4, norm.weight, norm.bias, 1e-5).dtype == torch.float32
+
+
+@pytest.mark.full
+def test_repeated_blocks_compile_by_themselves():
+    torch.manual_seed(0)
+    unet = ScratchUNet2DModel(**TINY_NETWORK).eval()
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+    expected, graphs = unet(x, t).sample, []
+    torch.compiler.reset()
+    unet.compile_repeated_blocks(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    torch.testing.assert_close(unet(x, t).sample, expected)
+    assert len(graphs) > 1

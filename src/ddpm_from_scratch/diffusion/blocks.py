@@ -59,7 +59,7 @@ class TimeEmbedding(nn.Module):
 
 
 def group_norm_by_channel(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Group normalisation, [B, C, ...], by the moments of each channel, in float32 at least.
+    """Group normalisation, [B, C, ...], by the moments of each channel, computed in float32 at least.
 
     A compiler makes two passes over memory of it, whatever the layout: one for the moments, and one that scales, shifts
     and does what follows. Reductions over whole groups jump through channels last.
@@ -72,7 +72,8 @@ def group_norm_by_channel(x: Tensor, groups: int, weight: Tensor, bias: Tensor, 
     scale = weight * (variance + eps).rsqrt().expand_as(between).flatten(1)  # [B, C]
     shift = bias - of_group.expand_as(between).flatten(1) * scale
     form = (*scale.shape, *(1,) * (x.ndim - 2))
-    return values * scale.reshape(form) + shift.reshape(form)
+    # As PyTorch's: of 16 bits where weights are too, else (by autocast) of float32.
+    return (values * scale.reshape(form) + shift.reshape(form)).to(torch.promote_types(x.dtype, weight.dtype))
 
 
 class GroupNorm(nn.GroupNorm):
