@@ -284,12 +284,27 @@ def half_precision(record: Recorder) -> dict[str, Any]:
     return {"first": sum(losses[:5]) / 5, "last": sum(losses[-20:]) / 20, "skipped_steps": run.guard.counts()[0]}
 
 
+def graphs(record: Recorder) -> dict[str, Any]:
+    """Weights after steps of a network in CUDA graphs against those of an eager one: the largest difference."""
+    weights = []
+    for compiled in (False, True):
+        run = new_run(record, "fashion_mnist", *SMALL, "--compile", "false", "--learning_rate", "1e-4")
+        if compiled and not record.smoke:
+            run.trained_unet.compile(mode=compile_mode(record.device))
+        step = steps_of(run)
+        for _ in range(5):
+            step()
+        weights.append([weight.detach().clone() for weight in run.weights])
+    return {"largest": max(float((a - b).abs().max()) for a, b in zip(*weights, strict=True)), "rate": 1e-4}
+
+
 CHECKS: dict[str, Callable[[Recorder], dict[str, Any]]] = {
     "counter-based numbers": counters,
     "no waiting": waiting,
     "accumulation, compiled": accumulation,
     "resumed": resuming,
     "float16": half_precision,
+    "CUDA graphs": graphs,  # last: what goes wrong there ends the process
 }
 
 

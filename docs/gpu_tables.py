@@ -20,6 +20,7 @@ CHECKED = {
     "no waiting": "waits of the host in a training step",
     "accumulation, compiled": "largest difference of weights, two compiled passes a step against eager ones",
     "resumed": "weights that differ after a run again, and after stop and resume",
+    "CUDA graphs": "largest difference of weights, steps in CUDA graphs against eager ones",
     "float16": "loss at the start and at the end of 100 steps in float16, and steps skipped",
 }
 
@@ -36,7 +37,8 @@ def rate(row: dict[str, Any] | None) -> str:
     if row is None:
         return NOT_MEASURED
     images = row["images_per_second"] * row["seconds"]
-    return f"{row['images_per_second']:,.0f} ({images / row['slowest']:,.0f} to {images / row['fastest']:,.0f})"
+    median, least, most = (f"{images / row[name]:,.0f}" for name in ("seconds", "slowest", "fastest"))
+    return f"{median} ({least} to {most})"
 
 
 def speed_table(rows: Rows) -> str:
@@ -53,13 +55,19 @@ def speed_table(rows: Rows) -> str:
     return table(("images/s", *names), lines)
 
 
+def shown(entry: tuple[str, Any]) -> str:
+    """A value with its name, numbers in few digits."""
+    name, value = entry
+    return f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}"
+
+
 def check_table(rows: Rows) -> str:
     """What a CPU cannot show."""
     lines = []
     for name, title in CHECKED.items():
         row = rows.get(("right", name, None))
         found = {} if row is None else {k: v for k, v in row.items() if k not in ("part", "name", "at", "seconds")}
-        lines.append((title, ", ".join(f"{key}: {value}" for key, value in found.items()) or NOT_MEASURED))
+        lines.append((title, ", ".join(map(shown, found.items())) or NOT_MEASURED))
     return table(("on a GPU", "found"), lines)
 
 
@@ -67,7 +75,11 @@ def facts(rows: Rows) -> str:
     """The device and the versions."""
     row = rows.get(("about", "versions", None))
     device = NOT_MEASURED if row is None else f"{row['device']}; {versions(row)}"
-    return bullets({"Figures": "medians of 5 blocks of half a second (lowest to highest)", "Device": device})
+    found = {"Figures": "medians of 5 blocks of half a second (lowest to highest)", "Device": device}
+    if eager := rows.get(("shipped", "eager", None)):
+        busy, whole = eager["host_seconds"] * 1e3, eager["seconds"] * 1e3
+        found["Host"] = f"busy for {busy:.0f} ms of an eager training step of {whole:.0f} ms, which it limits"
+    return bullets(found)
 
 
 PARTS: dict[str, Callable[[Rows], str]] = {

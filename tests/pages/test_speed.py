@@ -171,10 +171,12 @@ def test_what_no_gpu_measured_is_said_so(tmp_path):
     assert empty["gpu speed"].count(tables.NOT_MEASURED) == 4 * (len(tables.TRAINED) + len(tables.SAMPLED))
     assert empty["gpu checks"].count(tables.NOT_MEASURED) == len(tables.CHECKED)
     rows = [
-        {"part": "shipped", "name": "eager", "seconds": 0.5, "fastest": 0.4, "slowest": 1.0, "images_per_second": 512},
+        {"part": "shipped", "name": "eager", "seconds": 0.5, "fastest": 0.4, "slowest": 1.0, "images_per_second": 512}
+        | {"host_seconds": 0.3},
         {"part": "right", "name": "resumed", "at": 1, "again": 0, "resumed": 3, "of": 9, "seconds": 2},
     ]
     path = tmp_path / "gpu.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = tables.parts(path)
+    assert "busy for 300 ms of an eager training step of 500 ms" in found["gpu facts"]
     assert "| 512 (256 to 640) |" in found["gpu speed"] and "again: 0, resumed: 3, of: 9" in found["gpu checks"]

@@ -179,14 +179,6 @@ def test_bfloat16_that_a_gpu_emulates_is_not_fast(monkeypatch, native, expected)
     assert devices.resolve_precision("auto", torch.device("cuda")) == expected
 
 
-@pytest.mark.parametrize(
-    ("device", "passes", "mode"),
-    [("cuda", 1, "reduce-overhead"), ("cuda", 2, "default"), ("cpu", 1, "default"), ("cpu", 4, "default")],
-)
-def test_graphs_are_for_a_gpu_and_one_pass(device, passes, mode):
-    assert devices.compile_mode(torch.device(device), passes) == mode
-
-
 def test_the_optimiser_that_lists_its_tensors_steps_as_pytorchs():
     """Over a change of its state, as a checkpoint makes it, and a step that is left out."""
     torch.manual_seed(0)

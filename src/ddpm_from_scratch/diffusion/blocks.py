@@ -32,7 +32,7 @@ def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: f
 def matrix_operand(x: Tensor) -> Tensor:
     """The tensor in the type and order that products of matrices take, for several that would each make a copy."""
     device = x.device.type
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    casts = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)  # others may know no autocast
     return x.to(torch.get_autocast_dtype(device) if casts else x.dtype).contiguous()
 
 

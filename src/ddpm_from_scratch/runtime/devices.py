@@ -114,10 +114,9 @@ def keep_freed_memory() -> None:
 MEMORY_FORMAT = dict.fromkeys(("cpu", "cuda"), torch.channels_last)
 
 
-def compile_mode(device: torch.device, passes: int = 1) -> str:
-    """How a network is compiled that makes so many passes before an optimiser step.
+def compile_mode(device: torch.device) -> str:
+    """How a network is compiled that samples, where it is called with one form again and again.
 
-    CUDA graphs spare a GPU the wait for the host, which starts hundreds of kernels a step. But they keep gradients in
-    memory that the next pass overwrites, so the sum over several would be wrong.
+    CUDA graphs spare a GPU the wait for the host, which starts hundreds of kernels a step.
     """
-    return "reduce-overhead" if device.type == "cuda" and passes == 1 else "default"
+    return "reduce-overhead" if device.type == "cuda" else "default"

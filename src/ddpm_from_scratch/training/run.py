@@ -22,7 +22,6 @@ from ..diffusion.scheduler import ScratchDDPMScheduler
 from ..diffusion.unet import ScratchUNet2DModel
 from ..runtime.devices import (
     MEMORY_FORMAT,
-    compile_mode,
     device_name,
     prepare_cpu,
     resolve_precision,
@@ -231,7 +230,9 @@ def build(config: TrainingConfig) -> Run:
     ema = EMA(unet, config.ema_inv_gamma, config.ema_power, config.ema_max_decay) if config.use_ema else None
     optimizer = build_optimizer(unet, config, device)
     if config.compile:
-        unet.compile(mode=compile_mode(device, config.gradient_accumulation_steps))
+        # Without CUDA graphs: they overwrite gradients that add up over passes, and of a run with classes they read
+        # labels that were gone (an H100, torch 2.11).
+        unet.compile()
     prepared_unet, optimizer = accelerator.prepare(unet, optimizer)
     run = Run(
         config,
