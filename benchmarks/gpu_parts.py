@@ -2,13 +2,15 @@
 
 import itertools
 import math
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
-from gpu import Recorder, kernels, wait_for
+from gpu_timing import Recorder, kernels
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +33,8 @@ from ddpm_from_scratch.sampling.samplers import SAMPLERS
 from ddpm_from_scratch.training.arguments import parse
 from ddpm_from_scratch.training.config import PRESETS
 from ddpm_from_scratch.training.loop import Pass, advance, passes_from
+from ddpm_from_scratch.training.optimizer import forget_gradients
+from ddpm_from_scratch.training.plan import synchronize
 from ddpm_from_scratch.training.run import Run, build, load, save
 
 FORMS = {"fashion_mnist": (28, 1), "cifar10": (32, 3)}  # side and channels of the pictures
@@ -73,9 +77,17 @@ def random_pictures(folder: Path, side: int, channels: int, count: int) -> str:
     return str(folder)
 
 
-def steps_of(run: Run, passes: Iterator[Pass] | None = None) -> Callable[[], Tensor]:
+def steps_of(run: Run) -> Callable[[], Tensor]:
     """A function that does the next step of a run."""
-    return partial(advance, run, passes or passes_from(run, run.progress.step))
+    return partial(advance, run, passes_from(run, run.progress.step))
+
+
+def weights_after(run: Run, steps: int) -> Tensor:
+    """All weights in one row, after so many steps."""
+    step = steps_of(run)
+    for _ in range(steps):
+        step()
+    return torch.cat([weight.detach().flatten() for weight in run.weights])
 
 
 def network_pass(run: Run, one: Pass) -> Callable[[], None]:
@@ -87,15 +99,9 @@ def network_pass(run: Run, one: Pass) -> Callable[[], None]:
 
     def call() -> None:
         run.accelerator.backward(run.unet(x, t, class_labels=labels).sample.float().square().mean())
-        for weight in run.weights:
-            weight.grad = None
+        forget_gradients(run.weights)
 
     return call
-
-
-def before(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """PyTorch's own group normalisation."""
-    return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
 def training(record: Recorder, preset: str) -> None:
@@ -106,7 +112,7 @@ def training(record: Recorder, preset: str) -> None:
     run = new_run(record, preset, "--compile", compiling(record))
     step = steps_of(run)
     record.time("compiled", step, images, batch=images, parameters=run.trained_unet.num_parameters())
-    record.add("compiled, profile", **kernels(step, record.device, 1 if record.smoke else PROFILED))
+    record.add("compiled, profile", **kernels(step, record.device, record.count(PROFILED)))
     one = next(passes_from(run, run.progress.step))
     record.time("compiled, network alone", network_pass(run, one), images)
     loading = replace(run, config=replace(run.config, noise="generator"))
@@ -120,14 +126,12 @@ def compiling(record: Recorder) -> str:
 
 def with_norm_before(record: Recorder, preset: str) -> None:
     """The compiled step with PyTorch's own group normalisation."""
-    ours = blocks.GroupNorm.forward
-    blocks.GroupNorm.forward = lambda norm, x: before(x, norm)  # type: ignore[assignment,method-assign]
-    run = new_run(record, preset, "--compile", compiling(record))
-    record.time("compiled, group norm of PyTorch", steps_of(run), run.global_batch_size)
-    blocks.GroupNorm.forward = ours  # type: ignore[method-assign]
+    with mock.patch.object(blocks.GroupNorm, "forward", nn.GroupNorm.forward):
+        run = new_run(record, preset, "--compile", compiling(record))
+        record.time("compiled, group norm of PyTorch", steps_of(run), run.global_batch_size)
 
 
-def stock(record: Recorder, preset: str, batch: int, compiled: bool, channels_last: bool = False) -> None:
+def stock(record: Recorder, preset: str, batch: int, compiled: bool) -> None:
     """The training step of diffusers' example in bfloat16, on one batch that lies on the device."""
     keys = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text(encoding="utf-8"))["model"]
     size, channels = FORMS[preset]
@@ -137,7 +141,7 @@ def stock(record: Recorder, preset: str, batch: int, compiled: bool, channels_la
     torch.compiler.reset()
     torch.manual_seed(0)
     unet = UNet2DModel(**{**keys, "sample_size": size, "in_channels": channels, "out_channels": channels})
-    unet.to(record.device, memory_format=torch.channels_last if channels_last else torch.preserve_format).train()
+    unet.to(record.device).train()
     average = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
     scheduler = DDPMScheduler()
@@ -155,8 +159,7 @@ def stock(record: Recorder, preset: str, batch: int, compiled: bool, channels_la
         optimizer.zero_grad()
         average.step(unet.parameters())
 
-    name = f"stock, {'compiled' if compiled else 'eager'}{', channels last' if channels_last else ''}"
-    record.time(name, step, batch)
+    record.time(f"stock, {'compiled' if compiled else 'eager'}", step, batch)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -164,8 +167,6 @@ def stock(record: Recorder, preset: str, batch: int, compiled: bool, channels_la
 
 def about(record: Recorder) -> None:
     """What is measured on, and how fast it copies and multiplies."""
-    import subprocess
-
     device = record.device
     record.add("versions", device=device_name(device), versions=versions(), cuda=torch.version.cuda)
     if device.type == "cuda":
@@ -228,7 +229,7 @@ def waiting(record: Recorder) -> dict[str, Any]:
         step = steps_of(run)
         for _ in range(5):
             step()
-        wait_for(record.device)
+        synchronize(record.device)
         if record.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("error")
         try:
@@ -243,34 +244,25 @@ def waiting(record: Recorder) -> dict[str, Any]:
 
 def accumulation(record: Recorder) -> dict[str, Any]:
     """Weights after steps of two passes, compiled against eager, in float32: the largest difference."""
-    weights = []
-    for compiled in ("false", compiling(record)):
-        flags = [*SMALL, "--gradient_accumulation_steps", "2", "--mixed_precision", "no"]
-        run = new_run(record, "fashion_mnist", *flags, "--compile", compiled, "--learning_rate", "1e-4")
-        step = steps_of(run)
-        for _ in range(3):
-            step()
-        weights.append([weight.detach().clone() for weight in run.weights])
-    return {"largest": max(float((a - b).abs().max()) for a, b in zip(*weights, strict=True)), "rate": 1e-4}
+    flags = [*SMALL, "--gradient_accumulation_steps", "2", "--mixed_precision", "no", "--learning_rate", "1e-4"]
+    eager, compiled = (
+        weights_after(new_run(record, "fashion_mnist", *flags, "--compile", value), 3)
+        for value in ("false", compiling(record))
+    )
+    return {"largest": float((eager - compiled).abs().max()), "rate": 1e-4}
 
 
 def resuming(record: Recorder) -> dict[str, Any]:
     """Whether a run that stops after 5 steps ends with the weights of one that does not, and of itself again."""
-    ends = []
-    compiled = [*SMALL, "--compile", compiling(record)]
-    for stops in (False, False, True):
-        run = new_run(record, "fashion_mnist", *compiled, "--max_train_steps", "1000")
-        step = steps_of(run)
-        for number in range(10):
-            if stops and number == 5:
-                save(run)
-                checkpoint = Path(run.config.output_dir, "checkpoints", "step_00000005")
-                run = new_run(record, "fashion_mnist", *compiled, "--max_train_steps", "1000")
-                load(run, checkpoint)
-                step = steps_of(run)
-            step()
-        ends.append(torch.cat([weight.detach().flatten() for weight in run.weights]))
-    return {"again": int((ends[0] != ends[1]).sum()), "resumed": int((ends[0] != ends[2]).sum()), "of": len(ends[0])}
+    flags = [*SMALL, "--compile", compiling(record), "--max_train_steps", "1000"]
+    first, again = (weights_after(new_run(record, "fashion_mnist", *flags), 10) for _ in range(2))
+    stopped = new_run(record, "fashion_mnist", *flags)
+    weights_after(stopped, 5)
+    save(stopped)
+    resumed = new_run(record, "fashion_mnist", *flags)
+    load(resumed, Path(stopped.config.output_dir, "checkpoints", "step_00000005"))
+    end = weights_after(resumed, 5)
+    return {"again": int((first != again).sum()), "resumed": int((first != end).sum()), "of": len(first)}
 
 
 def half_precision(record: Recorder) -> dict[str, Any]:
@@ -286,16 +278,12 @@ def half_precision(record: Recorder) -> dict[str, Any]:
 
 def graphs(record: Recorder) -> dict[str, Any]:
     """Weights after steps of a network in CUDA graphs against those of an eager one: the largest difference."""
-    weights = []
-    for compiled in (False, True):
-        run = new_run(record, "fashion_mnist", *SMALL, "--compile", "false", "--learning_rate", "1e-4")
-        if compiled and not record.smoke:
-            run.trained_unet.compile(mode=compile_mode(record.device))
-        step = steps_of(run)
-        for _ in range(5):
-            step()
-        weights.append([weight.detach().clone() for weight in run.weights])
-    return {"largest": max(float((a - b).abs().max()) for a, b in zip(*weights, strict=True)), "rate": 1e-4}
+    flags = [*SMALL, "--compile", "false", "--learning_rate", "1e-4"]
+    eager = weights_after(new_run(record, "fashion_mnist", *flags), 5)
+    run = new_run(record, "fashion_mnist", *flags)
+    if not record.smoke:
+        run.trained_unet.compile(mode=compile_mode(record.device))
+    return {"largest": float((eager - weights_after(run, 5)).abs().max()), "rate": 1e-4}
 
 
 CHECKS: dict[str, Callable[[Recorder], dict[str, Any]]] = {
@@ -346,7 +334,7 @@ CURVE_FLAGS = ["--lr_warmup_steps", "300", "--learning_rate", "4e-4", "--lr_sche
 
 
 def curve(record: Recorder, data: Path = Path("outputs/gpu/cifar10.parquet"), num_images: int = 1000) -> None:
-    """CIFAR-10 by the clock: images after so many minutes of training, whose distances `gpu_distances.py` measures.
+    """CIFAR-10 by the clock: images after so many minutes of training, whose distances a CPU can measure.
 
     Compiling and drawing do not count.
     """
@@ -361,7 +349,7 @@ def curve(record: Recorder, data: Path = Path("outputs/gpu/cifar10.parquet"), nu
         start, goal = time.perf_counter(), total * mark / marks[-1]
         while run.progress.step < goal:
             step()
-        wait_for(record.device)
+        synchronize(record.device)
         trained += time.perf_counter() - start
         images = drawn(run, 4 if record.smoke else num_images)
         path = record.path.with_name(f"cifar10_{mark:g}_minutes.npz")
@@ -372,14 +360,14 @@ def curve(record: Recorder, data: Path = Path("outputs/gpu/cifar10.parquet"), nu
 
 def pace(step: Callable[[], Tensor], record: Recorder) -> float:
     """Seconds of a step, after those that set things up."""
-    for _ in range(1 if record.smoke else 20):
+    for _ in range(record.count(20)):
         step()
-    wait_for(record.device)
+    synchronize(record.device)
     start = time.perf_counter()
-    for _ in range(1 if record.smoke else 50):
+    for _ in range(record.count(50)):
         step()
-    wait_for(record.device)
-    return (time.perf_counter() - start) / (1 if record.smoke else 50)
+    synchronize(record.device)
+    return (time.perf_counter() - start) / record.count(50)
 
 
 def drawn(run: Run, num_images: int) -> np.ndarray:

@@ -108,7 +108,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     keep_freed_memory()
     torch.set_num_threads(1)
-
     flags = [*FLAGS, "--train_batch_size", str(args.train_batch_size), *args.more]
     figures = measure(flags, args.rounds, args.steps)
     found = json.loads(args.results.read_text(encoding="utf-8")) if args.results.is_file() else {}

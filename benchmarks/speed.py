@@ -53,12 +53,12 @@ from systems import (
     network_config,
     network_form,
     systems,
-    wait_for,
 )
 
 from ddpm_from_scratch import ScratchUNet2DModel
 from ddpm_from_scratch.runtime.devices import device_name
 from ddpm_from_scratch.runtime.results import versions
+from ddpm_from_scratch.training.plan import synchronize
 
 RESULTS = ROOT / "outputs" / "speed"
 DEFAULTS = ("diffusers fp32, NCHW", "ours, default")  # what networks of other sizes are measured with
@@ -77,7 +77,7 @@ def work(args: argparse.Namespace) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one at a time also while setting up
         for _ in range(WARM_UP):
             call()
-        wait_for(device)
+        synchronize(device)
     set_up = time.perf_counter() - start
     print("ready", flush=True)
     rounds = []
@@ -85,7 +85,7 @@ def work(args: argparse.Namespace) -> None:
         for _ in range(int(line)):
             start = time.perf_counter()
             call()
-            wait_for(device)
+            synchronize(device)
             rounds.append(time.perf_counter() - start)
         print("done", flush=True)
     print(json.dumps({"seconds": rounds, "set_up": set_up, "peak_memory": peak_memory(device)}))

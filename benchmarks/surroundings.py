@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from few_steps import ROOT, solver
-from systems import CHAIN, DTYPES, SAMPLES, System, network_config, training_step, wait_for
+from systems import CHAIN, DTYPES, SAMPLES, System, network_config, training_step
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel
@@ -22,6 +22,7 @@ from ddpm_from_scratch.evaluation.features import extract
 from ddpm_from_scratch.evaluation.metrics import kernel_distance_with_error
 from ddpm_from_scratch.sampling.generate import SampleSpec, generate
 from ddpm_from_scratch.training.config import TrainingConfig
+from ddpm_from_scratch.training.plan import synchronize
 from ddpm_from_scratch.training.validation import build_validation_set
 
 IMPORTS = {
@@ -62,7 +63,7 @@ def scheduler_overhead(device: torch.device, rounds: int) -> dict[str, list[floa
             start = time.perf_counter()
             for t in scheduler.timesteps:
                 scheduler.step(output, t, x, generator=generator)
-            wait_for(device)
+            synchronize(device)
             if number:  # the first chain warms up
                 seconds[name].append((time.perf_counter() - start) / CHAIN)
     return seconds
@@ -109,10 +110,10 @@ def peak_rate(device: torch.device, precision: torch.dtype) -> float:
     a, b = (torch.randn(side, side, device=device, dtype=precision) for _ in range(2))
     best = math.inf
     for _ in range(5):
-        wait_for(device)
+        synchronize(device)
         start = time.perf_counter()
         a @ b
-        wait_for(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * side**3 / best
 
@@ -136,7 +137,7 @@ def profile(system: System, network: str, device: torch.device, steps: int = 3) 
     with torch.profiler.profile(activities=kinds) as record:
         for _ in range(steps):
             step()
-        wait_for(device)
+        synchronize(device)
     times = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in record.key_averages()}
     shares = dict.fromkeys([*KERNELS, "the rest"], 0.0)
     for name, microseconds in times.items():

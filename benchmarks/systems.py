@@ -18,7 +18,7 @@ from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, Scratch
 from ddpm_from_scratch.runtime.devices import MEMORY_FORMAT, compile_mode, keep_freed_memory, resolve_precision
 from ddpm_from_scratch.training.config import PRESETS
 
-__all__ = ["DTYPES", "KINDS", "NETWORKS", "ROOT", "System", "network_config", "network_form", "systems", "wait_for"]
+__all__ = ["DTYPES", "KINDS", "NETWORKS", "ROOT", "System", "network_config", "network_form", "systems"]
 
 # Nearly the quick preset's, but with attention in every block at 7x7.
 SMALL = {
@@ -103,12 +103,6 @@ def build_network(system: System, network: str, device: torch.device) -> UNet2DM
     if system.compiled:
         unet.compile(mode=compile_mode(device))
     return unet
-
-
-def wait_for(device: torch.device) -> None:
-    """Until the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def training_step(system: System, network: str, device: torch.device) -> Callable[[], None]:

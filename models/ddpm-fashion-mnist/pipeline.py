@@ -1344,8 +1344,9 @@ def group_norm_by_channel(x: Tensor, groups: int, weight: Tensor, bias: Tensor, 
     """
     values = x.to(torch.promote_types(x.dtype, torch.float32))
     within, mean = torch.var_mean(values.flatten(2), dim=2, correction=0)  # [B, C]
-    of_group = mean.unflatten(1, (groups, -1)).mean(2, keepdim=True)  # [B, groups, 1]
-    between = mean.unflatten(1, (groups, -1)) - of_group
+    grouped = mean.unflatten(1, (groups, -1))  # [B, groups, C / groups]
+    of_group = grouped.mean(2, keepdim=True)
+    between = grouped - of_group
     variance = (within.unflatten(1, (groups, -1)) + between.square()).mean(2, keepdim=True)
     scale = weight * (variance + eps).rsqrt().expand_as(between).flatten(1)  # [B, C]
     shift = bias - of_group.expand_as(between).flatten(1) * scale

@@ -22,11 +22,10 @@ class ResidentImages:
         self.pixels = stream.data.images.to(device)
         labels = stream.data.labels
         self.labels = None if labels is None else labels.of_images.to(device)
-        self.null = 0 if labels is None else labels.null
         self.key = philox_key(stream.seed)
         height, width = stream.data.size
         self.tables = philox.tables(device, stream.data.channels * height * width)
-        self.one_block = philox.tables(device, 4).blocks
+        self.one_block = philox.blocks(device, 4)
         self.rows, self.columns = torch.arange(height, device=device), torch.arange(width, device=device)
         self.channels = torch.arange(stream.data.channels, device=device)
 
@@ -54,7 +53,7 @@ class ResidentImages:
         whole = self.pixels.shape[2:]
         if tuple(whole) == self.stream.data.size and not self.stream.random_flip:
             return self.pixels[indices]
-        words = philox.words(self.key, philox.PLACEMENT, positions, self.one_block)[:, :3]
+        words = philox.placement(self.key, positions, self.one_block)
         top, left, flipped = self.stream.place(words, (whole[0], whole[1]))
         columns = torch.where(flipped[:, None], self.columns.flip(0), self.columns) + left[:, None]
         rows = self.rows + top[:, None]
@@ -64,10 +63,11 @@ class ResidentImages:
 
     def labels_at(self, indices: Tensor, positions: Tensor) -> Tensor | None:
         """int64 [B], some of them the null label; None for unconditional training."""
-        if self.labels is None:
+        known = self.stream.data.labels
+        if known is None or self.labels is None:
             return None
-        drawn = philox.words(self.key, philox.LABEL, positions, self.one_block)[:, 0]
-        return torch.where(is_dropped(drawn, self.stream.label_dropout), self.null, self.labels[indices])
+        dropped = is_dropped(philox.label(self.key, positions, self.one_block), self.stream.label_dropout)
+        return self.labels[indices].masked_fill(dropped, known.null)
 
 
 def can_reside(stream: ImageStream) -> bool:

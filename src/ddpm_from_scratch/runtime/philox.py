@@ -73,13 +73,33 @@ def words(seed: int, purpose: int, positions: Tensor, blocks: Tensor) -> Tensor:
     return torch.stack(philox(counter, (seed & WORD, seed >> 32)), dim=-1).flatten(1)
 
 
+def placement(seed: int, positions: Tensor, one_block: Tensor) -> Tensor:
+    """Words for the crop's top and left edge and the flip: int64 [B, 3]; the arguments are those of `words`."""
+    return words(seed, PLACEMENT, positions, one_block)[:, :3]
+
+
+def label(seed: int, positions: Tensor, one_block: Tensor) -> Tensor:
+    """A word for the label's dropout: int64 [B]; the arguments are those of `words`."""
+    return words(seed, LABEL, positions, one_block)[:, 0]
+
+
 @lru_cache(maxsize=8)
-def tables(device: torch.device, count: int) -> Tables:
-    """Blocks for so many words, and quantiles of a normal distribution: 2^16 equally likely values of variance 1/2."""
+def blocks(device: torch.device, count: int) -> Tensor:
+    """Blocks for so many words: int64 [n]."""
+    return torch.arange(math.ceil(count / 4), device=device)
+
+
+@lru_cache(maxsize=8)
+def normal_quantiles(device: torch.device) -> Tensor:
+    """2^16 equally likely values of variance 1/2 that are spread as a normal distribution: float32 [2^16]."""
     levels = (torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16
     quantiles = torch.special.ndtri(levels)
-    scaled = (quantiles / (quantiles.square().mean() * 2).sqrt()).float()
-    return Tables(torch.arange(math.ceil(count / 4), device=device), scaled.to(device))
+    return (quantiles / (quantiles.square().mean() * 2).sqrt()).float().to(device)
+
+
+def tables(device: torch.device, count: int) -> Tables:
+    """What so many normal numbers are looked up in."""
+    return Tables(blocks(device, count), normal_quantiles(device))
 
 
 def standard_normal(seed: int, positions: Tensor, shape: Sequence[int], look_up: Tables) -> Tensor:

@@ -170,12 +170,10 @@ DRAWS = {
         noise=noise_rows,
     ),
     "philox": Draws(
-        placement=lambda seed, positions: philox.words(
-            philox_key(seed), philox.PLACEMENT, positions, philox.tables(positions.device, 3).blocks
-        )[:, :3],
-        label=lambda seed, positions: philox.words(
-            philox_key(seed), philox.LABEL, positions, philox.tables(positions.device, 1).blocks
-        )[:, 0],
+        placement=lambda seed, positions: philox.placement(
+            philox_key(seed), positions, philox.blocks(positions.device, 4)
+        ),
+        label=lambda seed, positions: philox.label(philox_key(seed), positions, philox.blocks(positions.device, 4)),
         noise=lambda seed, positions, shape: philox.standard_normal(
             philox_key(seed), positions, shape, philox.tables(positions.device, math.prod(shape))
         ),

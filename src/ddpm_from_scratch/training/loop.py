@@ -75,12 +75,12 @@ def train_step(run: Run, passes: Iterator[Pass], step: int) -> Tensor:
 
 def batches_of(run: Run, positions: StreamBatches) -> Iterator[Batch]:
     """The batches at these positions: made on the device if they can be, else by a loader that starts at once."""
-    config, device = run.config, run.accelerator.device
-    if not can_reside(run.stream):
+    config, stream, device = run.config, run.stream, run.accelerator.device
+    if not can_reside(stream):
         workers = config.dataloader_num_workers
-        here = map(run.stream.__getitems__, positions)  # a loader without workers does no more, in more time
-        return iter(build_loader(run.stream, positions, workers, device.type == "cuda")) if workers else here
-    resident = ResidentImages(run.stream, device)
+        here = map(stream.__getitems__, positions)  # a loader without workers does no more, in more time
+        return iter(build_loader(stream, positions, workers, device.type == "cuda")) if workers else here
+    resident = ResidentImages(stream, device)
     make = torch.compile(resident.batch) if config.compile and device.type == "cuda" else resident.batch
     return (
         make(moved(resident.indices(places), device), torch.arange(places.start, places.stop, device=device))
