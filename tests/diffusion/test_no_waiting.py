@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DModel
 from torch.profiler import ProfilerActivity, profile
 
-from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
+from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel
 from helpers.networks import TINY_NETWORK, randomised
 
 # Operators by which the host reads a value: on a GPU each of them waits for it.
@@ -232,3 +232,36 @@ def test_a_network_is_compiled_once_for_a_chain(setting, arguments, graphs):
     for _ in range(2):
         torch.testing.assert_close(images(**arguments), expected, rtol=0, atol=1e-5)
         assert len(compiled) == graphs
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("variance", ["fixed_large", "learned_range"])
+def test_a_whole_step_is_compiled_once_for_each_timestep(variance):
+    """Network and scheduler in one function. Of a fixed variance it is one graph, once coefficients are there."""
+    channels = 2 if variance == "learned_range" else 1
+    unet = randomised(ScratchUNet2DModel(**{**TINY_NETWORK, **ONE_LEVEL, "out_channels": channels})).eval()
+    scheduler = ScratchDDPMScheduler(variance_type=variance)
+    scheduler.set_timesteps(3)
+    graphs = []
+
+    def step(x, t):
+        return scheduler.step(unet(x, t).sample, t, x).prev_sample
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def chain(one_step):
+        torch.manual_seed(0)
+        x = torch.randn(2, 1, 8, 8)
+        with torch.no_grad():
+            for t in scheduler.timesteps.tolist():
+                x = one_step(x, t)
+        return x
+
+    expected = chain(step)
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=variance == "fixed_large", backend=backend)
+    for _ in range(2):
+        torch.testing.assert_close(chain(compiled), expected, rtol=0, atol=1e-6)
+    assert variance == "learned_range" or len(graphs) == 3

@@ -62,3 +62,9 @@ def test_every_command_that_pages_name_exists():
     assert {first or second for first, second in commands} <= {*COMMANDS, "train"}
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     assert set(re.findall(r"(?:^|`)make (\w[\w-]*)", text, flags=re.MULTILINE)) <= targets
+
+
+def test_every_test_that_pages_name_exists():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    named = {name for page in pages for name in re.findall(r"`(test_\w+\.py)", page.read_text(encoding="utf-8"))}
+    assert named and named <= {path.name for path in (ROOT / "tests").rglob("test_*.py")}

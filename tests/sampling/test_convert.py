@@ -1,46 +1,21 @@
-"""OpenAI's checkpoints, converted, against what their code makes of the same weights.
-
-`openai/recorded.safetensors` has what guided-diffusion (22e0df8) and improved-diffusion (1bc7bbb) computed with each
-network: outputs at three timesteps, and mean and log-variance of their step. The weights themselves follow from the
-names and shapes in it, by numpy's generator whose numbers never change.
-"""
+"""OpenAI's checkpoints, converted, against what their code makes of the same weights (`helpers/openai_files.py`)."""
 
 import json
-import math
 import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from ddpm_from_scratch import ScratchDDPMPipeline
 from ddpm_from_scratch.sampling import convert
 from helpers.networks import TINY_NETWORK
+from helpers.openai_files import CASES, LINEAR, OUTPUTS, WHOLE, converted, weights_of
 from helpers.paths import ROOT
-
-RECORDED = Path(__file__).parent / "openai" / "recorded.safetensors"
-with safe_open(RECORDED, "pt") as opened:
-    CASES = json.loads(opened.metadata()["cases"])
-OUTPUTS = load_file(RECORDED)
-LINEAR, WHOLE = "improved linear", "guided, class-conditional, new order"
-
-
-def weights_of(name):
-    """The random weights that their network had."""
-    numbers = np.random.RandomState(0)
-    made = {}
-    for weight, shape in CASES[name]["shapes"]:
-        noise = numbers.standard_normal(shape)
-        scaled = noise / math.prod(shape[1:]) ** 0.5 if len(shape) > 1 else 0.3 * noise + weight.endswith("weight")
-        made[weight] = torch.from_numpy(scaled).float()
-    return made
 
 
 def inputs_of(name):
@@ -49,13 +24,6 @@ def inputs_of(name):
     x = torch.from_numpy(np.random.RandomState(1).standard_normal((3, 3, 8, 8))).float()
     labels = None if classes is None else torch.tensor([0, classes // 2, classes - 1])
     return x, torch.tensor([0, steps // 3, steps - 1]), labels
-
-
-def converted(folder, name, *others, weights=None):
-    """The model folder that the command makes of a file with the weights."""
-    torch.save(weights_of(name) if weights is None else weights, folder / "model.pt")
-    convert.main([str(folder / "model.pt"), str(folder / "model"), *CASES[name]["flags"].split(), *others])
-    return folder / "model"
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -6,6 +6,7 @@ them into the model's scheduler configuration. Nothing else in the folder change
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from ..diffusion.guidance import null_label
 from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..diffusion.scheduler import ScratchDDPMScheduler
 from ..runtime.atomic_files import replacing_files
-from ..sampling.models import image_form
+from ..sampling.models import class_names, image_form
 from .calibration import calibrate
 from .config import check_trained_range
 
@@ -48,15 +49,39 @@ def data_config(args: argparse.Namespace) -> DataConfig:
     return config
 
 
-def training_images(args: argparse.Namespace, config: DataConfig, channels: int, size: Size) -> torch.Tensor:
-    """Load `num_images` images, evenly spaced in the data set and cropped at the centre: [N, C, H, W] in [-1, 1]."""
+def training_images(
+    args: argparse.Namespace, config: DataConfig, channels: int, size: Size, names: list[str]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Load `num_images` images, evenly spaced in the data set and cropped at the centre.
+
+    Args:
+        args: the command line.
+        config: of `data_config`; class-conditional if labels are needed.
+        channels: of the images.
+        size: their height and width.
+        names: of the model's classes.
+
+    Returns:
+        The images [N, C, H, W] in [-1, 1], and their labels [N] if they are needed.
+
+    Raises:
+        ValueError: there are not as many, or their classes or the range of their values are not the model's.
+    """
     data = load_data(config, channels, size, remedy=MEND)
     check_trained_range(str(args.model), config.value_range, data.value_range)
     images = data.images
     if args.num_images > len(images):
         raise ValueError(f"--num_images {args.num_images}: from 1 to {len(images)} are allowed, as many as there are.")
-    chosen = [images[index * len(images) // args.num_images] for index in range(args.num_images)]
-    return to_unit_range(torch.stack([center_crop(image, size) for image in chosen]))
+    chosen = [index * len(images) // args.num_images for index in range(args.num_images)]
+    pixels = to_unit_range(torch.stack([center_crop(images[index], size) for index in chosen]))
+    if data.labels is None:
+        return pixels, None
+    if list(data.labels.names) != names:
+        raise ValueError(
+            f"the classes of the images are {', '.join(data.labels.names)}; those of {args.model} {', '.join(names)}: "
+            "they must be the same, since none of its labels is null."
+        )
+    return pixels, data.labels.of_images[chosen]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,11 +101,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     classes = pipeline.unet.config.num_class_embeds
     if classes is not None and null_label(classes, pipeline.config.id2label) is None:
-        raise ValueError(f"{args.model}: each label of its network is a class, and none is null, which is measured.")
+        config = replace(config, class_conditional=True)
     channels, size = image_form(pipeline)
     unet = pipeline.unet.to("cuda" if torch.cuda.is_available() else "cpu")
-    images = training_images(args, config, channels, size)
-    options = {"num_timesteps": args.num_timesteps, "batch_size": args.batch_size, "seed": args.seed}
+    images, labels = training_images(args, config, channels, size, class_names(pipeline))
+    options = {
+        "class_labels": labels,
+        "num_timesteps": args.num_timesteps,
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+    }
     calibrated = calibrate(unet, pipeline.scheduler, images, **options)
     place = args.model / SCHEDULER_FILE
     with replacing_files(place.parent) as unfinished:  # so that the file is whole at any time

@@ -9,6 +9,7 @@ x_0 given x_t, (1 - ᾱ_t) / ᾱ_t (1 - E‖ε̂‖² / d) in the form of Analyt
 right for an inexact network and a clipped x̂_0 too, and finite where ᾱ_t is 0.
 """
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,11 +42,12 @@ def x_0_mse(
     batch_size: int = 64,
     seed: int = 0,
     progress: bool = True,
+    class_labels: Tensor | None = None,
 ) -> list[tuple[int, float]]:
     """Estimate E‖x_0 - x̂_0(x_t)‖² / d at some timesteps, in one pass over a data set.
 
     x_t ~ q(x_t | x_0) with the same noise of an image at every t, so that the curve is smooth; x̂_0 as the scheduler
-    predicts it, clipped if it does. A class-conditional network gets the null label.
+    predicts it, clipped if it does. A class-conditional network gets the null label, or that of each image.
 
     Args:
         unet: the trained network, called as unet(x_t, t) or unet(x_t, t, class_labels=...); `.sample` of what it
@@ -56,6 +58,7 @@ def x_0_mse(
         batch_size: of calls of the network, where images is one tensor.
         seed: of the noise.
         progress: show a bar.
+        class_labels: [N], of images that are one tensor, for a network without a null label.
 
     Returns:
         Pairs (t, value) in ascending order, four digits each.
@@ -69,16 +72,17 @@ def x_0_mse(
     check_whole("num_timesteps", num_timesteps, 2)
     check_whole("batch_size", batch_size)
     batches = images.split(batch_size) if isinstance(images, Tensor) else images
+    labels = itertools.repeat(None) if class_labels is None else class_labels.to(unet.device).split(batch_size)
     timesteps = moment_timesteps(scheduler, num_timesteps)
     generator = torch.Generator().manual_seed(seed)
     totals = torch.zeros(len(timesteps), dtype=torch.float64)
     count = 0
     bar = tqdm(batches, desc="calibrating", unit="batch", disable=not progress)
-    for batch in bar:
+    for batch, of_batch in zip(bar, labels, strict=False):
         _check_images(batch)
         noise = torch.randn(batch.shape, generator=generator).to(unet.device)  # float32, the same on every device
         x_0 = batch.to(unet.device, torch.float32)
-        totals += torch.stack([_error(unet, scheduler, x_0, noise, t) for t in timesteps]).double().cpu()
+        totals += torch.stack([_error(unet, scheduler, x_0, noise, t, of_batch) for t in timesteps]).double().cpu()
         count += batch.numel()
     if count == 0:
         raise ValueError("images is empty: pass at least one image, better some hundreds.")
@@ -97,12 +101,21 @@ def calibrate(
     return calibrated
 
 
-def _error(unet: Any, scheduler: ScratchDDPMScheduler, x_0: Tensor, noise: Tensor, t: int) -> Tensor:  # noqa: ANN401
+def _error(
+    unet: Any,  # noqa: ANN401
+    scheduler: ScratchDDPMScheduler,
+    x_0: Tensor,
+    noise: Tensor,
+    t: int,
+    labels: Tensor | None,
+) -> Tensor:
     """The sum of (x_0 - x̂_0)² over a batch at one t."""
     x_t = scheduler.add_noise(x_0, noise, t)
     null = null_label(unet.config.get("num_class_embeds"))
-    labels = {} if null is None else {"class_labels": torch.full((len(x_t),), null, device=x_t.device)}
-    output = unet(x_t.to(unet.dtype), torch.tensor(t, device=x_t.device), **labels).sample.to(x_t.dtype)
+    if labels is None and null is not None:
+        labels = torch.full((len(x_t),), null, device=x_t.device)
+    given = {} if labels is None else {"class_labels": labels}
+    output = unet(x_t.to(unet.dtype), torch.tensor(t, device=x_t.device), **given).sample.to(x_t.dtype)
     return ((x_0 - scheduler.predict(output, x_t, t).x_0) ** 2).sum()
 
 

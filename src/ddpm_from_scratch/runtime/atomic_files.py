@@ -50,6 +50,12 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def check_new(folder: Path) -> None:
+    """Raise ValueError if a folder that is to be made exists already."""
+    if folder.exists():
+        raise ValueError(f"{folder} exists already: choose another folder.")
+
+
 def begin_folder(folder: Path) -> Path:
     """Create an empty folder beside the final place; `finish_folder` moves it there."""
     unfinished = folder.with_name(UNFINISHED + folder.name)

@@ -1,10 +1,11 @@
-"""Make a model folder of a checkpoint of OpenAI's improved-diffusion or guided-diffusion.
+"""Make a model folder of a checkpoint of OpenAI's improved-diffusion or guided-diffusion, or of Ho et al.'s weights.
 
     ddpm convert 64x64_diffusion.pt adm-64 --image_size 64 --noise_schedule cosine --num_head_channels 64 \
         --use_new_attention_order True
+    ddpm convert diffusion_cifar10_model/model-790000.ckpt ddpm-cifar10 --image_size 32 --noise_schedule linear
 
-Flags are theirs. What the weights say by themselves need not be said; if it is, it is checked. The file is read without
-running any code of it.
+Ho et al.'s weights are those of pesser/pytorch_diffusion. Flags are OpenAI's. What the weights say by themselves need
+not be said; if it is, it is checked. The file is read without running any code of it.
 """
 
 import argparse
@@ -21,9 +22,11 @@ from torch import Tensor
 from ..diffusion.checks import check_range, check_whole
 from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..diffusion.scheduler import ScratchDDPMScheduler
-from ..runtime.atomic_files import begin_folder, finish_folder
+from ..diffusion.unet import ScratchUNet2DModel
+from ..runtime.atomic_files import begin_folder, check_new, finish_folder
 from ..runtime.errors import saving
-from .openai import Form, build, head_width, recognise, seems, unet_config
+from . import ho, openai
+from .openai import Form, seems
 
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # by their names, and diffusers'
 BASE_STEPS = 1000  # of the linear schedule's betas, and of timesteps that are rescaled
@@ -106,8 +109,7 @@ def check(args: argparse.Namespace) -> None:
             f"--diffusion_steps {args.diffusion_steps} needs --rescale_timesteps True or False: where nothing is said, "
             "improved-diffusion rescales and guided-diffusion does not."
         )
-    if args.folder.exists():
-        raise ValueError(f"{args.folder} exists already: choose another folder.")
+    check_new(args.folder)
 
 
 def check_told(args: argparse.Namespace, form: Form) -> None:
@@ -178,23 +180,44 @@ def scheduler(args: argparse.Namespace, form: Form) -> ScratchDDPMScheduler:
     )
 
 
+# Not for networks of pesser/pytorch_diffusion, which have one head and 1000 timesteps.
+OPENAI_ALONE = ("num_heads", "num_head_channels", "use_new_attention_order", "rescale_timesteps", "diffusion_steps")
+
+
 def convert(args: argparse.Namespace) -> ScratchDDPMPipeline:
     """The model of a checkpoint; ValueError if it is none, or a flag does not fit it."""
     weights = read(args.file)
+    kind = ho if ho.MARK in weights else openai
     try:
-        form = recognise(weights)
+        form = kind.recognise(weights)
     except ValueError as error:
         raise ValueError(f"{args.file}: {error}") from error
     check_told(args, form)
-    heads = head_width(form, args.num_heads, args.num_head_channels)
-    times = torch.arange(args.diffusion_steps).float()
-    if TRUTH.get(args.rescale_timesteps):
-        times *= BASE_STEPS / args.diffusion_steps
-    config = unet_config(form, args.image_size, heads, args.dropout)
-    unet = build(weights, config, form, bool(TRUTH.get(args.use_new_attention_order)), times)
+    unet = hos_network(args, weights, form) if kind is ho else openais_network(args, weights, form)
     # Each of their labels is a class; without names the last would stand for none.
     names = None if form.num_classes is None else {number: str(number) for number in range(form.num_classes)}
     return ScratchDDPMPipeline(unet, scheduler(args, form), names)
+
+
+def hos_network(args: argparse.Namespace, weights: openai.Weights, form: Form) -> ScratchUNet2DModel:
+    """The network of a file of pesser/pytorch_diffusion; ValueError for a flag that it has not."""
+    given = [f"--{name}" for name in OPENAI_ALONE if getattr(args, name) not in (None, BASE_STEPS)]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: for OpenAI's networks, and {args.file} holds one of pesser/pytorch_diffusion. Leave "
+            "that out."
+        )
+    return ho.build(weights, form, args.image_size, args.dropout)
+
+
+def openais_network(args: argparse.Namespace, weights: openai.Weights, form: Form) -> ScratchUNet2DModel:
+    """The network of a file of improved-diffusion or guided-diffusion."""
+    heads = openai.head_width(form, args.num_heads, args.num_head_channels)
+    times = torch.arange(args.diffusion_steps).float()
+    if TRUTH.get(args.rescale_timesteps):
+        times *= BASE_STEPS / args.diffusion_steps
+    config = openai.unet_config(form, args.image_size, heads, args.dropout)
+    return openai.build(weights, config, form, bool(TRUTH.get(args.use_new_attention_order)), times)
 
 
 def main(arguments: Sequence[str]) -> None:

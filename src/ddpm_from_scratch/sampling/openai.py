@@ -29,7 +29,6 @@ OTHERS = {
     "out.1.positional_embedding": "a classifier",
     "input_blocks.1.0.in_layers.0.weight": "half a network, as a classifier is",
     "model.diffusion_model.input_blocks.0.0.weight": "a latent diffusion model",
-    "down.0.block.0.norm1.weight": "a network of pesser/pytorch_diffusion",
     "state_dict": "a dictionary around the weights: save what is under state_dict by itself",
 }
 # The layer that a block's weights belong to, by the rest of a name that only it has.
@@ -123,7 +122,7 @@ def recognise(weights: Weights) -> Form:
         num_classes=weights["label_emb.weight"].shape[0] if "label_emb.weight" in weights else None,
     )
     _check_blocks(form, _blocks(weights, "input_blocks"), outputs)
-    _check_channels(form)
+    check_channels(form)
     return form
 
 
@@ -171,7 +170,8 @@ def _check_blocks(form: Form, inputs: list[tuple[str, ...]], outputs: list[tuple
             )
 
 
-def _check_channels(form: Form) -> None:
+def check_channels(form: Form) -> None:
+    """Raise ValueError for a network that does not draw images from noise alone."""
     if form.in_channels == 6 or form.out_channels not in (form.in_channels, 2 * form.in_channels):
         raise ValueError(
             f"the network makes {form.out_channels} channels of {form.in_channels}: where images are drawn from noise "
@@ -200,7 +200,7 @@ def head_width(form: Form, num_heads: int | None, num_head_channels: int | None)
     return widths.pop() if len(widths) == 1 else [max(1, channels // asked) for channels in form.channels]
 
 
-def unet_config(form: Form, image_size: int, heads: int | list[int], dropout: float) -> dict[str, Any]:
+def unet_config(form: Form, image_size: int, heads: int | list[int] | None, dropout: float) -> dict[str, Any]:
     """The configuration of our network, without the embedding of timesteps."""
     sampling = "resnet" if form.resblock_updown else "conv"
     plain = (
@@ -256,15 +256,19 @@ def build(weights: Weights, config: dict[str, Any], form: Form, new_order: bool,
             }
         else:
             ours[name] = weight.flatten(1) if ".to_out." in name and weight.ndim > 1 else weight
-    ours |= embedding
+    return load_exactly(unet, ours | embedding)
+
+
+def load_exactly(unet: ScratchUNet2DModel, weights: Weights) -> ScratchUNet2DModel:
+    """Give weights under our names to a network without any; ValueError unless they are just those of it."""
     expected = {name: tuple(weight.shape) for name, weight in unet.state_dict().items()}
-    found = {name: tuple(weight.shape) for name, weight in ours.items()}
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
     if wrong := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
         raise ValueError(
             f"{len(wrong)} weights do not fit a network of this form: {wrong[0]} has the shape {found.get(wrong[0])}, "
             f"not {expected.get(wrong[0])}."
         )
-    unet.load_state_dict({name: weight.contiguous() for name, weight in ours.items()}, assign=True)
+    unet.load_state_dict({name: weight.contiguous() for name, weight in weights.items()}, assign=True)
     return unet.eval()
 
 

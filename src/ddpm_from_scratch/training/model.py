@@ -12,6 +12,7 @@ import torch
 from ..data.dataset import TrainingData
 from ..data.labels import Labels
 from ..data.sizes import as_size
+from ..diffusion.guidance import null_label
 from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..diffusion.reverse_variance import LEARNED_VARIANCES
 from ..diffusion.scheduler import ScratchDDPMScheduler
@@ -22,6 +23,7 @@ from .config import TrainingConfig, check_diffusion, check_halvings, check_model
 from .network import SIZES, suited_network
 from .objectives import Objective
 
+CLASSES = "class_embedding.weight"
 CALIBRATED = ("optimal_variance", "timestep_choice")  # keys of a scheduler that its calibration serves
 
 logger = logging.getLogger(__name__)
@@ -184,10 +186,14 @@ def check_same_process(config: TrainingConfig, trained: ScratchDDPMScheduler) ->
 
 
 def with_classes(unet: ScratchUNet2DModel, num_class_embeds: int) -> ScratchUNet2DModel:
-    """An unconditional network made class-conditional: its classes start at zero, so it draws what it drew before."""
+    """A network with more class labels, whose embeddings start at zero: it draws what it drew before."""
     conditional = altered(unet, num_class_embeds=num_class_embeds)
-    conditional.load_state_dict(unet.state_dict(), strict=False)  # all but the new embedding
-    torch.nn.init.zeros_(conditional.class_embedding.weight)
+    weights = unet.state_dict()
+    embeddings = torch.zeros_like(conditional.class_embedding.weight)
+    if CLASSES in weights:
+        embeddings[: len(weights[CLASSES])] = weights[CLASSES]
+    weights[CLASSES] = embeddings
+    conditional.load_state_dict(weights)
     return conditional.train()
 
 
@@ -199,6 +205,8 @@ def trained_unet(trained: Trained, config: TrainingConfig, labels: Labels | None
         return unet
     if unet.config.num_class_embeds is None:
         return with_classes(unet, labels.num_class_embeds)
+    if unet.config.num_class_embeds == len(labels.names) and null_label(len(labels.names), trained.id2label) is None:
+        unet = with_classes(unet, labels.num_class_embeds)  # each of its labels is a class: it gets one for none
     check_classes(unet.config.num_class_embeds, trained.id2label, labels)
     return unet
 
