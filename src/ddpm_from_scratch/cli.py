@@ -38,8 +38,8 @@ COMMANDS = {
         ("-m", f"{PACKAGE}.evaluation.evaluate"),
     ),
     "calibrate": Command("estimate what few-step sampling needs to know of a model", f"{PACKAGE}.evaluation.calibrate"),
-    "export": Command("make a model folder of a run's checkpoint", f"{PACKAGE}.training.export"),
-    "convert": Command("make a model folder of OpenAI's checkpoint (a .pt file)", f"{PACKAGE}.sampling.convert"),
+    "export": Command("make a model folder of a run's checkpoint, or an ONNX file", f"{PACKAGE}.training.export"),
+    "convert": Command("make a model folder of OpenAI's or Ho et al.'s checkpoint", f"{PACKAGE}.sampling.convert"),
     "publish": Command("write a model's page, and push both to the Hub", f"{PACKAGE}.hub.publish"),
     "env": Command("show the system and the versions, for a bug report", f"{PACKAGE}.runtime.environment"),
 }
