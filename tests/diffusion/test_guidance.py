@@ -208,7 +208,7 @@ def test_strips_and_gifs(pipeline, tmp_path, output_type):
         ({"class_labels": [1, 2], "guidance_interval": 0.5}, "guidance_interval=0.5 must be two numbers"),
         ({"class_labels": [1, 2], "guidance_interval": (0.5,)}, "must be two numbers"),
         ({"guidance_scale": 2.0}, "guidance_scale=2.0 needs class_labels"),
-        ({"eta": 1.5}, r"eta=1.5 .*\[0, 1\]"),
+        ({"eta": -0.5}, r"eta=-0.5 .* at least 0"),
         ({"eta": "0"}, "eta='0'"),
         ({"return_trajectory": 0}, "return_trajectory=0 .* from 1 to 5"),
         ({"return_trajectory": 6}, "return_trajectory=6"),

@@ -302,7 +302,7 @@ def test_networks_and_schedulers_that_cannot_be_calibrated(stock_unet):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"eta": 1.5}, r"eta=1.5 .*\[0, 1\]"),
+        ({"eta": -0.5}, r"eta=-0.5 .* at least 0"),
         ({"eta": "1"}, "eta='1' must be a number"),
         ({"eta": None}, "eta=None"),
         ({"optimal_variance": "yes"}, "optimal_variance='yes' must be True, False or None"),

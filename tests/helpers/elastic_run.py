@@ -12,6 +12,8 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+
 
 def in_float64():
     """Weights, average, images and noise in float64. The noise is drawn as it always is."""
@@ -24,8 +26,10 @@ def in_float64():
             super().__init__(network, *rest)
             self.network.double().load_state_dict(network.state_dict())
 
-    build_unet, to_unit_range, train_step = run.build_unet, train.to_unit_range, train.train_step
+    build_unet, trained_unet, to_unit_range = run.build_unet, run.trained_unet, train.to_unit_range
+    train_step = train.train_step
     run.build_unet = lambda *arguments: build_unet(*arguments).double()
+    run.trained_unet = lambda *arguments: trained_unet(*arguments).double()
     run.EMA = EMA64
     train.to_unit_range = lambda pixels: to_unit_range(pixels).double()
 
@@ -47,9 +51,13 @@ def keep_ledger(folder):
     build, train_step = script.build, train.train_step
     known, given, timesteps = {}, [], []
 
+    def note_timesteps(_, arguments):
+        if torch.is_grad_enabled():  # not the calls that a loss compares with
+            timesteps.append(arguments[1])
+
     def build_and_watch(config):
         run = build(config)
-        run.trained_unet.register_forward_pre_hook(lambda _, arguments: timesteps.append(arguments[1]))
+        run.trained_unet.register_forward_pre_hook(note_timesteps)
         for index, image in enumerate(run.data.images):
             for flipped in (False, True):
                 known[(image.flip(2) if flipped else image).numpy().tobytes()] = index, flipped

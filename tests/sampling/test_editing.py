@@ -345,7 +345,7 @@ def test_wrong_images(pipeline, image, message):
         (ScratchDDPMImg2ImgPipeline, {"strength": 0.1, "num_inference_steps": 5}, "of 5 steps is less than one"),
         (ScratchDDPMImg2ImgPipeline, {"output_type": "jpg"}, "output_type='jpg'"),
         (ScratchDDPMImg2ImgPipeline, {"generator": [seeded(), seeded()]}, "2 entries for 1 images"),
-        (ScratchDDPMImg2ImgPipeline, {"eta": 2}, "eta=2"),
+        (ScratchDDPMImg2ImgPipeline, {"eta": -2}, "eta=-2"),
         (ScratchDDPMImg2ImgPipeline, {"class_labels": [1]}, "not class-conditional"),
         (ScratchDDPMInpaintPipeline, {"jump_length": 0}, "jump_length=0"),
         (ScratchDDPMInpaintPipeline, {"jump_n_sample": 0}, "jump_n_sample=0"),

@@ -18,11 +18,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel
 from ddpm_from_scratch.sampling import checkpoints
 from ddpm_from_scratch.training.objectives import HISTORY
 from helpers import elastic_run
+from helpers.networks import randomised
 from helpers.paths import python_path
-from helpers.runs import TINY, picture, write_parquet
+from helpers.runs import SIZE, TINY, picture, write_parquet
 
 pytestmark = pytest.mark.full
 
@@ -43,6 +45,10 @@ KINDS = {  # what else is told to the runs, and which changes are made
         {"optimizer": "muon", "model": {**TINY["model"], "dropout": 0.0, "block_out_channels": [16, 16]}},
         CHANGES if FULL else [(1, 2)],
     ),
+    "consistency": (
+        {"loss": "consistency", "consistency_q": [4, 16], "ddpm_num_steps": None},
+        CHANGES if FULL else [(1, 2), (2, 1)],
+    ),
 }
 
 
@@ -58,9 +64,20 @@ def write_preset(folder, changes):
         "log_steps": 5,
         "ddpm_num_steps": 50,
     }
+    if changes.get("loss") == "consistency":
+        values["model_config_name_or_path"] = str(save_teacher(folder / "teacher"))
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump({**values, **changes}))
     return path
+
+
+def save_teacher(folder):
+    """A model to tune, of the form that the other runs train."""
+    form = {**TINY["model"], "dropout": 0.0, "sample_size": SIZE, "in_channels": 1, "out_channels": 1}
+    network = randomised(ScratchUNet2DModel(**form, num_class_embeds=NUM_IMAGES + 1))
+    scheduler = ScratchDDPMScheduler(50, prediction_type="v_prediction")
+    ScratchDDPMPipeline(network, scheduler).save_pretrained(folder)
+    return folder
 
 
 def train_all(folder, changes, made):

@@ -1,6 +1,7 @@
 """Fields of configurations: a default, an explanation that `--help` prints, and the values that are allowed."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
@@ -21,6 +22,11 @@ class Allowed(NamedTuple):
 def at_least(least: float) -> Allowed:
     """Numbers from `least` on; NaN is none."""
     return Allowed(f"at least {least}", lambda value: value >= least)
+
+
+def all_at_least(least: float) -> Allowed:
+    """Lists of one number or more, all of them at least `least`."""
+    return Allowed(f"at least {least}", lambda values: min(values, default=-math.inf) >= least)
 
 
 def one_of(choices: Iterable[str]) -> Allowed:
@@ -66,4 +72,5 @@ def add_flags(parser: Any, config: type, names: Iterable[str] | None = None) -> 
         choices = f" [{', '.join(allowed.choices)}]" if allowed and allowed.choices else ""
         how = FLAGS.get(types[name], {"type": types[name]})
         text = field.metadata["help"].replace("%", "%%") + choices
-        parser.add_argument(f"--{name}", default=field.default, help=text, **how)
+        default = field.default if field.default is not dataclasses.MISSING else getattr(config(), name)
+        parser.add_argument(f"--{name}", default=default, help=text, **how)

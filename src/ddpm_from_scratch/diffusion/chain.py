@@ -45,9 +45,10 @@ def posterior_coefficients(
 ) -> tuple[Coefficient, Coefficient, Coefficient]:
     """q(x_s | x_t, x_0) = N(on_x_0 x_0 + on_x_t x_t, variance I) between ᾱ_t and ᾱ_s: DDIM eqs. 7 and 16.
 
-    The variance is η²β̃. The part of x_s's noise that is not newly drawn is the noise of x_t, scaled.
+    The variance is η²β̃, but at most 1 - ᾱ_s, that of q(x_s | x_0): for η = ∞, x_s does not depend on x_t. The part of
+    x_s's noise that is not newly drawn is the noise of x_t, scaled.
     """
-    fresh = eta**2 * (1 - a_t / a_s) / (1 - a_t)
+    fresh = np.minimum(eta**2 * (1 - a_t / a_s) / (1 - a_t), 1)
     on_x_t = np.sqrt((1 - fresh) * (1 - a_s) / (1 - a_t))
     return np.sqrt(a_s) - on_x_t * np.sqrt(a_t), on_x_t, fresh * (1 - a_s)
 
@@ -57,14 +58,18 @@ def log_square(x: float) -> float:
     return 2 * math.log(x) if x > 0 else -math.inf
 
 
-def posterior_log_variance(alpha_bar: np.ndarray, step: Transition) -> Coefficient:
-    """log β̃ of t -> s. At s = -1, where β̃ is 0: log β̃ of u -> t, one step up the chain, as in DDPM and iDDPM."""
+def posterior_log_variance(alpha_bar: np.ndarray, step: Transition, eta: float = 1.0) -> Coefficient:
+    """log of the variance of q(x_s | x_t, x_0), β̃ at η = 1.
+
+    At s = -1, where β̃ is 0: that of u -> t, one step up the chain, as in DDPM and iDDPM.
+    """
     last = step.s < 0
     a_t = alpha_bar[np.where(last, step.u, step.t)]
     a_s = alpha_bar[np.where(last, step.t, step.s)]
     # α is 0 where ᾱ_s is: pure noise (zero terminal SNR) stays pure noise.
     alpha = np.divide(a_t, a_s, out=np.zeros_like(a_t), where=a_s > 0)
-    return np.log((1 - a_s) / (1 - a_t) * (1 - alpha))
+    beta_tilde = np.log((1 - a_s) / (1 - a_t) * (1 - alpha))
+    return np.minimum(beta_tilde + log_square(eta), np.log(1 - a_s))
 
 
 class Chain:
@@ -73,7 +78,7 @@ class Chain:
     Args:
         timesteps: [K], strictly descending within T-1..0.
         num_train_timesteps: T.
-        eta: share of the posterior's noise that a step draws, in [0, 1].
+        eta: how much of the posterior's noise a step draws, at least 0; see `posterior_coefficients`.
         optimal: whether the reverse variance is the optimal one.
         device: where `timesteps` are kept for others to read.
     """

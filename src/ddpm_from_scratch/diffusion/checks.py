@@ -1,6 +1,7 @@
 """Checks of arguments that several modules share; each raises a ValueError that names the value and what is allowed."""
 
 import difflib
+import math
 import numbers
 from collections.abc import Collection, Iterable
 from typing import TypeGuard
@@ -30,9 +31,16 @@ def is_number(value: object) -> TypeGuard[float]:
 
 def check_range(name: str, value: object, least: float, most: float) -> None:
     """Check that value is a finite number from least to most."""
-    if not (is_number(value) and least <= value <= most and abs(value) < float("inf")):
-        span = f"lie in [{least:g}, {most:g}]" if most < float("inf") else f"be at least {least:g} and finite"
+    if not (is_number(value) and least <= value <= most and abs(value) < math.inf):
+        span = f"lie in [{least:g}, {most:g}]" if most < math.inf else f"be at least {least:g} and finite"
         raise ValueError(f"{name}={value!r} must be a number and {span}.")
+
+
+def check_eta(value: object, most: float = math.inf) -> None:
+    """Check that value is a number from 0 to most, which may be infinity."""
+    if not (is_number(value) and 0 <= value <= most):
+        span = f"lie in [0, {most:g}]" if most < math.inf else "be at least 0; math.inf draws all noise afresh"
+        raise ValueError(f"eta={value!r} must be a number and {span}.")
 
 
 def check_positive(name: str, value: object) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,20 +13,31 @@ from typing import Any, ClassVar, NamedTuple
 import diffusers
 import numpy as np
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    LCMScheduler,
+    SchedulerMixin,
+    UNet2DModel,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .checks import check_choice, check_generator, check_range, check_whole, is_whole
+from .checks import check_choice, check_eta, check_generator, check_whole, is_whole
 from .gaussian import Generators
 from .guidance import Condition, Guidance, guide, label_numbers, null_label
 from .reverse_variance import LEARNED_VARIANCES
 from .scheduler import ScratchDDPMScheduler
+from .scheduler_config import SAVED_AS, stock_class
 from .stock import altered, safe_weights, write_config
 from .unet import ScratchUNet2DModel
 from .unet_config import sample_sides, takes_labels
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# What model_index.json holds beside the parts, where it is set, and its name there: of others stock DDPMPipeline warns.
+SETTINGS = {"id2label": "id2label", "num_inference_steps": "_num_inference_steps"}
 PICTURE_CHANNELS = (1, 3, 4)  # of which PIL makes gray, RGB and RGBA images
 HUB_OPTIONS = ("cache_dir", "force_download", "token", "revision", "local_files_only")
 # This folder, in the order in which it makes one file.
@@ -87,6 +99,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         scheduler: any diffusers scheduler. A stock `DDPMScheduler` becomes a `ScratchDDPMScheduler`.
         id2label: names of the classes of a class-conditional network. The last of its num_class_embeds is the null
             label, which stands for no class, unless it has a name too.
+        num_inference_steps: of a call that names none; None is every step of the training chain.
 
     Raises:
         ValueError: for a network with missing weights, or a configuration that one of the two classes refuses.
@@ -103,6 +116,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         unet: UNet2DModel | ScratchUNet2DModel,
         scheduler: SchedulerMixin,
         id2label: dict[int, str] | dict[str, str] | None = None,  # JSON's keys are text
+        num_inference_steps: int | None = None,
     ) -> None:
         super().__init__()
         missing = [name for name, weight in unet.named_parameters() if weight.is_meta]
@@ -113,10 +127,13 @@ class ScratchDDPMPipeline(DiffusionPipeline):
             )
         if type(unet) is UNet2DModel:
             unet = ScratchUNet2DModel.from_stock(unet)
-        if type(scheduler) is DDPMScheduler:
+        if _becomes_ours(scheduler):
             scheduler = altered(scheduler, ScratchDDPMScheduler)
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(id2label=_check_names(id2label, unet.config.get("num_class_embeds")))
+        self.register_to_config(
+            id2label=_check_names(id2label, unet.config.get("num_class_embeds")),
+            num_inference_steps=self._check_steps(num_inference_steps) if num_inference_steps is not None else None,
+        )
 
     # --- sampling ---------------------------------------------------------------------------------------------------
 
@@ -147,7 +164,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         Args:
             batch_size: number of images; if left out, one for each class label, or 1.
             generator: of all the noise; with a list, one for each image, an image does not depend on the others.
-            num_inference_steps: K; if left out, every step of the training chain.
+            num_inference_steps: K; if left out, what the model names, or else every step of the training chain.
             output_type: "pil", a list of images of 1, 3 or 4 channels; "np", an array [B, H, W, C] in [0, 1]; "pt", a
                 tensor [B, C, H, W] in [0, 1]; "latent", the chain's own end as a tensor [B, C, H, W]: in [-1, 1] where
                 the scheduler clips, in the precision of the chain, with nothing cut off.
@@ -160,8 +177,8 @@ class ScratchDDPMPipeline(DiffusionPipeline):
                 step then computes every image twice, in one call of the network.
             guidance_rescale: how far the guided prediction gets the contrast of the conditional one back, 0 to 1.
             guidance_interval: the share of the chain, t / T, in which guidance acts.
-            eta: share of the posterior's noise that a step draws: 1 is DDPM, 0 is DDIM. The scheduler's own if left
-                out.
+            eta: how much noise a step draws: 1 is DDPM, 0 is DDIM, `math.inf` the consistency sampler. The scheduler's
+                own if left out.
             return_trajectory: how many frames of the chain to return, evenly spaced from its first step to its last.
             callback_on_step_end: called as callback(pipeline, step, t, tensors) after each step; it may return new
                 values of the tensors, of which "sample" is used.
@@ -202,9 +219,10 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         return self._output(x, frames, output_type, return_dict)
 
     def _check_steps(self, num_inference_steps: int | None) -> int:
-        """Check K, which is T by default."""
+        """Check K, which is the model's own by default, or else T."""
         most = self.scheduler.config.num_train_timesteps
-        steps = most if num_inference_steps is None else num_inference_steps
+        default = self.config.get("num_inference_steps") or most
+        steps = default if num_inference_steps is None else num_inference_steps
         if not (is_whole(steps) and 1 <= steps <= most):
             raise ValueError(f"num_inference_steps={steps!r} must be a whole number from 1 to {most}.")
         return steps
@@ -216,7 +234,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         if eta is not None and not own and "eta" not in accepted:
             raise ValueError(f"eta={eta!r} was passed, but {type(self.scheduler).__name__} has no eta: leave it out.")
         if eta is not None:
-            check_range("eta", eta, 0, 1)
+            check_eta(eta, math.inf if own else 1)
         self.scheduler.set_timesteps(steps, **({"eta": eta} if own else {}))
         offered = {"generator": generator, "eta": eta} if eta is not None else {"generator": generator}
         return {name: value for name, value in offered.items() if name in accepted}
@@ -384,7 +402,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         if "scheduler" not in parts:
             kind = getattr(diffusers, index["scheduler"][1])
             parts["scheduler"] = kind.from_pretrained(name, subfolder="scheduler", **hub)
-        return cls(**parts, id2label=index.get("id2label"))
+        return cls(**parts, **{name: index.get(saved) for name, saved in SETTINGS.items()})
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:  # noqa: ANN401
@@ -393,6 +411,12 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config["_class_name"] = cls.__name__
         return loaded
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # noqa: ANN401
+        """As in diffusers, with our settings by their names in files."""
+        names = {saved: name for name, saved in SETTINGS.items()}
+        return super().extract_init_dict({names.get(key, key): value for key, value in config_dict.items()}, **kwargs)
 
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:  # noqa: ANN401
         """Write model_index.json in stock names, and this pipeline as one self-contained file beside it.
@@ -409,14 +433,21 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         stock = not takes_labels(self.unet.config) and isinstance(
             self.unet.config.get("attention_head_dim"), int | None
         )
-        unnamed = ["id2label"] if self.config.get("id2label") is None else []
+        unset = [name for name in SETTINGS if self.config.get(name) is None]
         own = isinstance(self.scheduler, ScratchDDPMScheduler)
         names: dict[str, Any] = {
             "_class_name": DDPMPipeline.__name__ if stock else ["pipeline", ScratchDDPMPipeline.__name__],
             "unet": ["diffusers", UNet2DModel.__name__],
-            "scheduler": ["diffusers", DDPMScheduler.__name__ if own else type(self.scheduler).__name__],
+            "scheduler": ["diffusers", (stock_class(self.scheduler.config) if own else type(self.scheduler)).__name__],
         }
-        write_config(self.to_json_string(), json_file_path, without=unnamed, **names)
+        write_config(self.to_json_string(), json_file_path, unset, SETTINGS, **names)
+
+
+def _becomes_ours(scheduler: SchedulerMixin) -> bool:
+    """Whether a stock scheduler is one that ours takes the place of: DDPM's, or what ours was saved as."""
+    return type(scheduler) is DDPMScheduler or (
+        type(scheduler) is LCMScheduler and scheduler.config.get(SAVED_AS["eta"]) is not None
+    )
 
 
 def _reads_variance(scheduler: SchedulerMixin) -> bool:

@@ -38,7 +38,7 @@ from .chain import (
     spaced_timesteps,
     to_index,
 )
-from .checks import check_count, check_range
+from .checks import check_count, check_eta
 from .gaussian import Gaussian, Generators, noise_like
 from .reverse_variance import LEARNED_VARIANCES, REVERSE_LOG_VARIANCES, check_variance_values
 from .scheduler_config import (
@@ -48,7 +48,8 @@ from .scheduler_config import (
     limits_x_0,
     make_betas,
     make_x_0_variance,
-    own_keys_at_their_defaults,
+    of_stock_class,
+    stock_class,
     with_argument_names,
 )
 from .stock import write_config
@@ -95,13 +96,15 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         timestep_spacing: "leading", "linspace" or "trailing", of K < T steps.
         steps_offset: added to the timesteps of the leading spacing.
         rescale_betas_zero_snr: rescale so that ᾱ of the last step is 0.
-        eta: how much of the posterior's noise a step draws, in [0, 1]: 1 is DDPM, 0 is DDIM, which draws none (DDIM
-            eq. 16). `set_timesteps` may choose another one for a chain.
+        eta: how much noise a step draws: η²β̃ is its variance, but at most 1 - ᾱ_s. 1 is DDPM; 0 is DDIM, which draws
+            none (DDIM eq. 16); `math.inf` draws all of x_s's noise afresh, as consistency models are sampled (Song et
+            al. 2023, algorithm 1). Above 1 it is the variance whatever variance_type. `set_timesteps` may choose
+            another eta for a chain.
         x_0_mse: E‖x_0 - x̂_0(x_t)‖² / d of one network and clipping at some timesteps, as ascending pairs [t, value];
             `ddpm calibrate` estimates them, and their logarithm is linear in log SNR in between. The variance of
             p(x_s | x_t) that is optimal for the bound follows from them.
         optimal_variance: use that variance instead of `variance_type`. None: where x_0_mse is given, for chains of
-            fewer than T steps with eta > 0.
+            fewer than T steps with 0 < eta <= 1.
         timestep_choice: which K < T timesteps, instead of timestep_spacing: "quadratic" (DDIM, appendix D.2), "log_snr"
             (even steps of it) or "likelihood" (those of the least variational bound, which needs x_0_mse).
 
@@ -165,8 +168,9 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write the configuration under the name of diffusers' class, so that both classes can load it."""
-        text, own = self.to_json_string(), own_keys_at_their_defaults(self.config)
-        write_config(text, json_file_path, without=own, saved_as=SAVED_AS, _class_name=DDPMScheduler.__name__)
+        kind = stock_class(self.config)
+        without, more = of_stock_class(self.config, kind)
+        write_config(self.to_json_string(), json_file_path, without, SAVED_AS, _class_name=kind.__name__, **more)
 
     # --- forward process (DDPM section 2) ---------------------------------------------------------------------------
 
@@ -211,8 +215,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         x_0, x_t, step = upcast(x_0), upcast(x_t), self._transition(t, s)
         on_x_0, on_x_t, _ = posterior_coefficients(self._alpha_bar[step.t], self._alpha_bar[step.s], step.eta)
         mean = plus(broadcast(on_x_0, x_0) * x_0, broadcast(on_x_t, x_t), x_t)
-        log_variance = posterior_log_variance(self._alpha_bar, step) + log_square(step.eta)
-        return Gaussian(mean, as_tensor(log_variance, x_0))
+        return Gaussian(mean, as_tensor(posterior_log_variance(self._alpha_bar, step, step.eta), x_0))
 
     # --- reverse process (DDPM section 3.2) -------------------------------------------------------------------------
 
@@ -251,9 +254,14 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return Gaussian(mean, as_tensor(log_variance, mean))
 
     def _reverse_log_variance(self, values: Tensor | None, step: Transition) -> Coefficient | Tensor:
-        """log σ² of p(x_s | x_t): the optimal one, or that of `variance_type`, which may need the network's values."""
+        """log σ² of p(x_s | x_t): the optimal one, or that of `variance_type`, which may need the network's values.
+
+        For eta > 1 it is that of q.
+        """
         if step.optimal:
             return self._optimal_log_variance(step)
+        if step.eta > 1:
+            return posterior_log_variance(self._alpha_bar, step, step.eta)
         check_variance_values(self.variance_type, values)
         small = posterior_log_variance(self._alpha_bar, step)
         large = np.log(1 - self._alpha_bar[step.t] / self._alpha_bar[step.s])
@@ -328,7 +336,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Pass either num_inference_steps or timesteps (a descending list), one of the two.")
         if eta is not None:
-            check_range("eta", eta, 0, 1)
+            check_eta(eta)
         chain = self._spaced(num_inference_steps) if timesteps is None else listed_timesteps(timesteps, len(self))
         self.num_inference_steps = len(chain)
         self.custom_timesteps = timesteps is not None
@@ -342,7 +350,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return self._chosen[count]
 
     def _set_chain(self, timesteps: np.ndarray, eta: float, device: str | torch.device | None = None) -> None:
-        automatic = self._x_0_variance is not None and len(timesteps) < len(self) and eta > 0
+        automatic = self._x_0_variance is not None and len(timesteps) < len(self) and 0 < eta <= 1
         optimal = automatic if self.config["optimal_variance"] is None else self.config["optimal_variance"]
         self._chain = Chain(timesteps, len(self), eta, optimal, device)
         self.timesteps = self._chain.timesteps
@@ -413,7 +421,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         """Standard deviation of the noise that `step` adds; None if the network predicts it. See LAST_NOISE."""
         if step.s < 0 or (step.eta == 0 and not step.optimal):
             return 0.0
-        if self.variance_type in LEARNED_VARIANCES and not step.optimal:
+        if self.variance_type in LEARNED_VARIANCES and not step.optimal and step.eta <= 1:
             return None
         noise = math.exp(0.5 * float(self._reverse_log_variance(None, step)))
         if step.optimal and step.s == 0 and limits_x_0(self.config):

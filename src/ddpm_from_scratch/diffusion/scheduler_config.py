@@ -3,14 +3,17 @@
 Analytic-DPM: Bao, Li, Zhu, Zhang 2022, https://arxiv.org/abs/2201.06503.
 """
 
+import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DDPMScheduler, LCMScheduler
 from torch import Tensor
 
-from .checks import check_choice, check_range, check_whole, is_number
+from .checks import check_choice, check_eta, check_whole, is_number
 from .reverse_variance import REVERSE_LOG_VARIANCES
 from .schedules import BETA_SCHEDULES, rescale_to_zero_terminal_snr
 from .timesteps import TIMESTEP_CHOICES, TIMESTEP_SPACINGS, interpolate_moments
@@ -21,10 +24,14 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 OWN_KEYS = {"eta": 1.0, "x_0_mse": None, "optimal_variance": None, "timestep_choice": None}
 
 # diffusers passes over keys that begin with "_" in silence, and warns of any other that a class does not have.
-SAVED_AS = {"x_0_mse": "_x_0_mse"}
+SAVED_AS = {"eta": "_eta", "x_0_mse": "_x_0_mse"}
 
 # Other names of our keys: in files, and in models saved by earlier versions.
-OTHER_NAMES = {"_x_0_mse": "x_0_mse", "second_moments": "x_0_mse"}
+OTHER_NAMES = {"_eta": "eta", "_x_0_mse": "x_0_mse", "second_moments": "x_0_mse"}
+
+# JSON has no infinity.
+INFINITY = "inf"
+LCM_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # that LCMScheduler knows
 
 Config = Mapping[str, Any]
 
@@ -33,7 +40,29 @@ def with_argument_names(config: Any) -> Any:  # noqa: ANN401
     """Rename keys of files and of earlier versions to the arguments' names; all but mappings are returned unchanged."""
     if not isinstance(config, Mapping) or not set(OTHER_NAMES) & set(config):
         return config
-    return {OTHER_NAMES.get(name, name): value for name, value in config.items()}
+    renamed = {OTHER_NAMES.get(name, name): value for name, value in config.items()}
+    return {**renamed, **({"eta": math.inf} if renamed.get("eta") == INFINITY else {})}
+
+
+def stock_class(c: Config) -> type[DDPMScheduler] | type[LCMScheduler]:
+    """Which scheduler of diffusers draws as this configuration does.
+
+    Where all noise is fresh that is LCMScheduler: its boundary scaling leaves x̂_0 as it is at every timestep above some
+    few.
+    """
+    known = c["trained_betas"] is not None or c["beta_schedule"] in LCM_SCHEDULES
+    return LCMScheduler if jumps(c) and known else DDPMScheduler
+
+
+def of_stock_class(c: Config, kind: type[DDPMScheduler] | type[LCMScheduler]) -> tuple[list[str], dict[str, Any]]:
+    """The keys that a file of that class leaves out, and those that only it has or that JSON needs in another form."""
+    without = own_keys_at_their_defaults(c)
+    more: dict[str, Any] = {"eta": INFINITY} if jumps(c) else {}
+    if kind is LCMScheduler:
+        known = inspect.signature(LCMScheduler.__init__).parameters
+        without += [key for key in c if not key.startswith("_") and key not in (*known, *OWN_KEYS)]
+        more["original_inference_steps"] = c["num_train_timesteps"]
+    return without, more
 
 
 def check_config(c: Config) -> None:
@@ -60,7 +89,7 @@ def _check_numbers(c: Config) -> None:
     for name, (allowed, fits) in ranges.items():
         if not (is_number(c[name]) and fits(c[name])):
             raise ValueError(f"{name}={c[name]!r} must be a number and {allowed}.")
-    check_range("eta", c["eta"], 0, 1)
+    check_eta(c["eta"])
     if c["rescale_betas_zero_snr"] and c["num_train_timesteps"] == 1:
         raise ValueError("rescale_betas_zero_snr=True needs num_train_timesteps of at least 2.")
 
@@ -73,6 +102,18 @@ def _check_own_keys(c: Config) -> None:
     for name, needed in {"optimal_variance": True, "timestep_choice": "likelihood"}.items():
         if c[name] == needed and c["x_0_mse"] is None:
             raise ValueError(f"{name}={needed!r} needs x_0_mse: estimate them with `ddpm calibrate`.")
+
+
+# Why a network that was tuned for jumps cannot do what needs the mean of x_0 given x_t.
+JUMPS = (
+    "eta is infinite: the network was tuned to jump to an x_0 (--loss consistency), and no longer predicts the mean of "
+    "x_0 given x_t"
+)
+
+
+def jumps(c: Config) -> bool:
+    """Whether a scheduler's configuration is that of a consistency sampler, whose network was tuned for jumps."""
+    return bool(c.get("eta") == math.inf)
 
 
 def own_keys_at_their_defaults(c: Config) -> list[str]:

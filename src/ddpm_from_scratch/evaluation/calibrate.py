@@ -20,6 +20,7 @@ from ..data.sizes import Size, center_crop
 from ..diffusion.guidance import null_label
 from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..diffusion.scheduler import ScratchDDPMScheduler
+from ..diffusion.scheduler_config import JUMPS, jumps
 from ..runtime.atomic_files import replacing_files
 from ..sampling.models import class_names, image_form
 from .calibration import calibrate
@@ -99,6 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{args.model} has a {type(pipeline.scheduler).__name__}, which has no variance to calibrate: save the "
             "model with a DDPMScheduler or ScratchDDPMScheduler."
         )
+    if jumps(pipeline.scheduler.config):
+        raise ValueError(f"{args.model}: {JUMPS}, whose error a calibration measures.")
     classes = pipeline.unet.config.num_class_embeds
     if classes is not None and null_label(classes, pipeline.config.id2label) is None:
         config = replace(config, class_conditional=True)

@@ -10,10 +10,11 @@ from typing import Any
 
 from ..data.arrays import OWN_RANGES, ValueRange
 from ..data.config import BACKGROUND, DataConfig, check_local
-from ..data.fields import TWO_NUMBERS, Allowed, at_least, check_fields, knob, one_of
+from ..data.fields import TWO_NUMBERS, all_at_least, at_least, check_fields, knob, one_of
 from ..runtime.devices import PRECISIONS
 from ..runtime.results import read_results
 from ..sampling.checkpoints import is_checkpoint, read_manifest
+from ..sampling.generate import STEPS
 from .features import CACHE_DIR, EXTRACTORS
 
 DESCRIPTION = """Measure a model: draw images, compare them with real ones, and compute the variational bound on
@@ -71,11 +72,6 @@ def check_trained_range(model: str, wanted: Sequence[float] | None, found: Value
         )
 
 
-def all_at_least(least: int) -> Allowed:
-    """Allow lists whose numbers are all at least `least`."""
-    return Allowed(f"at least {least}", lambda values: min(values) >= least)
-
-
 @dataclass(frozen=True)
 class EvaluationConfig:
     """The model to evaluate, what to measure of it, and how."""
@@ -96,7 +92,9 @@ class EvaluationConfig:
     )
     test_split: str | None = knob(None, "held-out images: a split of the data set itself")
 
-    num_inference_steps: Sequence[int] = knob((50,), "one or more numbers of steps", all_at_least(1))
+    num_inference_steps: Sequence[int] | None = knob(
+        None, f"one or more numbers of steps; left out: the model's own, or {STEPS}", all_at_least(1)
+    )
     num_images: Sequence[int] = knob((1000,), "one number, or one for each number of steps", all_at_least(LEAST_IMAGES))
     balanced_labels: bool = knob(False, "the classes in turn, not the null label")
     images: Path | None = knob(None, "measure those of this .npz instead (see --images_dir)")
@@ -173,17 +171,18 @@ class EvaluationConfig:
         read_results(self.folder / RESULTS)
 
     def _check_combinations(self) -> None:
-        if len(self.num_images) not in (1, len(self.num_inference_steps)):
+        chains = len(self.num_inference_steps or (STEPS,))
+        if len(self.num_images) not in (1, chains):
             raise ValueError(
-                f"--num_images has {len(self.num_images)} numbers, --num_inference_steps "
-                f"{len(self.num_inference_steps)}: give one number of images, or one for each number of steps."
+                f"--num_images has {len(self.num_images)} numbers, --num_inference_steps {chains}: give one number of "
+                "images, or one for each number of steps."
             )
         if self.images and not self.images.is_file():
             raise FileNotFoundError(f"--images: no file {self.images}")
         for name in ("images_dir", "balanced_labels"):
             if self.images and getattr(self, name):
                 raise ValueError(f"--{name} is for images that are to be drawn, and --images holds some: give one.")
-        if self.images and len(self.num_inference_steps) > 1:
+        if self.images and chains > 1:
             raise ValueError("--images holds the images of one --num_inference_steps: give one number.")
         if self.label_column and not self.num_class_images:
             raise ValueError("--label_column is of the images that a classifier learns from: give --num_class_images.")

@@ -46,6 +46,7 @@ LOSS_LABELS = {
     "simple": r"$L_\mathrm{simple}$",
     "vlb": r"$L_\mathrm{vlb}$, bits per dimension",
     "hybrid": r"$L_\mathrm{hybrid}$",
+    "consistency": r"$L_\mathrm{consistency}$",
 }
 
 

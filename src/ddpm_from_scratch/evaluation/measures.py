@@ -19,6 +19,7 @@ from ..data.images import Images
 from ..data.sizes import Size, center_crop
 from ..data.sources import evenly
 from ..diffusion.scheduler import ScratchDDPMScheduler
+from ..diffusion.scheduler_config import JUMPS, jumps
 from ..runtime.devices import device_name
 from ..runtime.random_streams import derived_seed
 from ..runtime.results import versions
@@ -267,6 +268,8 @@ def bound_scheduler(pipeline: DiffusionPipeline) -> ScratchDDPMScheduler | str:
             scheduler = ScratchDDPMScheduler.from_config(scheduler.config)
         except ValueError as error:  # of a kind that only other schedulers know
             return str(error)
+    if jumps(scheduler.config):
+        return f"{JUMPS}, which the bound needs"
     return "the bound is infinite at eta=0" if scheduler.config["eta"] == 0 else scheduler
 
 

@@ -86,4 +86,5 @@ def load_checkpoint(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Scr
     unet = ScratchUNet2DModel(**{k.removeprefix("model."): v for k, v in identity.items() if k.startswith("model.")})
     unet.load_state_dict(read_tensors(checkpoint, "ema" if config["use_ema"] else "unet"))
     names = dict(enumerate(identity["class_names"])) if config["class_conditional"] else None
-    return ScratchDDPMPipeline(unet.to(dtype).eval(), scheduler, names)
+    steps = config["ddpm_num_inference_steps"] if config.get("loss") == "consistency" else None
+    return ScratchDDPMPipeline(unet.to(dtype).eval(), scheduler, names, steps)

@@ -20,7 +20,7 @@ from ..diffusion.gaussian import Generators
 from ..diffusion.guidance import Condition, Guidance, null_label
 from ..diffusion.pipeline import ScratchDDPMPipeline, ScratchDDPMPipelineOutput
 from ..diffusion.scheduler import Prediction, ScratchDDPMScheduler
-from ..diffusion.scheduler_config import make_alpha_bar
+from ..diffusion.scheduler_config import JUMPS, jumps, make_alpha_bar
 from ..diffusion.stock import altered
 
 
@@ -352,8 +352,11 @@ class ScratchDDPMInterpolationPipeline(_EditingPipeline):
 
     def _chain(self, num_inference_steps: int) -> ScratchDDPMScheduler:
         """A deterministic scheduler that does not clip or threshold its predictions."""
+        own = self._own_scheduler()
+        if jumps(own.config):
+            raise ValueError(f"{JUMPS}, which the inversion of DDIM needs. Take the model that it was tuned from.")
         plain = {"clip_sample": False, "thresholding": False, "optimal_variance": False}
-        scheduler: ScratchDDPMScheduler = altered(self._own_scheduler(), **plain)
+        scheduler: ScratchDDPMScheduler = altered(own, **plain)
         scheduler.set_timesteps(self._check_steps(num_inference_steps), eta=0.0)
         return scheduler
 

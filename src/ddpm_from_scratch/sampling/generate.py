@@ -13,6 +13,8 @@ from tqdm import tqdm
 from ..runtime.random_streams import generator
 from .models import classes, image_form
 
+STEPS = 50  # of the chains of models that name no number
+
 
 @dataclass(frozen=True)
 class SampleSpec:

@@ -16,6 +16,7 @@ from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..runtime.atomic_files import replace_file
 from ..runtime.devices import PRECISIONS, prepare_cpu, resolve_precision
 from ..runtime.random_streams import generator
+from .generate import STEPS
 from .models import load_pipeline
 from .previews import image_grid, to_pil
 from .samplers import SAMPLERS
@@ -29,7 +30,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("model", help="folder or Hub name of a saved pipeline")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="file of the picture")
     parser.add_argument("--num_images", type=int, default=16)
-    parser.add_argument("--num_inference_steps", type=int, default=50, help="steps of the chain")
+    parser.add_argument("--num_inference_steps", type=int, help=f"steps of the chain: the model's own, or {STEPS}")
     parser.add_argument("--class_labels", nargs="+", help="names or numbers, given to the images in turn")
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="above 1, images follow their labels more")
     parser.add_argument("--seed", type=int, default=0, help="image i follows from it and i, whatever the batch")
@@ -44,7 +45,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Check the flags before anything is loaded; ValueError for one that is not allowed."""
     for name in ("num_images", "num_inference_steps", "batch_size"):
-        check_whole(f"--{name}", getattr(args, name))
+        if getattr(args, name) is not None:
+            check_whole(f"--{name}", getattr(args, name))
     check_whole("--seed", args.seed, 0)
     if args.out.suffix.lower() not in SUFFIXES or args.out.is_dir():
         raise ValueError(f"--out {args.out} must be a file that ends in {', '.join(SUFFIXES)}.")
@@ -54,10 +56,11 @@ def check(args: argparse.Namespace) -> None:
 
 def draw(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list[Image.Image]:
     """Draw the images in batches."""
+    steps = args.num_inference_steps or pipeline.config.get("num_inference_steps") or STEPS
     labels = [int(label) if label.isdigit() else label for label in args.class_labels or ()]
     images: list[Image.Image] = []
     while numbers := range(len(images), min(len(images) + args.batch_size, args.num_images)):
-        options: dict[str, Any] = {"batch_size": len(numbers), "num_inference_steps": args.num_inference_steps}
+        options: dict[str, Any] = {"batch_size": len(numbers), "num_inference_steps": steps}
         if labels:
             options["class_labels"] = [labels[number % len(labels)] for number in numbers]
             options["guidance_scale"] = args.guidance_scale

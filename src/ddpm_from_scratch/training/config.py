@@ -13,7 +13,7 @@ from huggingface_hub import get_token
 from huggingface_hub.utils import validate_repo_id
 
 from ..data.config import DataConfig, check_local, check_revision
-from ..data.fields import FRACTION, POSITIVE, at_least, knob, one_of
+from ..data.fields import FRACTION, POSITIVE, all_at_least, at_least, knob, one_of
 from ..data.sizes import as_size, is_size, resolution_of
 from ..diffusion.checks import suggestion
 from ..diffusion.reverse_variance import REVERSE_LOG_VARIANCES
@@ -32,6 +32,7 @@ from .optimizer import DECAYS, OPTIMIZERS
 
 PRESETS = Path(__file__).parent / "presets"
 LOGGERS = ("none", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "aim", "clearml", "dvclive", "swanlab")
+OWN_WEIGHTS = ("vlb", "consistency")  # losses that weigh timesteps by themselves
 LOG_LEVELS = ("info", "warning", "error")
 
 
@@ -76,7 +77,10 @@ class TrainingConfig(DataConfig):
 
     # Objective
     loss: str = knob(
-        "simple", "simple, vlb (the bound), or hybrid: both, for a learned variance (paper: simple)", one_of(LOSSES)
+        "simple",
+        "simple, vlb (the bound), hybrid: both, for a learned variance; or consistency: tunes a trained model "
+        "(--model_config_name_or_path) for few steps (paper: simple)",
+        one_of(LOSSES),
     )
     loss_weighting: str = knob(
         "target",
@@ -92,6 +96,22 @@ class TrainingConfig(DataConfig):
         "uniform",
         "uniform, or loss_aware: by the recent losses of each t, for the loss vlb",
         one_of(TIMESTEP_SAMPLERS),
+    )
+    consistency_q: list[float] = dataclasses.field(
+        default_factory=lambda: [4.0, 16.0, 64.0, 256.0],
+        metadata={
+            "help": "how close the timesteps are whose jumps must agree, in the first part of the run, the second, ... "
+            "(Geng et al.: 2, 4, ... 256; above 32 in float32)",
+            "allowed": all_at_least(1),
+        },
+    )
+    consistency_k: float = knob(8.0, "how much less close they are where noise is low (Geng et al.: 8)", at_least(0))
+    consistency_b: float = knob(1.0, "how fast that fades as noise grows (Geng et al.: 1)", POSITIVE)
+    consistency_mean: float = knob(-0.8, "mean of the logarithm of the noise that jumps begin at (Geng et al.: -1.1)")
+    consistency_std: float = knob(1.6, "its standard deviation (Geng et al.: 2.0)", POSITIVE)
+    consistency_sigma_max: float = knob(80.0, "noise above which t counts as T - 1 (Song et al.: 80)", POSITIVE)
+    consistency_huber_c: float = knob(
+        0.00054, "c of the pseudo-Huber norm of a difference, by dimension (Song & Dhariwal: 0.00054)", POSITIVE
     )
 
     # Optimisation
@@ -241,9 +261,14 @@ def check_objective(config: TrainingConfig) -> None:
     """The loss trains what there is to train, and its options belong to it."""
     if config.ddpm_variance_type is not None:
         check_trains_variance(config.loss, config.ddpm_variance_type)
-    if config.loss == "vlb" and config.loss_weighting != "target":
+    if config.loss in OWN_WEIGHTS and config.loss_weighting != "target":
         raise ValueError(
-            f"loss_weighting {config.loss_weighting!r} is for the losses simple and hybrid: vlb has its own"
+            f"loss_weighting {config.loss_weighting!r} is for the losses simple and hybrid: {config.loss} has its own"
+        )
+    if config.loss == "consistency" and (config.model_config_name_or_path or ".json").endswith(".json"):
+        raise ValueError(
+            "loss 'consistency' tunes a trained model for few steps: name it with --model_config_name_or_path (a "
+            "folder or a Hub name)"
         )
     if config.timestep_sampling == "loss_aware" and config.loss != "vlb":
         raise ValueError(f"timestep_sampling 'loss_aware' is for the loss vlb, got {config.loss!r}: take 'uniform'")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,9 @@ from ..diffusion.stock import altered
 from ..diffusion.unet import ScratchUNet2DModel
 from ..sampling.checkpoints import PROCESS_FLAGS, SCHEDULER_FLAGS, is_checkpoint, load_checkpoint
 from .config import TrainingConfig, check_diffusion, check_halvings, check_model_keys, check_objective
+from .consistency import ConsistencyObjective
 from .network import SIZES, suited_network
-from .objectives import Objective
+from .objectives import BOUND_LOSSES, Objective
 
 CLASSES = "class_embedding.weight"
 CALIBRATED = ("optimal_variance", "timestep_choice")  # keys of a scheduler that its calibration serves
@@ -36,6 +38,7 @@ OBJECTIVE_FLAGS = {
     "p2_k": "p2_k",
     "vlb_weight": "vlb_weight",
 }
+CONSISTENCY_FLAGS = {f"consistency_{key}": key for key in ("q", "k", "b", "mean", "std", "sigma_max", "huber_c")}
 
 
 def build_scheduler(config: TrainingConfig, trained: ScratchDDPMScheduler | None = None) -> ScratchDDPMScheduler:
@@ -47,6 +50,10 @@ def build_scheduler(config: TrainingConfig, trained: ScratchDDPMScheduler | None
     if trained is None:
         return ScratchDDPMScheduler(**said)
     check_same_process(config, trained)
+    if config.loss == "consistency":
+        said = {"eta": math.inf, "timestep_spacing": "trailing"} | said  # jumps begin at T - 1
+    elif trained.config["eta"] == math.inf:
+        said["eta"] = 1.0  # a network for jumps becomes one for the chain again
     return ScratchDDPMScheduler.from_config(trained.config, **said)
 
 
@@ -59,14 +66,18 @@ def with_process_of(scheduler: ScratchDDPMScheduler, config: TrainingConfig) -> 
     return config
 
 
-def build_objective(config: TrainingConfig, scheduler: ScratchDDPMScheduler) -> Objective:
+def build_objective(config: TrainingConfig, scheduler: ScratchDDPMScheduler) -> Objective | ConsistencyObjective:
     """The objective that a configuration asks for."""
+    if config.loss == "consistency":
+        return ConsistencyObjective(
+            scheduler, **{key: getattr(config, flag) for flag, key in CONSISTENCY_FLAGS.items()}
+        )
     return Objective(scheduler, **{key: getattr(config, flag) for flag, key in OBJECTIVE_FLAGS.items()})
 
 
 def check_levels(config: TrainingConfig, data: TrainingData) -> None:
     """Raise ValueError for a loss with the bound in it, which is that of 8-bit levels, and images of other values."""
-    if config.loss != "simple" and data.value_range:
+    if config.loss in BOUND_LOSSES and data.value_range:
         raise ValueError(
             f"loss {config.loss!r} is the variational bound of the 256 levels of 8-bit images, or holds it, and these "
             "images have other values: take the loss 'simple' with a fixed variance, or 8-bit images without "

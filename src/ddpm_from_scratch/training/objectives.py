@@ -14,6 +14,7 @@ network predicts: ‖ε - ε̂‖² = SNR ‖x_0 - x̂_0‖², ‖v - v̂‖² =
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ from ..diffusion.scheduler_config import make_alpha_bar
 from ..diffusion.stock import altered
 from ..diffusion.tensors import as_tensor
 
-LOSSES = ("simple", "vlb", "hybrid")
+LOSSES = ("simple", "vlb", "hybrid", "consistency")  # the last is `consistency.py`
+BOUND_LOSSES = ("vlb", "hybrid")
 
 # ‖target error‖² / ‖x_0 - x̂_0‖², by what the network predicts.
 PER_X_0_ERROR: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -63,7 +65,7 @@ class Objective:
 
     Args:
         scheduler: the process, the prediction type and the variance.
-        loss: one of LOSSES.
+        loss: one of LOSSES, but not "consistency".
         weighting: one of LOSS_WEIGHTINGS, of the simple loss.
         snr_gamma: γ of min-SNR.
         p2_gamma: γ of P2.
@@ -87,7 +89,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         """Check."""
-        check_choice("loss", self.loss, LOSSES)
+        check_choice("loss", self.loss, ("simple", *BOUND_LOSSES))
         check_choice("weighting", self.weighting, LOSS_WEIGHTINGS)
         for name in ("snr_gamma", "p2_k", "vlb_weight"):
             check_positive(name, getattr(self, name))
@@ -101,6 +103,14 @@ class Objective:
         object.__setattr__(self, "_plain", altered(self.scheduler, **plain))
         alpha_bar = make_alpha_bar(self.scheduler.config)
         object.__setattr__(self, "_snr", alpha_bar / (1 - alpha_bar))
+
+    def at(self, progress: float) -> "Objective":
+        """The objective when so much of the run is over: always the same."""
+        return self
+
+    def goal(self, network: Callable[..., Any], x_0: Tensor, noise: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """What the network's x̂_0 is compared with: the data."""
+        return x_0
 
     def __call__(self, model_output: Tensor, x_0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The loss of each image: [B].
@@ -141,9 +151,9 @@ def check_trains_variance(loss: str, variance_type: str) -> None:
     Raises ValueError if they do not fit.
     """
     learned = variance_type in LEARNED_VARIANCES
-    if learned and loss == "simple":
+    if learned and loss not in BOUND_LOSSES:
         raise ValueError(
-            f"variance_type {variance_type!r} cannot be trained with the loss 'simple', which gives it no gradient: "
+            f"variance_type {variance_type!r} cannot be trained with the loss {loss!r}, which gives it no gradient: "
             "choose the loss 'hybrid' or 'vlb', or a fixed variance."
         )
     if not learned and loss == "hybrid":

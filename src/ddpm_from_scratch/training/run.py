@@ -40,8 +40,10 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import TrainingConfig, check_halvings
+from .consistency import BFLOAT16_RATIO, ConsistencyObjective, LogNormalSampler
 from .faults import FiniteGuard
 from .model import (
+    CONSISTENCY_FLAGS,
     OBJECTIVE_FLAGS,
     build_objective,
     build_scheduler,
@@ -54,7 +56,7 @@ from .model import (
     trained_unet,
     with_process_of,
 )
-from .objectives import TIMESTEP_SAMPLERS, LossAwareSampler, Objective, UniformSampler
+from .objectives import BOUND_LOSSES, TIMESTEP_SAMPLERS, LossAwareSampler, Objective, UniformSampler
 from .optimizer import EMA, build_optimizer, in_optimizer_steps, learning_rate
 from .plan import renew_length
 
@@ -86,8 +88,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     ema: EMA | None
     progress: Progress
-    objective: Objective
-    sampler: UniformSampler | LossAwareSampler  # of timesteps
+    objective: Objective | ConsistencyObjective
+    sampler: UniformSampler | LogNormalSampler | LossAwareSampler  # of timesteps
     guard: FiniteGuard
 
     @cached_property
@@ -144,7 +146,8 @@ class Run:
     @property
     def pipeline(self) -> ScratchDDPMPipeline:
         """The model as it is now."""
-        return ScratchDDPMPipeline(unet=self.eval_unet, scheduler=self.scheduler, id2label=self.id2label)
+        steps = self.config.ddpm_num_inference_steps if self.config.loss == "consistency" else None
+        return ScratchDDPMPipeline(self.eval_unet, self.scheduler, self.id2label, steps)
 
     @cached_property
     def weights(self) -> list[Tensor]:
@@ -186,8 +189,10 @@ class Run:
             same.append("value_range")
         if config.streaming:
             same += ["streaming", "shuffle_window_mb"]
-        if config.loss != "simple":  # the bound is that of a variance
+        if config.loss in BOUND_LOSSES:  # the bound is that of a variance
             same.append("ddpm_variance_type")
+        if config.loss == "consistency":
+            same += CONSISTENCY_FLAGS
         betas = self.scheduler.config.trained_betas  # of a model to fine-tune: no flag makes them
         model = {f"model.{k}": v for k, v in self.trained_unet.config.items() if not k.startswith("_")}
         return {
@@ -234,6 +239,7 @@ def build(config: TrainingConfig) -> Run:
         # labels that were gone (an H100, torch 2.11).
         unet.compile()
     prepared_unet, optimizer = accelerator.prepare(unet, optimizer)
+    objective = build_objective(config, scheduler)
     run = Run(
         config,
         accelerator,
@@ -243,8 +249,10 @@ def build(config: TrainingConfig) -> Run:
         optimizer,
         ema,
         Progress(bad_images=list(data.unreadable)),
-        build_objective(config, scheduler),
-        TIMESTEP_SAMPLERS[config.timestep_sampling](scheduler.config.num_train_timesteps),
+        objective,
+        objective.sampler()
+        if isinstance(objective, ConsistencyObjective)
+        else TIMESTEP_SAMPLERS[config.timestep_sampling](scheduler.config.num_train_timesteps),
         FiniteGuard(optimizer.optimizer if accelerator.scaler is None else None, device),
     )
     if checkpoint is not None:
@@ -276,12 +284,24 @@ def build_accelerator(config: TrainingConfig) -> Accelerator:
     return Accelerator(
         cpu=on_cpu,
         # Said explicitly: `accelerate launch` without a config of its own would set "no".
-        mixed_precision=resolve_precision(config.mixed_precision, PartialState(cpu=on_cpu).device),
+        mixed_precision=precision_of(config, PartialState(cpu=on_cpu).device),
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         # One copy of the gradients less; and DDP takes them in whatever memory order weights of 1x1 have.
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         log_with=None if config.logger == "none" else config.logger,
         project_dir=str(Path(config.output_dir, config.logging_dir)),
+    )
+
+
+def precision_of(config: TrainingConfig, device: torch.device) -> str:
+    """What the network computes in; ValueError if the objective cannot bear what the configuration says."""
+    if config.loss != "consistency" or max(config.consistency_q) <= BFLOAT16_RATIO:
+        return resolve_precision(config.mixed_precision, device)
+    if config.mixed_precision in ("auto", "no"):
+        return "no"
+    raise ValueError(
+        f"mixed_precision {config.mixed_precision!r} rounds more than f differs between neighbours at consistency_q "
+        f"{max(config.consistency_q):g}: take 'no', or ratios of at most {BFLOAT16_RATIO}"
     )
 
 

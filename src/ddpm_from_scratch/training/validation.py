@@ -31,7 +31,9 @@ class ValidationSet:
     """Real images that the network is measured against, the same at every evaluation."""
 
     reference: Features  # of as many training images as are generated
-    held_out: torch.Tensor | None  # uint8 [N, C, H, W]; None: nobody named any, or they are not 8-bit
+    held_out: (
+        torch.Tensor | None
+    )  # uint8 [N, C, H, W]; None: nobody named any, they are not 8-bit, or there is no bound
 
 
 def build_validation_set(config: TrainingConfig, data: TrainingData) -> ValidationSet:
@@ -47,7 +49,7 @@ def build_validation_set(config: TrainingConfig, data: TrainingData) -> Validati
         )
     chosen = [data.images[index] for index in data.evenly(config.eval_num_images)]
     reference = extract(to_array(chosen, data.size))
-    if (held_out := config.held_out(config.test_set)) is None:
+    if config.loss == "consistency" or (held_out := config.held_out(config.test_set)) is None:
         return ValidationSet(reference, None)
     name, split = held_out
     tests = load_data(config.of_another_set(name), data.channels, data.size, split, MEND)
