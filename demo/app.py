@@ -33,7 +33,6 @@ from drawing import (
     MOST_RESAMPLINGS,
     MOST_SEED,
     MOST_STEPS,
-    SAMPLERS,
     any_class,
     captions,
     chain,
@@ -49,7 +48,9 @@ from drawing import (
     noised,
     opened,
     painted,
+    samplers_of,
     signal_and_noise,
+    tuned_for_jumps,
     when,
 )
 
@@ -104,7 +105,8 @@ def _seed_field() -> gr.Number:
 
 def _steps_slider(pipeline: ScratchDDPMPipeline, value: int) -> gr.Slider:
     most = min(MOST_STEPS, len(pipeline.scheduler))
-    return gr.Slider(2, most, min(value, most), step=1, label="Steps", info="More take longer and are finer.")
+    value = pipeline.config.get("num_inference_steps") or value
+    return gr.Slider(1, most, min(value, most), step=1, label="Steps", info="More take longer and are finer.")
 
 
 def _class_fields(pipeline: ScratchDDPMPipeline, extra: Sequence[str] = ()) -> tuple[gr.Dropdown, gr.Slider]:
@@ -136,7 +138,7 @@ def _generate_tab(pipeline: ScratchDDPMPipeline) -> None:
             count = gr.Slider(1, MOST_IMAGES, 10, step=1, label="Number of images")
             label, guidance = _class_fields(pipeline, extra=[EACH])
             steps = _steps_slider(pipeline, 20)
-            sampler = gr.Dropdown(list(SAMPLERS), label="Sampler")
+            sampler = gr.Dropdown(samplers_of(pipeline), label="Sampler")
             button = gr.Button("Generate", variant="primary")
         with gr.Column(scale=3):
             gallery = gr.Gallery(show_label=False, columns=5, height="auto", object_fit="contain", buttons=[], **PIXELS)
@@ -157,8 +159,15 @@ def _generate_tab(pipeline: ScratchDDPMPipeline) -> None:
         text = f"{len(images)} images in {_seconds(start)}, each from the seed under it."
         return list(zip(map(enlarged, images), captions(pipeline, seed, label, len(images)), strict=True)), text
 
-    button.click(
-        draw, [seed, count, steps, sampler, label, guidance], [gallery, done], show_progress_on=gallery, **ONE_AT_A_TIME
+    # A network that jumps is quick enough to draw while the fields are changed.
+    at_once = [steps.release, count.release, guidance.release, label.input] if tuned_for_jumps(pipeline) else []
+    gr.on(
+        [button.click, *at_once],
+        draw,
+        [seed, count, steps, sampler, label, guidance],
+        [gallery, done],
+        show_progress_on=gallery,
+        **ONE_AT_A_TIME,
     )
 
 
@@ -179,7 +188,7 @@ def _chain_tab(pipeline: ScratchDDPMPipeline) -> None:
             seed = _seed_field()
             label, guidance = _class_fields(pipeline)
             steps = _steps_slider(pipeline, 50)
-            sampler = gr.Dropdown(list(SAMPLERS), label="Sampler")
+            sampler = gr.Dropdown(samplers_of(pipeline), label="Sampler")
             count = gr.Slider(2, MOST_FRAMES, 10, step=1, label="Frames", info="Evenly spaced among the steps.")
             button = gr.Button("Show the chain", variant="primary")
         with gr.Column(scale=3):

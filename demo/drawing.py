@@ -14,6 +14,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
 from ddpm_from_scratch.diffusion.checks import check_choice, check_range
 from ddpm_from_scratch.diffusion.pipeline import Frame, ScratchDDPMPipelineOutput
+from ddpm_from_scratch.diffusion.scheduler_config import jumps
 from ddpm_from_scratch.diffusion.stock import altered
 from ddpm_from_scratch.sampling import samplers
 from ddpm_from_scratch.sampling.editing import ScratchDDPMInpaintPipeline
@@ -37,7 +38,25 @@ def _ours(scheduler: SchedulerMixin, **changes: object) -> ScratchDDPMScheduler:
 
 
 # How the page calls the samplers of the package.
-SAMPLERS = {"DDPM": "ddpm", "DDIM": "ddim", "DPM-Solver++": "dpmsolver++", "UniPC": "unipc"}
+SAMPLERS = {
+    "DDPM": "ddpm",
+    "DDIM": "ddim",
+    "DPM-Solver++": "dpmsolver++",
+    "UniPC": "unipc",
+    "Consistency": "consistency",
+}
+JUMPING = "Consistency"  # the sampler of networks that were tuned for few steps
+
+
+def tuned_for_jumps(pipeline: ScratchDDPMPipeline) -> bool:
+    """Whether the network was tuned to jump."""
+    return bool(jumps(pipeline.scheduler.config))
+
+
+def samplers_of(pipeline: ScratchDDPMPipeline) -> list[str]:
+    """The samplers that suit a model, the best one first."""
+    others = [name for name in SAMPLERS if name != JUMPING]
+    return [JUMPING, *others] if tuned_for_jumps(pipeline) else others
 
 
 def with_sampler(pipeline: ScratchDDPMPipeline, sampler: str) -> ScratchDDPMPipeline:
@@ -100,7 +119,7 @@ def _whole(name: str, value: object, least: int, most: int) -> int:
 
 
 def _steps(pipeline: ScratchDDPMPipeline, steps: object) -> int:
-    return _whole("Steps", steps, 2, min(MOST_STEPS, len(pipeline.scheduler)))
+    return _whole("Steps", steps, 1, min(MOST_STEPS, len(pipeline.scheduler)))
 
 
 def _guidance(label: str, guidance: float) -> float:

@@ -1,8 +1,9 @@
-"""Write the tables and the plot of docs/questions.md from docs/results/predictions.json and jumps.json.
+"""Write the tables and the plot of docs/questions.md from predictions.json, jumps.json and few_step_tuning.json.
 
     python docs/make_questions.py
 
-`python benchmarks/two_questions.py predictions` and `... jumps MODEL` measure, and draw the images.
+`python benchmarks/two_questions.py predictions` and `... jumps MODEL` measure, and draw the images;
+`python benchmarks/few_step_tuning.py` does so for a model that was tuned to jump.
 """
 
 import json
@@ -18,6 +19,7 @@ from pages import bullets, replace_parts, table, versions
 DOCS = Path(__file__).parent
 PREDICTIONS = DOCS / "results" / "predictions.json"
 JUMPS = DOCS / "results" / "jumps.json"
+TUNING = DOCS / "results" / "few_step_tuning.json"
 PAGE = DOCS / "questions.md"
 FIGURE = DOCS / "figures" / "questions_errors.png"
 
@@ -91,11 +93,81 @@ def jump_facts(results: Numbers) -> str:
     return bullets(facts)
 
 
+MODELS = {"teacher": "as trained, η = 1", "teacher, noise fresh": "as trained, η = ∞", "tuned": "tuned, η = ∞"}
+
+
+def tuning_table(results: Numbers) -> str:
+    """By sampler, labels and steps: before and after."""
+    rows = [
+        (
+            MODELS[row["model"]],
+            {"null": "none", "in turn": "in turn"}[row["labels"]],
+            str(row["steps"]),
+            kernel(row),
+            f"{row['precision']:.2f}",
+            f"{row['recall']:.2f}",
+            f"{row['accuracy']:.2f}" if "accuracy" in row else "–",
+        )
+        for row in sorted(results["rows"].values(), key=lambda row: (row["labels"] != "null", row["steps"]))
+    ]
+    rows += [
+        ("as trained, η = 1", "none", str(row["num_inference_steps"]), kernel(row), *figures(row), "–")
+        for row in sorted(results["teacher_figures"], key=lambda row: row["num_inference_steps"])
+        if row["num_generated"] == results["num_images"]
+    ]
+    head = ("model", "class", "steps", "kernel distance", "precision", "recall", "taken for their class")
+    return table(head, rows)
+
+
+def figures(row: Numbers) -> tuple[str, str]:
+    """Precision and recall."""
+    return f"{row['precision']:.2f}", f"{row['recall']:.2f}"
+
+
+def curve_table(results: Numbers) -> str:
+    """The kernel distance over the images that tuning has seen."""
+    curve: dict[int, Numbers] = {}
+    for row in results["curve"].values():
+        curve.setdefault(int(row["model"]), {})[row["labels"], row["steps"]] = row
+    columns = [(labels, steps) for labels in ("null", "in turn") for steps in (1, 2, 4)]
+    names = {"null": "no class", "in turn": "classes in turn"}
+    head = ("images seen", *(f"{names[labels]}, {in_words(steps)}" for labels, steps in columns))
+    rows = [
+        (f"{seen:,}", *(kernel(row[column]) if column in row else "–" for column in columns))
+        for seen, row in sorted(curve.items())
+    ]
+    return table(head, rows)
+
+
+def in_words(steps: int) -> str:
+    """1 step, 2 steps."""
+    return f"{steps} step{'s' if steps > 1 else ''}"
+
+
+def tuning_facts(results: Numbers) -> str:
+    """What was measured and with what."""
+    training, seconds, features = results["training"], results["seconds"], results["features"]
+    shares = ", ".join(f"{seconds[str(k)] / seconds['teacher']:.2f} with {in_words(k)}" for k in (1, 2, 4))
+    facts = {
+        "Tuning": f"{training['images_seen']:,} images in {training['seconds'] / 60:.0f} minutes, "
+        f"{training['images_per_second']:.0f} a second, on {training['device']}",
+        "Kernel distance": f"N = {results['num_images']:,}, floor {kernel(results['floor'])} (held-out images); "
+        f"features of {features['network']} at {features['size']} pixels; the curve with N = "
+        f"{next(iter(results['curve'].values()))['num_images']:,}",
+        "Time of one image": f"{shares}, where that of {seconds['teacher_steps']} steps of the chain is 1",
+        "Device": f"{results['device']}, {results['processor']}; {versions(results)}",
+    }
+    return bullets(facts)
+
+
 PARTS = {
     "predictions": (PREDICTIONS, prediction_table),
     "prediction facts": (PREDICTIONS, prediction_facts),
     "jumps": (JUMPS, jump_table),
     "jump facts": (JUMPS, jump_facts),
+    "tuning": (TUNING, tuning_table),
+    "tuning curve": (TUNING, curve_table),
+    "tuning facts": (TUNING, tuning_facts),
 }
 
 

@@ -6,6 +6,7 @@
 import asyncio
 import contextlib
 import io
+import math
 import os
 import re
 import shutil
@@ -129,6 +130,34 @@ def test_the_pipeline_stays_as_it_is(plain):
 def test_every_sampler_runs_on_every_schedule(schedule, sampler):
     pipeline = tiny_pipeline(ScratchDDPMScheduler(20, beta_schedule=schedule))
     assert pixels(drawing.generate(pipeline, 0, 1, STEPS, sampler)).std() > 10
+
+
+def jumping_pipeline():
+    scheduler = ScratchDDPMScheduler(20, timestep_spacing="trailing", prediction_type="v_prediction", eta=math.inf)
+    return ScratchDDPMPipeline(plain_pipeline().unet, scheduler, num_inference_steps=2)
+
+
+def test_a_network_that_jumps_does_so(plain):
+    jumping = jumping_pipeline()
+    assert drawing.samplers_of(plain) == ["DDPM", "DDIM", "DPM-Solver++", "UniPC"]
+    assert drawing.samplers_of(jumping) == ["Consistency", "DDPM", "DDIM", "DPM-Solver++", "UniPC"]
+    images = drawing.generate(jumping, 7, 2, 1, "Consistency")
+    expected = jumping(2, [torch.Generator().manual_seed(seed) for seed in (7, 8)], 1).images
+    np.testing.assert_array_equal(pixels(images), pixels(expected))
+
+
+def test_the_page_of_a_network_that_jumps_draws_as_its_fields_change():
+    async def build(pipeline):
+        return app.build_app(pipeline, "model").get_config_file()
+
+    def of(pipeline):
+        config = asyncio.run(build(pipeline))
+        steps = next(part["props"] for part in config["components"] if part["props"].get("label") == "Steps")
+        events = {target[1] for dependency in config["dependencies"] for target in dependency["targets"]}
+        return steps["value"], steps["minimum"], "release" in events
+
+    assert of(jumping_pipeline()) == (2, 1, True)
+    assert of(plain_pipeline()) == (20, 1, False)
 
 
 def test_classes(named, plain):
@@ -287,12 +316,12 @@ WRONG = {
     "The seed must be a whole number from 0 to 4294967295; it is 1.5.": lambda p: drawing.generate(p, 1.5, 1, STEPS),
     "The seed must be a whole number from 0 to 4294967295; it is nan.": lambda p: drawing.generate(p, np.nan, 1, STEPS),
     "The number of images must be a whole number from 1 to 16; it is 17.": lambda p: drawing.generate(p, 0, 17, STEPS),
-    "Steps must be a whole number from 2 to 20; it is 21.": lambda p: drawing.generate(p, 0, 1, 21),
-    "Steps must be a whole number from 2 to 20; it is 1.": lambda p: drawing.inpaint(
-        p, noise_image(p), half_mask(), 0, 1, 1
+    "Steps must be a whole number from 1 to 20; it is 21.": lambda p: drawing.generate(p, 0, 1, 21),
+    "Steps must be a whole number from 1 to 20; it is 0.": lambda p: drawing.inpaint(
+        p, noise_image(p), half_mask(), 0, 0, 1
     ),
     "The number of frames must be a whole number from 2 to 24; it is 1.": lambda p: drawing.chain(p, 0, STEPS, 1),
-    "sampler='PLMS' is not known; allowed: DDPM, DDIM, DPM-Solver++, UniPC": (
+    "sampler='PLMS' is not known; allowed: DDPM, DDIM, DPM-Solver++, UniPC, Consistency": (
         lambda p: drawing.generate(p, 0, 1, STEPS, "PLMS")
     ),
     "class='Bag' is not known; allowed: any": lambda p: drawing.generate(p, 0, 1, STEPS, label="Bag"),

@@ -1,5 +1,6 @@
 """Samplers by name: functions that make the scheduler to sample with from a model's scheduler."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -17,6 +18,11 @@ def ddim(scheduler: SchedulerMixin) -> SchedulerMixin:
     return altered(scheduler, ScratchDDPMScheduler, eta=0.0, timestep_spacing="trailing")
 
 
+def consistency(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """Jumps to x̂_0, all noise fresh (Song et al. 2023, algorithm 1), for a network that was tuned for them."""
+    return altered(scheduler, ScratchDDPMScheduler, eta=math.inf, timestep_spacing="trailing")
+
+
 def solver(kind: type[SchedulerMixin], scheduler: SchedulerMixin) -> SchedulerMixin:
     """A solver of diffusers for the diffusion process of a scheduler."""
     # Without diffusers' note of which values were left out, which would drop those that were passed by position.
@@ -30,6 +36,7 @@ def solver(kind: type[SchedulerMixin], scheduler: SchedulerMixin) -> SchedulerMi
 SAMPLERS: dict[str, Callable[[SchedulerMixin], SchedulerMixin]] = {
     "ddpm": lambda scheduler: scheduler,
     "ddim": ddim,
+    "consistency": consistency,
     "dpmsolver++": partial(solver, DPMSolverMultistepScheduler),
     "unipc": partial(solver, UniPCMultistepScheduler),
 }
