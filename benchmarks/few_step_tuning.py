@@ -13,16 +13,18 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from few_steps import ROOT, SIZE, replace_json
 from guidance import embedded
 from own_images import processor
 from recipes import real_features
+from two_questions import PICTURES, draw_rows
 
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
 from ddpm_from_scratch.data.config import EMBEDDED_DATA, EMBEDDED_TEST_SET
@@ -76,6 +78,17 @@ def measure(pipeline: ScratchDDPMPipeline, spec: SampleSpec, reference: Any, jud
     return found
 
 
+def pictures(models: Mapping[str, ScratchDDPMPipeline]) -> dict[str, np.ndarray]:
+    """A row of images for each model and number of steps, the classes in turn, from the same noise."""
+    rows = {}
+    for name, pipeline in models.items():
+        for steps in STEPS:
+            spec = SampleSpec(steps, PICTURES, balanced_labels=True)
+            title = f"{steps} step{'s' if steps > 1 else ''}, {name}"
+            rows[title] = generate(pipeline, spec, Accelerator(cpu=True), progress=False)[..., 0]
+    return rows
+
+
 def seconds_of(pipeline: ScratchDDPMPipeline, steps: int) -> float:
     """Seconds of one image."""
     start = time.perf_counter()
@@ -103,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--again", action="store_true", help="measure rows that are there too")
     parser.add_argument("--rounds", type=int, default=5, help="of the times")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "figures" / "questions_tuning.png")
     args = parser.parse_args(arguments)
     keep_freed_memory()
     found: Numbers = json.loads(args.results.read_text(encoding="utf-8")) if args.results.is_file() else {}
@@ -128,6 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "teacher_figures": teacher_figures(args.teacher),
             "seconds": times(tuned, teacher, args.rounds),
         }
+        draw_rows(pictures({"before": models["teacher, noise fresh"], "tuned": tuned}), args.picture)
     rows = found.setdefault(key, {})
     for name, pipeline in models.items():
         for steps in args.steps:

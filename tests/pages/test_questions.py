@@ -1,6 +1,7 @@
 """docs/questions.md says what the results say; the experiments behind it, made tiny."""
 
 import json
+import math
 import sys
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
+from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel
 from ddpm_from_scratch.evaluation.likelihood import bits_per_dim
 from helpers.networks import TINY_NETWORK, randomised
 from helpers.pages import load
@@ -162,6 +163,45 @@ def test_chains_of_any_length_are_measured(benchmark, tiny, tmp_path, monkeypatc
     data = noisy_grays(None, benchmark.TRAINING_IMAGES, 1, 8)[..., 0] / 1.0
     assert results["real"]["from_their_own_mean"] == results["real"]["from_mean_of_data"]
     assert results["real"]["from_their_own_mean"] == pytest.approx(np.sqrt(data.var(0).mean()))
+
+
+@pytest.mark.full
+def test_a_tuned_model_is_measured_beside_its_teacher(tmp_path, monkeypatch):
+    tuning = load(ROOT / "benchmarks" / "few_step_tuning.py")
+    monkeypatch.setattr(tuning, "train_classifier", lambda *_: "judge")
+    monkeypatch.setattr(tuning, "classify", lambda _, images: np.arange(len(images)) % 2)
+    monkeypatch.setattr(tuning, "embedded", lambda *_: (None, None, None))
+    monkeypatch.setattr(tuning, "real_features", lambda path, count: np.random.default_rng(0).normal(size=(count, 5)))
+    features = lambda images, _: images.reshape(len(images), -1)[:, 20:25].astype(float)  # noqa: E731
+    monkeypatch.setattr(tuning, "efficientnet_lite0_features", features)
+    network = randomised(ScratchUNet2DModel(**TINY_NETWORK, num_class_embeds=3))
+    folders = {"teacher": ScratchDDPMScheduler(60), "tuned": ScratchDDPMScheduler(60, eta=math.inf)}
+    for name, scheduler in folders.items():
+        ScratchDDPMPipeline(network, scheduler, {0: "bag", 1: "shoe"}).save_pretrained(tmp_path / name)
+        sample = {
+            "num_generated": 20,
+            "kernel_distance": 0.1,
+            "kernel_distance_error": 0.0,
+            "precision": 1,
+            "recall": 1,
+        }
+        sample |= {"num_inference_steps": 50, "size": tuning.SIZE}
+        found = {"images_seen": 5, "evaluation": {"samples": [sample]}}
+        (tmp_path / name / "results.json").write_text(json.dumps(found))
+    results, picture = tmp_path / "results.json", tmp_path / "rows.png"
+    arguments = [*map(str, (tmp_path / "tuned", tmp_path / "teacher")), "--num_images=20", "--rounds=1"]
+    arguments += [f"--results={results}", f"--picture={picture}"]
+    tuning.main(arguments)
+    found = json.loads(results.read_text())
+    assert len(found["rows"]) == 3 * 3 * 2 and picture.stat().st_size > 1000
+    rows = {tuple(row[key] for key in ("model", "steps", "labels")): row for row in found["rows"].values()}
+    assert all(row.get("accuracy") == (1 if row["labels"] == "in turn" else None) for row in rows.values())
+    fresh, tuned = (rows[name, 2, "null"]["kernel_distance"] for name in ("teacher, noise fresh", "tuned"))
+    assert fresh == tuned != rows["teacher", 2, "null"]["kernel_distance"]  # the same network, another sampler
+    measured = []
+    monkeypatch.setattr(tuning, "measure", lambda *arguments: measured.append(arguments))
+    tuning.main(arguments)
+    assert not measured  # all of it is there
 
 
 def test_distances_from_means(benchmark):
