@@ -175,7 +175,10 @@ def test_a_tuned_model_is_measured_beside_its_teacher(tmp_path, monkeypatch):
     features = lambda images, _: images.reshape(len(images), -1)[:, 20:25].astype(float)  # noqa: E731
     monkeypatch.setattr(tuning, "efficientnet_lite0_features", features)
     network = randomised(ScratchUNet2DModel(**TINY_NETWORK, num_class_embeds=3))
-    folders = {"teacher": ScratchDDPMScheduler(60), "tuned": ScratchDDPMScheduler(60, eta=math.inf)}
+    folders = {
+        "teacher": ScratchDDPMScheduler(60),
+        "tuned": ScratchDDPMScheduler(60, eta=math.inf, timestep_spacing="trailing"),
+    }
     for name, scheduler in folders.items():
         ScratchDDPMPipeline(network, scheduler, {0: "bag", 1: "shoe"}).save_pretrained(tmp_path / name)
         sample = {
