@@ -180,19 +180,22 @@ def test_bfloat16_that_a_gpu_emulates_is_not_fast(monkeypatch, native, expected)
 
 
 def test_the_optimiser_that_lists_its_tensors_steps_as_pytorchs():
-    """Over a change of its state, as a checkpoint makes it, and a step that is left out."""
+    """Over a change of its state, as a checkpoint makes it, a step that is left out, and a weight that misses one."""
     torch.manual_seed(0)
     ours, theirs = (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     options = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1, "fused": True}
     listed, plain = ListedAdamW(ours, **options), torch.optim.AdamW(theirs.parameters(), **options)
-    for number in range(8):
+    for number in range(12):
         for network, optimizer in ((ours, listed), (theirs, plain)):
             network(torch.full((5, 3), float(number))).square().sum().backward()
             optimizer.found_inf = torch.tensor(float(number == 5))
             optimizer.param_groups[0]["lr"] = 1e-2 / (1 + number)
+            if number == 9:
+                network[1].bias.grad = None
             optimizer.step()
             optimizer.zero_grad()
+        assert bool(listed._lists) == (number < 9)
         if number == 3:
             for state in listed.state.values():
                 state.update({key: tensor.clone() for key, tensor in state.items()})

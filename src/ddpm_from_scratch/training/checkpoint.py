@@ -40,9 +40,12 @@ class Progress:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """The optimiser's state as a flat mapping `parameter/entry` -> tensor."""
-    state = optimizer.state
-    return {f"{names[p]}/{entry}": tensor for p, entries in state.items() for entry, tensor in entries.items()}
+    """The optimiser's state as a flat mapping `parameter/entry` -> tensor; counts of steps, which may be one, apart."""
+    return {
+        f"{names[parameter]}/{entry}": tensor if tensor.ndim else tensor.clone()
+        for parameter, entries in optimizer.state.items()
+        for entry, tensor in entries.items()
+    }
 
 
 def load_optimizer_tensors(

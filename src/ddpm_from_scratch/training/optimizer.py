@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from .muon import Muon
 
@@ -104,35 +103,66 @@ def forget_gradients(weights: list[Tensor]) -> None:
 
 
 class ListedAdamW(torch.optim.AdamW):
-    """AdamW of a network that lists its tensors once.
+    """AdamW of a network that lists its tensors once, and counts its steps once.
 
-    Going through all parameters and their state takes the host longer than it takes to start the fused kernel.
+    Going through all parameters and their state takes the host longer than it takes to start the fused kernel, and
+    AdamW counts the steps of each parameter in a tensor of its own.
     """
 
     def __init__(self, network: nn.Module, **options: Any) -> None:  # noqa: ANN401
         super().__init__(network.parameters(), **options)
-        self._lists: list[list[Tensor]] = []  # both moments and the counts of steps, in the order of the weights
+        self._lists: list[list[Tensor]] = []  # both moments and the count of steps, in the order of the weights
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take a step, as AdamW does."""
         (group,) = self.param_groups
+        if not group["fused"]:
+            return super().step()
         gradients = [weight.grad for weight in group["params"] if weight.grad is not None]
-        if not (group["fused"] and self._is_listed(group["params"]) and len(gradients) == len(group["params"])):
-            super().step()
-            states = [self.state[weight] for weight in group["params"] if self.state[weight]]
-            self._lists = [[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")]
-            return
+        if not (self._is_listed(group["params"]) and len(gradients) == len(group["params"])):
+            return self._step_and_list(group["params"])
         means, squares, steps = self._lists
-        of_scaler = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
-        options: dict[str, Any] = {name: group[name] for name in ("lr", "weight_decay", "eps", "maximize", "amsgrad")}
-        options |= dict(zip(("beta1", "beta2"), group["betas"], strict=True)) | of_scaler
-        adamw(group["params"], gradients, means, squares, [], steps, fused=True, **options)
+        beta1, beta2 = group["betas"]
+        found_inf = getattr(self, "found_inf", None)
+        steps[0].add_(1)
+        # What torch.optim.AdamW calls at the end (test_gpu_path.py compares), without its walks through the lists.
+        torch._fused_adamw_(
+            group["params"],
+            gradients,
+            means,
+            squares,
+            [],
+            steps,
+            amsgrad=False,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=found_inf,
+        )
+        if found_inf is not None:
+            steps[0].sub_(found_inf)
+        return None
+
+    def _step_and_list(self, weights: list[Tensor]) -> None:
+        """Take a step as AdamW itself does, and list what it has left, if all weights have taken as many steps."""
+        for state in filter(None, self.state.values()):
+            state["step"] = state["step"].clone()  # AdamW counts up each
+        super().step()
+        states = [state for weight in weights if (state := self.state[weight])]
+        self._lists = []
+        if len(states) == len(weights) and len({float(state["step"]) for state in states}) == 1:
+            for state in states:
+                state["step"] = states[0]["step"]
+            self._lists = [[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")]
 
     def _is_listed(self, weights: list[Tensor]) -> bool:
         """Whether the state is still the one that was listed: that of a checkpoint may have taken its place."""
-        means = self._lists[0] if self._lists else []
-        return len(means) == len(weights) and means[0] is self.state[weights[0]]["exp_avg"]
+        return bool(self._lists) and self._lists[0][0] is self.state[weights[0]]["exp_avg"]
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.AdamW]] = {
