@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from diffusers import ConfigMixin
 from diffusers import ConfigMixin, DDPMScheduler, SchedulerMixin
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, LCMScheduler, SchedulerMixin, UNet2DModel
+from diffusers import DDPMScheduler, LCMScheduler
 from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
@@ -69,9 +70,16 @@ def is_number(value: object) -> TypeGuard[float]:
 
 def check_range(name: str, value: object, least: float, most: float) -> None:
     """Check that value is a finite number from least to most."""
-    if not (is_number(value) and least <= value <= most and abs(value) < float("inf")):
-        span = f"lie in [{least:g}, {most:g}]" if most < float("inf") else f"be at least {least:g} and finite"
+    if not (is_number(value) and least <= value <= most and abs(value) < math.inf):
+        span = f"lie in [{least:g}, {most:g}]" if most < math.inf else f"be at least {least:g} and finite"
         raise ValueError(f"{name}={value!r} must be a number and {span}.")
+
+
+def check_eta(value: object, most: float = math.inf) -> None:
+    """Check that value is a number from 0 to most, which may be infinity."""
+    if not (is_number(value) and 0 <= value <= most):
+        span = f"lie in [0, {most:g}]" if most < math.inf else "be at least 0; math.inf draws all noise afresh"
+        raise ValueError(f"eta={value!r} must be a number and {span}.")
 
 
 def check_positive(name: str, value: object) -> None:
@@ -489,10 +497,14 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 OWN_KEYS = {"eta": 1.0, "x_0_mse": None, "optimal_variance": None, "timestep_choice": None}
 
 # diffusers passes over keys that begin with "_" in silence, and warns of any other that a class does not have.
-SAVED_AS = {"x_0_mse": "_x_0_mse"}
+SAVED_AS = {"eta": "_eta", "x_0_mse": "_x_0_mse"}
 
 # Other names of our keys: in files, and in models saved by earlier versions.
-OTHER_NAMES = {"_x_0_mse": "x_0_mse", "second_moments": "x_0_mse"}
+OTHER_NAMES = {"_eta": "eta", "_x_0_mse": "x_0_mse", "second_moments": "x_0_mse"}
+
+# JSON has no infinity.
+INFINITY = "inf"
+LCM_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # that LCMScheduler knows
 
 Config = Mapping[str, Any]
 
@@ -501,7 +513,29 @@ def with_argument_names(config: Any) -> Any:  # noqa: ANN401
     """Rename keys of files and of earlier versions to the arguments' names; all but mappings are returned unchanged."""
     if not isinstance(config, Mapping) or not set(OTHER_NAMES) & set(config):
         return config
-    return {OTHER_NAMES.get(name, name): value for name, value in config.items()}
+    renamed = {OTHER_NAMES.get(name, name): value for name, value in config.items()}
+    return {**renamed, **({"eta": math.inf} if renamed.get("eta") == INFINITY else {})}
+
+
+def stock_class(c: Config) -> type[DDPMScheduler] | type[LCMScheduler]:
+    """Which scheduler of diffusers draws as this configuration does.
+
+    Where all noise is fresh that is LCMScheduler: its boundary scaling leaves x̂_0 as it is at every timestep above some
+    few.
+    """
+    known = c["trained_betas"] is not None or c["beta_schedule"] in LCM_SCHEDULES
+    return LCMScheduler if jumps(c) and known else DDPMScheduler
+
+
+def of_stock_class(c: Config) -> tuple[list[str], dict[str, Any]]:
+    """What a file of that class leaves out; and what it says otherwise: its own keys, and what JSON does not know."""
+    kind, without = stock_class(c), own_keys_at_their_defaults(c)
+    more: dict[str, Any] = {"_class_name": kind.__name__, **({"eta": INFINITY} if jumps(c) else {})}
+    if kind is LCMScheduler:
+        known = inspect.signature(LCMScheduler.__init__).parameters
+        without += [key for key in c if not key.startswith("_") and key not in (*known, *OWN_KEYS)]
+        more["original_inference_steps"] = c["num_train_timesteps"]
+    return without, more
 
 
 def check_config(c: Config) -> None:
@@ -528,7 +562,7 @@ def _check_numbers(c: Config) -> None:
     for name, (allowed, fits) in ranges.items():
         if not (is_number(c[name]) and fits(c[name])):
             raise ValueError(f"{name}={c[name]!r} must be a number and {allowed}.")
-    check_range("eta", c["eta"], 0, 1)
+    check_eta(c["eta"])
     if c["rescale_betas_zero_snr"] and c["num_train_timesteps"] == 1:
         raise ValueError("rescale_betas_zero_snr=True needs num_train_timesteps of at least 2.")
 
@@ -541,6 +575,18 @@ def _check_own_keys(c: Config) -> None:
     for name, needed in {"optimal_variance": True, "timestep_choice": "likelihood"}.items():
         if c[name] == needed and c["x_0_mse"] is None:
             raise ValueError(f"{name}={needed!r} needs x_0_mse: estimate them with `ddpm calibrate`.")
+
+
+# Why a network that was tuned for jumps cannot do what needs the mean of x_0 given x_t.
+JUMPS = (
+    "eta is infinite: the network was tuned to jump to an x_0 (--loss consistency), and no longer predicts the mean of "
+    "x_0 given x_t"
+)
+
+
+def jumps(c: Config) -> bool:
+    """Whether a scheduler's configuration is that of a consistency sampler, whose network was tuned for jumps."""
+    return bool(c.get("eta") == math.inf)
 
 
 def own_keys_at_their_defaults(c: Config) -> list[str]:
@@ -637,9 +683,10 @@ def posterior_coefficients(
 ) -> tuple[Coefficient, Coefficient, Coefficient]:
     """q(x_s | x_t, x_0) = N(on_x_0 x_0 + on_x_t x_t, variance I) between ᾱ_t and ᾱ_s: DDIM eqs. 7 and 16.
 
-    The variance is η²β̃. The part of x_s's noise that is not newly drawn is the noise of x_t, scaled.
+    The variance is η²β̃, but at most 1 - ᾱ_s, that of q(x_s | x_0): for η = ∞, x_s does not depend on x_t. The part of
+    x_s's noise that is not newly drawn is the noise of x_t, scaled.
     """
-    fresh = eta**2 * (1 - a_t / a_s) / (1 - a_t)
+    fresh = np.minimum(eta**2 * (1 - a_t / a_s) / (1 - a_t), 1)
     on_x_t = np.sqrt((1 - fresh) * (1 - a_s) / (1 - a_t))
     return np.sqrt(a_s) - on_x_t * np.sqrt(a_t), on_x_t, fresh * (1 - a_s)
 
@@ -649,14 +696,18 @@ def log_square(x: float) -> float:
     return 2 * math.log(x) if x > 0 else -math.inf
 
 
-def posterior_log_variance(alpha_bar: np.ndarray, step: Transition) -> Coefficient:
-    """log β̃ of t -> s. At s = -1, where β̃ is 0: log β̃ of u -> t, one step up the chain, as in DDPM and iDDPM."""
+def posterior_log_variance(alpha_bar: np.ndarray, step: Transition, eta: float = 1.0) -> Coefficient:
+    """log of the variance of q(x_s | x_t, x_0), β̃ at η = 1.
+
+    At s = -1, where β̃ is 0: that of u -> t, one step up the chain, as in DDPM and iDDPM.
+    """
     last = step.s < 0
     a_t = alpha_bar[np.where(last, step.u, step.t)]
     a_s = alpha_bar[np.where(last, step.t, step.s)]
     # α is 0 where ᾱ_s is: pure noise (zero terminal SNR) stays pure noise.
     alpha = np.divide(a_t, a_s, out=np.zeros_like(a_t), where=a_s > 0)
-    return np.log((1 - a_s) / (1 - a_t) * (1 - alpha))
+    beta_tilde = np.log((1 - a_s) / (1 - a_t) * (1 - alpha))
+    return np.minimum(beta_tilde + log_square(eta), np.log(1 - a_s))
 
 
 class Chain:
@@ -665,7 +716,7 @@ class Chain:
     Args:
         timesteps: [K], strictly descending within T-1..0.
         num_train_timesteps: T.
-        eta: share of the posterior's noise that a step draws, in [0, 1].
+        eta: how much of the posterior's noise a step draws, at least 0; see `posterior_coefficients`.
         optimal: whether the reverse variance is the optimal one.
         device: where `timesteps` are kept for others to read.
     """
@@ -803,13 +854,14 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         timestep_spacing: "leading", "linspace" or "trailing", of K < T steps.
         steps_offset: added to the timesteps of the leading spacing.
         rescale_betas_zero_snr: rescale so that ᾱ of the last step is 0.
-        eta: how much of the posterior's noise a step draws, in [0, 1]: 1 is DDPM, 0 is DDIM, which draws none (DDIM
-            eq. 16). `set_timesteps` may choose another one for a chain.
+        eta: how much noise a step draws, a variance of η²β̃, but at most 1 - ᾱ_s: 1 is DDPM; 0 is DDIM, which draws none
+            (DDIM eq. 16); with `math.inf` all of x_s's noise is fresh, as in consistency models (Song et al. 2023,
+            algorithm 1). Above 1 the variance_type does not count. `set_timesteps` may choose another one for a chain.
         x_0_mse: E‖x_0 - x̂_0(x_t)‖² / d of one network and clipping at some timesteps, as ascending pairs [t, value];
             `ddpm calibrate` estimates them, and their logarithm is linear in log SNR in between. The variance of
             p(x_s | x_t) that is optimal for the bound follows from them.
         optimal_variance: use that variance instead of `variance_type`. None: where x_0_mse is given, for chains of
-            fewer than T steps with eta > 0.
+            fewer than T steps with 0 < eta <= 1.
         timestep_choice: which K < T timesteps, instead of timestep_spacing: "quadratic" (DDIM, appendix D.2), "log_snr"
             (even steps of it) or "likelihood" (those of the least variational bound, which needs x_0_mse).
 
@@ -873,8 +925,8 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write the configuration under the name of diffusers' class, so that both classes can load it."""
-        text, own = self.to_json_string(), own_keys_at_their_defaults(self.config)
-        write_config(text, json_file_path, without=own, saved_as=SAVED_AS, _class_name=DDPMScheduler.__name__)
+        without, more = of_stock_class(self.config)
+        write_config(self.to_json_string(), json_file_path, without, SAVED_AS, **more)
 
     # --- forward process (DDPM section 2) ---------------------------------------------------------------------------
 
@@ -919,8 +971,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         x_0, x_t, step = upcast(x_0), upcast(x_t), self._transition(t, s)
         on_x_0, on_x_t, _ = posterior_coefficients(self._alpha_bar[step.t], self._alpha_bar[step.s], step.eta)
         mean = plus(broadcast(on_x_0, x_0) * x_0, broadcast(on_x_t, x_t), x_t)
-        log_variance = posterior_log_variance(self._alpha_bar, step) + log_square(step.eta)
-        return Gaussian(mean, as_tensor(log_variance, x_0))
+        return Gaussian(mean, as_tensor(posterior_log_variance(self._alpha_bar, step, step.eta), x_0))
 
     # --- reverse process (DDPM section 3.2) -------------------------------------------------------------------------
 
@@ -959,9 +1010,11 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return Gaussian(mean, as_tensor(log_variance, mean))
 
     def _reverse_log_variance(self, values: Tensor | None, step: Transition) -> Coefficient | Tensor:
-        """log σ² of p(x_s | x_t): the optimal one, or that of `variance_type`, which may need the network's values."""
+        """log σ² of p(x_s | x_t): the optimal one, for eta > 1 that of q, or that of `variance_type` and the values."""
         if step.optimal:
             return self._optimal_log_variance(step)
+        if step.eta > 1:
+            return posterior_log_variance(self._alpha_bar, step, step.eta)
         check_variance_values(self.variance_type, values)
         small = posterior_log_variance(self._alpha_bar, step)
         large = np.log(1 - self._alpha_bar[step.t] / self._alpha_bar[step.s])
@@ -979,11 +1032,9 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def training_target(self, x_0: Tensor, noise: Tensor, t: Timestep) -> Tensor:
         """The regression target of the network: noise, x_0 or v, depending on `prediction_type`."""
-        if self.config["prediction_type"] == "epsilon":
-            return noise
-        if self.config["prediction_type"] == "sample":
-            return x_0
-        return self.get_velocity(x_0, noise, t)
+        if self.config["prediction_type"] == "v_prediction":
+            return self.get_velocity(x_0, noise, t)
+        return noise if self.config["prediction_type"] == "epsilon" else x_0
 
     def simple_loss(self, model_output: Tensor, x_0: Tensor, noise: Tensor, t: Timestep) -> Tensor:
         """L_simple, DDPM eq. 14: [B], the squared error of the training target, averaged over the dimensions."""
@@ -1036,7 +1087,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Pass either num_inference_steps or timesteps (a descending list), one of the two.")
         if eta is not None:
-            check_range("eta", eta, 0, 1)
+            check_eta(eta)
         chain = self._spaced(num_inference_steps) if timesteps is None else listed_timesteps(timesteps, len(self))
         self.num_inference_steps = len(chain)
         self.custom_timesteps = timesteps is not None
@@ -1050,7 +1101,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return self._chosen[count]
 
     def _set_chain(self, timesteps: np.ndarray, eta: float, device: str | torch.device | None = None) -> None:
-        automatic = self._x_0_variance is not None and len(timesteps) < len(self) and eta > 0
+        automatic = self._x_0_variance is not None and len(timesteps) < len(self) and 0 < eta <= 1
         optimal = automatic if self.config["optimal_variance"] is None else self.config["optimal_variance"]
         self._chain = Chain(timesteps, len(self), eta, optimal, device)
         self.timesteps = self._chain.timesteps
@@ -1121,7 +1172,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         """Standard deviation of the noise that `step` adds; None if the network predicts it. See LAST_NOISE."""
         if step.s < 0 or (step.eta == 0 and not step.optimal):
             return 0.0
-        if self.variance_type in LEARNED_VARIANCES and not step.optimal:
+        if self.variance_type in LEARNED_VARIANCES and not step.optimal and step.eta <= 1:
             return None
         noise = math.exp(0.5 * float(self._reverse_log_variance(None, step)))
         if step.optimal and step.s == 0 and limits_x_0(self.config):
@@ -1889,7 +1940,63 @@ def label_numbers(class_labels: Any, classes: int, id2label: Mapping[int, str] |
     return torch.tensor([numbers_of[label] if isinstance(label, str) else int(label) for label in labels])
 
 
+def condition_of(
+    config: Mapping[str, Any],
+    id2label: Mapping[int, str] | None,
+    class_labels: Any,  # noqa: ANN401
+    batch_size: int | None,
+    guidance: Guidance,
+    device: torch.device,
+) -> tuple[Condition | None, int]:
+    """What a call of a pipeline asks for, and how many images.
+
+    Args:
+        config: of the network.
+        id2label: names of its classes.
+        class_labels: for each image, as `label_numbers` takes them; None for the null label.
+        batch_size: number of images; None for one for each label, or 1.
+        guidance: towards the labels.
+        device: of the labels.
+
+    Returns:
+        The condition, None if the network has no classes, and the batch size.
+
+    Raises:
+        ValueError: the network cannot do what is asked for.
+    """
+    guidance.check()
+    classes, scale = config.get("num_class_embeds"), guidance.scale
+    if (kind := config.get("class_embed_type")) is not None:
+        raise ValueError(f"class_embed_type={kind!r} has no numbered classes: call the network itself.")
+    if classes is None:
+        if class_labels is not None:
+            raise ValueError("class_labels was passed, but this network is not class-conditional.")
+        if scale != 1:
+            raise ValueError(f"guidance_scale={scale!r} needs a class-conditional network.")
+        return None, 1 if batch_size is None else batch_size
+    null = null_label(classes, id2label)
+    if class_labels is None:
+        if null is None:
+            raise ValueError("class_labels is missing: each label of this network is a class, and none is null.")
+        if scale != 1:
+            raise ValueError(f"guidance_scale={scale!r} needs class_labels to follow.")
+        count = 1 if batch_size is None else batch_size
+        check_whole("batch_size", count)
+        labels = torch.full((int(count),), null)
+    else:
+        labels = label_numbers(class_labels, classes, id2label)
+    if scale != 1 and null is None:
+        raise ValueError(f"guidance_scale={scale!r} needs a null label, and each label of this network is a class.")
+    if batch_size not in (None, len(labels)):
+        raise ValueError(f"batch_size={batch_size!r} differs from the number of class_labels, {len(labels)}.")
+    labels = labels.to(device)
+    none = labels if null is None else torch.full_like(labels, null)
+    return Condition(labels, torch.cat([labels, none]), guidance), len(labels)
+
+
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# What model_index.json holds beside the parts, where it is set, and its name there: of others stock DDPMPipeline warns.
+SETTINGS = {"id2label": "id2label", "num_inference_steps": "_num_inference_steps"}
 PICTURE_CHANNELS = (1, 3, 4)  # of which PIL makes gray, RGB and RGBA images
 HUB_OPTIONS = ("cache_dir", "force_download", "token", "revision", "local_files_only")
 # This folder, in the order in which it makes one file.
@@ -1951,6 +2058,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         scheduler: any diffusers scheduler. A stock `DDPMScheduler` becomes a `ScratchDDPMScheduler`.
         id2label: names of the classes of a class-conditional network. The last of its num_class_embeds is the null
             label, which stands for no class, unless it has a name too.
+        num_inference_steps: of a call that names none; None is every step of the training chain.
 
     Raises:
         ValueError: for a network with missing weights, or a configuration that one of the two classes refuses.
@@ -1967,6 +2075,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         unet: UNet2DModel | ScratchUNet2DModel,
         scheduler: SchedulerMixin,
         id2label: dict[int, str] | dict[str, str] | None = None,  # JSON's keys are text
+        num_inference_steps: int | None = None,
     ) -> None:
         super().__init__()
         missing = [name for name, weight in unet.named_parameters() if weight.is_meta]
@@ -1977,10 +2086,13 @@ class ScratchDDPMPipeline(DiffusionPipeline):
             )
         if type(unet) is UNet2DModel:
             unet = ScratchUNet2DModel.from_stock(unet)
-        if type(scheduler) is DDPMScheduler:
+        if _becomes_ours(scheduler):
             scheduler = altered(scheduler, ScratchDDPMScheduler)
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(id2label=_check_names(id2label, unet.config.get("num_class_embeds")))
+        self.register_to_config(
+            id2label=_check_names(id2label, unet.config.get("num_class_embeds")),
+            num_inference_steps=self._check_steps(num_inference_steps) if num_inference_steps is not None else None,
+        )
 
     # --- sampling ---------------------------------------------------------------------------------------------------
 
@@ -2011,7 +2123,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         Args:
             batch_size: number of images; if left out, one for each class label, or 1.
             generator: of all the noise; with a list, one for each image, an image does not depend on the others.
-            num_inference_steps: K; if left out, every step of the training chain.
+            num_inference_steps: K; if left out, what the model names, or else every step of the training chain.
             output_type: "pil", a list of images of 1, 3 or 4 channels; "np", an array [B, H, W, C] in [0, 1]; "pt", a
                 tensor [B, C, H, W] in [0, 1]; "latent", the chain's own end as a tensor [B, C, H, W]: in [-1, 1] where
                 the scheduler clips, in the precision of the chain, with nothing cut off.
@@ -2024,8 +2136,8 @@ class ScratchDDPMPipeline(DiffusionPipeline):
                 step then computes every image twice, in one call of the network.
             guidance_rescale: how far the guided prediction gets the contrast of the conditional one back, 0 to 1.
             guidance_interval: the share of the chain, t / T, in which guidance acts.
-            eta: share of the posterior's noise that a step draws: 1 is DDPM, 0 is DDIM. The scheduler's own if left
-                out.
+            eta: how much noise a step draws: 1 is DDPM, 0 is DDIM, `math.inf` the consistency sampler. The scheduler's
+                own if left out.
             return_trajectory: how many frames of the chain to return, evenly spaced from its first step to its last.
             callback_on_step_end: called as callback(pipeline, step, t, tensors) after each step; it may return new
                 values of the tensors, of which "sample" is used.
@@ -2039,7 +2151,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
             ValueError: for an argument that does not fit, before any work.
         """
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
-        condition, batch_size = self._check_labels(class_labels, batch_size, guidance)
+        condition, batch_size = self._condition(class_labels, batch_size, guidance)
         shape = self._check_shape(batch_size, height, width)
         check_generator(generator, batch_size)
         self._check_output_type(output_type)
@@ -2066,9 +2178,10 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         return self._output(x, frames, output_type, return_dict)
 
     def _check_steps(self, num_inference_steps: int | None) -> int:
-        """Check K, which is T by default."""
+        """Check K, which is the model's own by default, or else T."""
         most = self.scheduler.config.num_train_timesteps
-        steps = most if num_inference_steps is None else num_inference_steps
+        default = self.config.get("num_inference_steps") or most
+        steps = default if num_inference_steps is None else num_inference_steps
         if not (is_whole(steps) and 1 <= steps <= most):
             raise ValueError(f"num_inference_steps={steps!r} must be a whole number from 1 to {most}.")
         return steps
@@ -2080,7 +2193,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         if eta is not None and not own and "eta" not in accepted:
             raise ValueError(f"eta={eta!r} was passed, but {type(self.scheduler).__name__} has no eta: leave it out.")
         if eta is not None:
-            check_range("eta", eta, 0, 1)
+            check_eta(eta, math.inf if own else 1)
         self.scheduler.set_timesteps(steps, **({"eta": eta} if own else {}))
         offered = {"generator": generator, "eta": eta} if eta is not None else {"generator": generator}
         return {name: value for name, value in offered.items() if name in accepted}
@@ -2158,43 +2271,10 @@ class ScratchDDPMPipeline(DiffusionPipeline):
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
-    def _check_labels(
-        self,
-        class_labels: Any,  # noqa: ANN401
-        batch_size: int | None,
-        guidance: Guidance,
-    ) -> tuple[Condition | None, int]:
+    def _condition(self, labels: Any, batch_size: int | None, guidance: Guidance) -> tuple[Condition | None, int]:  # noqa: ANN401
         """Check labels and guidance; return the condition, None if the network has no classes, and the batch size."""
-        guidance.check()
-        classes, names = self.unet.config.get("num_class_embeds"), self.config.get("id2label")
-        if (kind := self.unet.config.get("class_embed_type")) is not None:
-            raise ValueError(f"class_embed_type={kind!r} has no numbered classes: call the network itself.")
-        if classes is None:
-            if class_labels is not None:
-                raise ValueError("class_labels was passed, but this network is not class-conditional.")
-            if guidance.scale != 1:
-                raise ValueError(f"guidance_scale={guidance.scale!r} needs a class-conditional network.")
-            return None, 1 if batch_size is None else batch_size
-        null = null_label(classes, names)
-        if class_labels is None:
-            if null is None:
-                raise ValueError("class_labels is missing: each label of this network is a class, and none is null.")
-            if guidance.scale != 1:
-                raise ValueError(f"guidance_scale={guidance.scale!r} needs class_labels to follow.")
-            count = 1 if batch_size is None else batch_size
-            check_whole("batch_size", count)
-            labels = torch.full((int(count),), null)
-        else:
-            labels = label_numbers(class_labels, classes, names)
-        if guidance.scale != 1 and null is None:
-            raise ValueError(
-                f"guidance_scale={guidance.scale!r} needs a null label, and each label of this network is a class."
-            )
-        if batch_size not in (None, len(labels)):
-            raise ValueError(f"batch_size={batch_size!r} differs from the number of class_labels, {len(labels)}.")
-        labels = labels.to(self._execution_device)
-        none = labels if null is None else torch.full_like(labels, null)
-        return Condition(labels, torch.cat([labels, none]), guidance), len(labels)
+        names = self.config.get("id2label")
+        return condition_of(self.unet.config, names, labels, batch_size, guidance, self._execution_device)
 
     def _check_output_type(self, output_type: str) -> None:
         check_choice("output_type", output_type, OUTPUT_TYPES)
@@ -2248,7 +2328,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         if "scheduler" not in parts:
             kind = getattr(diffusers, index["scheduler"][1])
             parts["scheduler"] = kind.from_pretrained(name, subfolder="scheduler", **hub)
-        return cls(**parts, id2label=index.get("id2label"))
+        return cls(**parts, **{name: index.get(saved) for name, saved in SETTINGS.items()})
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:  # noqa: ANN401
@@ -2257,6 +2337,12 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config["_class_name"] = cls.__name__
         return loaded
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # noqa: ANN401
+        """As in diffusers, with our settings by their names in files."""
+        names = {saved: name for name, saved in SETTINGS.items()}
+        return super().extract_init_dict({names.get(key, key): value for key, value in config_dict.items()}, **kwargs)
 
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:  # noqa: ANN401
         """Write model_index.json in stock names, and this pipeline as one self-contained file beside it.
@@ -2273,14 +2359,21 @@ class ScratchDDPMPipeline(DiffusionPipeline):
         stock = not takes_labels(self.unet.config) and isinstance(
             self.unet.config.get("attention_head_dim"), int | None
         )
-        unnamed = ["id2label"] if self.config.get("id2label") is None else []
+        unset = [name for name in SETTINGS if self.config.get(name) is None]
         own = isinstance(self.scheduler, ScratchDDPMScheduler)
         names: dict[str, Any] = {
             "_class_name": DDPMPipeline.__name__ if stock else ["pipeline", ScratchDDPMPipeline.__name__],
             "unet": ["diffusers", UNet2DModel.__name__],
-            "scheduler": ["diffusers", DDPMScheduler.__name__ if own else type(self.scheduler).__name__],
+            "scheduler": ["diffusers", (stock_class(self.scheduler.config) if own else type(self.scheduler)).__name__],
         }
-        write_config(self.to_json_string(), json_file_path, without=unnamed, **names)
+        write_config(self.to_json_string(), json_file_path, unset, SETTINGS, **names)
+
+
+def _becomes_ours(scheduler: SchedulerMixin) -> bool:
+    """Whether a stock scheduler is one that ours takes the place of: DDPM's, or what ours was saved as."""
+    return type(scheduler) is DDPMScheduler or (
+        type(scheduler) is LCMScheduler and scheduler.config.get(SAVED_AS["eta"]) is not None
+    )
 
 
 def _reads_variance(scheduler: SchedulerMixin) -> bool:

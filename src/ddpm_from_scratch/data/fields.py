@@ -72,5 +72,4 @@ def add_flags(parser: Any, config: type, names: Iterable[str] | None = None) -> 
         choices = f" [{', '.join(allowed.choices)}]" if allowed and allowed.choices else ""
         how = FLAGS.get(types[name], {"type": types[name]})
         text = field.metadata["help"].replace("%", "%%") + choices
-        default = field.default if field.default is not dataclasses.MISSING else getattr(config(), name)
-        parser.add_argument(f"--{name}", default=default, help=text, **how)
+        parser.add_argument(f"--{name}", default=field.default, help=text, **how)

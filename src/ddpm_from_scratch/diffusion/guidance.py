@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_range, is_whole
+from .checks import check_choice, check_range, check_whole, is_whole
 
 
 class Guidance(NamedTuple):
@@ -87,3 +87,57 @@ def label_numbers(class_labels: Any, classes: int, id2label: Mapping[int, str] |
                 f"class_labels={class_labels!r} must be a list of whole numbers from 0 to {classes - 1}, or names."
             )
     return torch.tensor([numbers_of[label] if isinstance(label, str) else int(label) for label in labels])
+
+
+def condition_of(
+    config: Mapping[str, Any],
+    id2label: Mapping[int, str] | None,
+    class_labels: Any,  # noqa: ANN401
+    batch_size: int | None,
+    guidance: Guidance,
+    device: torch.device,
+) -> tuple[Condition | None, int]:
+    """What a call of a pipeline asks for, and how many images.
+
+    Args:
+        config: of the network.
+        id2label: names of its classes.
+        class_labels: for each image, as `label_numbers` takes them; None for the null label.
+        batch_size: number of images; None for one for each label, or 1.
+        guidance: towards the labels.
+        device: of the labels.
+
+    Returns:
+        The condition, None if the network has no classes, and the batch size.
+
+    Raises:
+        ValueError: the network cannot do what is asked for.
+    """
+    guidance.check()
+    classes, scale = config.get("num_class_embeds"), guidance.scale
+    if (kind := config.get("class_embed_type")) is not None:
+        raise ValueError(f"class_embed_type={kind!r} has no numbered classes: call the network itself.")
+    if classes is None:
+        if class_labels is not None:
+            raise ValueError("class_labels was passed, but this network is not class-conditional.")
+        if scale != 1:
+            raise ValueError(f"guidance_scale={scale!r} needs a class-conditional network.")
+        return None, 1 if batch_size is None else batch_size
+    null = null_label(classes, id2label)
+    if class_labels is None:
+        if null is None:
+            raise ValueError("class_labels is missing: each label of this network is a class, and none is null.")
+        if scale != 1:
+            raise ValueError(f"guidance_scale={scale!r} needs class_labels to follow.")
+        count = 1 if batch_size is None else batch_size
+        check_whole("batch_size", count)
+        labels = torch.full((int(count),), null)
+    else:
+        labels = label_numbers(class_labels, classes, id2label)
+    if scale != 1 and null is None:
+        raise ValueError(f"guidance_scale={scale!r} needs a null label, and each label of this network is a class.")
+    if batch_size not in (None, len(labels)):
+        raise ValueError(f"batch_size={batch_size!r} differs from the number of class_labels, {len(labels)}.")
+    labels = labels.to(device)
+    none = labels if null is None else torch.full_like(labels, null)
+    return Condition(labels, torch.cat([labels, none]), guidance), len(labels)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .checks import check_choice, check_eta, check_generator, check_whole, is_whole
 from .gaussian import Generators
-from .guidance import Condition, Guidance, guide, label_numbers, null_label
+from .guidance import Condition, Guidance, condition_of, guide
 from .reverse_variance import LEARNED_VARIANCES
 from .scheduler import ScratchDDPMScheduler
 from .scheduler_config import SAVED_AS, stock_class
@@ -192,7 +192,7 @@ class ScratchDDPMPipeline(DiffusionPipeline):
             ValueError: for an argument that does not fit, before any work.
         """
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
-        condition, batch_size = self._check_labels(class_labels, batch_size, guidance)
+        condition, batch_size = self._condition(class_labels, batch_size, guidance)
         shape = self._check_shape(batch_size, height, width)
         check_generator(generator, batch_size)
         self._check_output_type(output_type)
@@ -312,43 +312,10 @@ class ScratchDDPMPipeline(DiffusionPipeline):
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
-    def _check_labels(
-        self,
-        class_labels: Any,  # noqa: ANN401
-        batch_size: int | None,
-        guidance: Guidance,
-    ) -> tuple[Condition | None, int]:
+    def _condition(self, labels: Any, batch_size: int | None, guidance: Guidance) -> tuple[Condition | None, int]:  # noqa: ANN401
         """Check labels and guidance; return the condition, None if the network has no classes, and the batch size."""
-        guidance.check()
-        classes, names = self.unet.config.get("num_class_embeds"), self.config.get("id2label")
-        if (kind := self.unet.config.get("class_embed_type")) is not None:
-            raise ValueError(f"class_embed_type={kind!r} has no numbered classes: call the network itself.")
-        if classes is None:
-            if class_labels is not None:
-                raise ValueError("class_labels was passed, but this network is not class-conditional.")
-            if guidance.scale != 1:
-                raise ValueError(f"guidance_scale={guidance.scale!r} needs a class-conditional network.")
-            return None, 1 if batch_size is None else batch_size
-        null = null_label(classes, names)
-        if class_labels is None:
-            if null is None:
-                raise ValueError("class_labels is missing: each label of this network is a class, and none is null.")
-            if guidance.scale != 1:
-                raise ValueError(f"guidance_scale={guidance.scale!r} needs class_labels to follow.")
-            count = 1 if batch_size is None else batch_size
-            check_whole("batch_size", count)
-            labels = torch.full((int(count),), null)
-        else:
-            labels = label_numbers(class_labels, classes, names)
-        if guidance.scale != 1 and null is None:
-            raise ValueError(
-                f"guidance_scale={guidance.scale!r} needs a null label, and each label of this network is a class."
-            )
-        if batch_size not in (None, len(labels)):
-            raise ValueError(f"batch_size={batch_size!r} differs from the number of class_labels, {len(labels)}.")
-        labels = labels.to(self._execution_device)
-        none = labels if null is None else torch.full_like(labels, null)
-        return Condition(labels, torch.cat([labels, none]), guidance), len(labels)
+        names = self.config.get("id2label")
+        return condition_of(self.unet.config, names, labels, batch_size, guidance, self._execution_device)
 
     def _check_output_type(self, output_type: str) -> None:
         check_choice("output_type", output_type, OUTPUT_TYPES)

@@ -49,7 +49,6 @@ from .scheduler_config import (
     make_betas,
     make_x_0_variance,
     of_stock_class,
-    stock_class,
     with_argument_names,
 )
 from .stock import write_config
@@ -96,10 +95,9 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         timestep_spacing: "leading", "linspace" or "trailing", of K < T steps.
         steps_offset: added to the timesteps of the leading spacing.
         rescale_betas_zero_snr: rescale so that ᾱ of the last step is 0.
-        eta: how much noise a step draws: η²β̃ is its variance, but at most 1 - ᾱ_s. 1 is DDPM; 0 is DDIM, which draws
-            none (DDIM eq. 16); `math.inf` draws all of x_s's noise afresh, as consistency models are sampled (Song et
-            al. 2023, algorithm 1). Above 1 it is the variance whatever variance_type. `set_timesteps` may choose
-            another eta for a chain.
+        eta: how much noise a step draws, a variance of η²β̃, but at most 1 - ᾱ_s: 1 is DDPM; 0 is DDIM, which draws none
+            (DDIM eq. 16); with `math.inf` all of x_s's noise is fresh, as in consistency models (Song et al. 2023,
+            algorithm 1). Above 1 the variance_type does not count. `set_timesteps` may choose another one for a chain.
         x_0_mse: E‖x_0 - x̂_0(x_t)‖² / d of one network and clipping at some timesteps, as ascending pairs [t, value];
             `ddpm calibrate` estimates them, and their logarithm is linear in log SNR in between. The variance of
             p(x_s | x_t) that is optimal for the bound follows from them.
@@ -168,9 +166,8 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write the configuration under the name of diffusers' class, so that both classes can load it."""
-        kind = stock_class(self.config)
-        without, more = of_stock_class(self.config, kind)
-        write_config(self.to_json_string(), json_file_path, without, SAVED_AS, _class_name=kind.__name__, **more)
+        without, more = of_stock_class(self.config)
+        write_config(self.to_json_string(), json_file_path, without, SAVED_AS, **more)
 
     # --- forward process (DDPM section 2) ---------------------------------------------------------------------------
 
@@ -254,10 +251,7 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
         return Gaussian(mean, as_tensor(log_variance, mean))
 
     def _reverse_log_variance(self, values: Tensor | None, step: Transition) -> Coefficient | Tensor:
-        """log σ² of p(x_s | x_t): the optimal one, or that of `variance_type`, which may need the network's values.
-
-        For eta > 1 it is that of q.
-        """
+        """log σ² of p(x_s | x_t): the optimal one, for eta > 1 that of q, or that of `variance_type` and the values."""
         if step.optimal:
             return self._optimal_log_variance(step)
         if step.eta > 1:
@@ -279,11 +273,9 @@ class ScratchDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def training_target(self, x_0: Tensor, noise: Tensor, t: Timestep) -> Tensor:
         """The regression target of the network: noise, x_0 or v, depending on `prediction_type`."""
-        if self.config["prediction_type"] == "epsilon":
-            return noise
-        if self.config["prediction_type"] == "sample":
-            return x_0
-        return self.get_velocity(x_0, noise, t)
+        if self.config["prediction_type"] == "v_prediction":
+            return self.get_velocity(x_0, noise, t)
+        return noise if self.config["prediction_type"] == "epsilon" else x_0
 
     def simple_loss(self, model_output: Tensor, x_0: Tensor, noise: Tensor, t: Timestep) -> Tensor:
         """L_simple, DDPM eq. 14: [B], the squared error of the training target, averaged over the dimensions."""

@@ -54,10 +54,10 @@ def stock_class(c: Config) -> type[DDPMScheduler] | type[LCMScheduler]:
     return LCMScheduler if jumps(c) and known else DDPMScheduler
 
 
-def of_stock_class(c: Config, kind: type[DDPMScheduler] | type[LCMScheduler]) -> tuple[list[str], dict[str, Any]]:
-    """The keys that a file of that class leaves out, and those that only it has or that JSON needs in another form."""
-    without = own_keys_at_their_defaults(c)
-    more: dict[str, Any] = {"eta": INFINITY} if jumps(c) else {}
+def of_stock_class(c: Config) -> tuple[list[str], dict[str, Any]]:
+    """What a file of that class leaves out; and what it says otherwise: its own keys, and what JSON does not know."""
+    kind, without = stock_class(c), own_keys_at_their_defaults(c)
+    more: dict[str, Any] = {"_class_name": kind.__name__, **({"eta": INFINITY} if jumps(c) else {})}
     if kind is LCMScheduler:
         known = inspect.signature(LCMScheduler.__init__).parameters
         without += [key for key in c if not key.startswith("_") and key not in (*known, *OWN_KEYS)]

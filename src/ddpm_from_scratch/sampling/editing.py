@@ -112,7 +112,7 @@ class _EditingPipeline(ScratchDDPMPipeline):
             raise TypeError(f"{type(self).__name__} takes no {', '.join(sorted(unknown))}.")
         names = {"scale": "guidance_scale", "rescale": "guidance_rescale", "interval": "guidance_interval"}
         guidance = Guidance(**{key: options[name] for key, name in names.items() if name in options})  # type: ignore
-        condition, _ = self._check_labels(options.get("class_labels"), count, guidance)
+        condition, _ = self._condition(options.get("class_labels"), count, guidance)
         check_generator(generator, count)
         return condition, self._set_chain(steps, options.get("eta"), generator)
 
@@ -382,7 +382,7 @@ class ScratchDDPMInterpolationPipeline(_EditingPipeline):
         classes = self.unet.config.get("num_class_embeds")
         if classes is not None and null_label(classes, self.config.get("id2label")) is None:
             raise ValueError("Inversion needs a null label, and each label of this network is a class.")
-        return self._check_labels(None, batch_size, Guidance())[0]
+        return self._condition(None, batch_size, Guidance())[0]
 
 
 def undo_ddim(alpha_bar: np.ndarray, prediction: Prediction, x_s: Tensor, t: int, s: int) -> Tensor:

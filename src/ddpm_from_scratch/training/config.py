@@ -97,13 +97,11 @@ class TrainingConfig(DataConfig):
         "uniform, or loss_aware: by the recent losses of each t, for the loss vlb",
         one_of(TIMESTEP_SAMPLERS),
     )
-    consistency_q: list[float] = dataclasses.field(
-        default_factory=lambda: [4.0, 16.0, 64.0, 256.0],
-        metadata={
-            "help": "how close the timesteps are whose jumps must agree, in the first part of the run, the second, ... "
-            "(Geng et al.: 2, 4, ... 256; above 32 in float32)",
-            "allowed": all_at_least(1),
-        },
+    consistency_q: Sequence[float] = knob(
+        (4.0, 16.0, 64.0, 256.0),
+        "how close the timesteps are whose jumps must agree, in the first part of the run, the second, ... (Geng et "
+        "al.: 2, 4, ... 256; above 32 in float32)",
+        all_at_least(1),
     )
     consistency_k: float = knob(8.0, "how much less close they are where noise is low (Geng et al.: 8)", at_least(0))
     consistency_b: float = knob(1.0, "how fast that fades as noise grows (Geng et al.: 1)", POSITIVE)
@@ -220,7 +218,8 @@ class TrainingConfig(DataConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """All fields but secrets, as plain values that YAML and JSON hold."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in NOT_SAVED}
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in NOT_SAVED}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def to_yaml(self) -> str:
         """A preset that gives this configuration again."""

@@ -176,6 +176,7 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """Settings that must be the same when a run is resumed, or it would be another run."""
         config = self.config
+        values = config.to_dict()
         same = ["seed", "center_crop", "random_flip", "use_ema", *PROCESS_FLAGS, *OBJECTIVE_FLAGS, "timestep_sampling"]
         if config.skip_bad_images:
             same.append("skip_bad_images")
@@ -196,7 +197,7 @@ class Run:
         betas = self.scheduler.config.trained_betas  # of a model to fine-tune: no flag makes them
         model = {f"model.{k}": v for k, v in self.trained_unet.config.items() if not k.startswith("_")}
         return {
-            **{name: getattr(config, name) for name in same},
+            **{name: values[name] for name in same},
             **({"trained_betas": list(betas)} if betas is not None else {}),
             "global batch size (train_batch_size x gradient_accumulation_steps x processes)": self.global_batch_size,
             "training images (fingerprint)": self.data.fingerprint,
