@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --constraint $(CONSTRAINTS)
 
-.PHONY: train evaluate reproduce demo bench docs tour test test-full test-rest coverage lint format test-oldest clean
+.PHONY: train evaluate reproduce demo bench docs tour test test-full test-rest coverage lint format test-oldest test-newest clean
 
 train: $(VENV)/.train
 	$(BIN)/ddpm train $(ARGS)
@@ -75,8 +75,12 @@ format: $(VENV)/.lint
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
+# The newest versions that pip finds.
+test-newest:
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null
+
 clean:
-	rm -rf .venv .venv-oldest build dist src/*.egg-info
+	rm -rf .venv .venv-oldest .venv-newest build dist src/*.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
