@@ -33,6 +33,7 @@ from drawing import (
     MOST_RESAMPLINGS,
     MOST_SEED,
     MOST_STEPS,
+    SETTINGS,
     any_class,
     captions,
     chain,
@@ -45,11 +46,14 @@ from drawing import (
     generate,
     image_size,
     inpaint,
+    link,
+    linked,
     noised,
     opened,
     painted,
     samplers_of,
     signal_and_noise,
+    suggestions,
     tuned_for_jumps,
     when,
 )
@@ -67,6 +71,8 @@ CSS = """
 """
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 AT_ONCE: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden"}
+INSIDE: dict[str, Any] = {"api_visibility": "private"}  # no endpoint for programs
+MOST_WAITING = 20  # requests in the queue; the page refuses more
 PIXELS: dict[str, Any] = {"format": "png", "elem_classes": "pixels"}
 PICTURE: dict[str, Any] = {**PIXELS, "type": "pil", "interactive": False, "buttons": ["download"], "height": 400}
 LAUNCH: dict[str, Any] = {
@@ -99,7 +105,7 @@ def _seconds(start: float) -> str:
 def _seed_field() -> gr.Number:
     random = gr.Button("Random", render=False)
     seed = gr.Number(0, label="Seed", info="The same seed gives the same noise.", buttons=[random])
-    random.click(lambda: secrets.randbelow(MOST_SEED + 1), None, seed, show_progress="hidden")
+    random.click(lambda: secrets.randbelow(MOST_SEED + 1), None, seed, show_progress="hidden", **INSIDE)
     return seed
 
 
@@ -126,12 +132,17 @@ def _class_fields(pipeline: ScratchDDPMPipeline, extra: Sequence[str] = ()) -> t
         interactive=allowed[0] != ANY,
     )
     label.change(
-        lambda chosen: gr.update(interactive=chosen != ANY), label, guidance, show_progress="hidden", queue=False
+        lambda chosen: gr.update(interactive=chosen != ANY),
+        label,
+        guidance,
+        show_progress="hidden",
+        queue=False,
+        **INSIDE,
     )
     return label, guidance
 
 
-def _generate_tab(pipeline: ScratchDDPMPipeline) -> None:
+def _generate_tab(pipeline: ScratchDDPMPipeline, app: gr.Blocks) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             seed = _seed_field()
@@ -140,8 +151,13 @@ def _generate_tab(pipeline: ScratchDDPMPipeline) -> None:
             steps = _steps_slider(pipeline, 20)
             sampler = gr.Dropdown(samplers_of(pipeline), label="Sampler")
             button = gr.Button("Generate", variant="primary")
+            gr.Markdown(
+                "Try: " + " · ".join(f"[{title}]({address})" for title, address in suggestions(pipeline).items())
+            )
         with gr.Column(scale=3):
-            gallery = gr.Gallery(show_label=False, columns=5, height="auto", object_fit="contain", buttons=[], **PIXELS)
+            gallery = gr.Gallery(
+                show_label=False, columns=5, height="auto", object_fit="contain", buttons=["download"], **PIXELS
+            )
             done = gr.Markdown("The images appear here.")
 
     @_reported
@@ -156,19 +172,29 @@ def _generate_tab(pipeline: ScratchDDPMPipeline) -> None:
     ) -> tuple[list[tuple[Image.Image, str]], str]:
         start = time.perf_counter()
         images = generate(pipeline, seed, count, steps, sampler, label, guidance)
-        text = f"{len(images)} images in {_seconds(start)}, each from the seed under it."
+        address = link(dict(zip(SETTINGS, (seed, count, steps, sampler, label, guidance), strict=True)))
+        text = f"{len(images)} images in {_seconds(start)}, each from the seed under it. [Link to them]({address})"
         return list(zip(map(enlarged, images), captions(pipeline, seed, label, len(images)), strict=True)), text
+
+    fields = [seed, count, steps, sampler, label, guidance]
+
+    @_reported
+    def opened_by_link(request: gr.Request) -> list[Any]:
+        asked = linked(pipeline, dict(request.query_params))
+        return [gr.update(value=asked[name]) if name in asked else gr.update() for name in SETTINGS]
 
     # A network that jumps is quick enough to draw while the fields are changed.
     at_once = [steps.release, count.release, guidance.release, label.input] if tuned_for_jumps(pipeline) else []
     gr.on(
         [button.click, *at_once],
         draw,
-        [seed, count, steps, sampler, label, guidance],
+        fields,
         [gallery, done],
         show_progress_on=gallery,
+        api_name="generate",
         **ONE_AT_A_TIME,
     )
+    app.load(opened_by_link, None, fields, **INSIDE)
 
 
 def _views(frames: list[Frame], place: float) -> tuple[Any, Any]:
@@ -214,9 +240,14 @@ def _chain_tab(pipeline: ScratchDDPMPipeline) -> None:
 
     settings = [seed, steps, count, sampler, label, guidance]
     button.click(
-        draw, settings, [frames, done, overview, place, sample, prediction], show_progress_on=done, **ONE_AT_A_TIME
+        draw,
+        settings,
+        [frames, done, overview, place, sample, prediction],
+        show_progress_on=done,
+        api_name="chain",
+        **ONE_AT_A_TIME,
     )
-    place.input(_views, [frames, place], [sample, prediction], **AT_ONCE)
+    place.input(_views, [frames, place], [sample, prediction], **AT_ONCE, **INSIDE)
 
 
 def _source(pipeline: ScratchDDPMPipeline, first: Image.Image, view: gr.Image | gr.ImageEditor) -> gr.State:
@@ -231,8 +262,8 @@ def _source(pipeline: ScratchDDPMPipeline, first: Image.Image, view: gr.Image | 
         image = opened(pipeline, path)
         return image, enlarged(image)
 
-    upload.upload(use, upload, [picture, view], show_progress="hidden")
-    back.click(lambda: (first, enlarged(first)), None, [picture, view], show_progress="hidden")
+    upload.upload(use, upload, [picture, view], show_progress="hidden", **INSIDE)
+    back.click(lambda: (first, enlarged(first)), None, [picture, view], show_progress="hidden", **INSIDE)
     return picture
 
 
@@ -260,7 +291,7 @@ def _forward_tab(pipeline: ScratchDDPMPipeline, first: Image.Image) -> None:
             with gr.Column():
                 result = gr.Image(noisy, label="xₜ, the image with noise", **PICTURE)
 
-    gr.on([t.change, seed.change, picture.change], show, [picture, t, seed], [result, numbers], **AT_ONCE)
+    gr.on([t.change, seed.change, picture.change], show, [picture, t, seed], [result, numbers], **AT_ONCE, **INSIDE)
 
 
 def _editor(first: Image.Image) -> gr.ImageEditor:
@@ -310,7 +341,7 @@ def _inpaint_tab(pipeline: ScratchDDPMPipeline, first: Image.Image) -> None:
         return enlarged(result), f"Drawn in {_seconds(start)}. What was not painted is as it was."
 
     settings = [picture, editor, seed, steps, again, label, guidance]
-    button.click(draw, settings, [result, done], show_progress_on=result, **ONE_AT_A_TIME)
+    button.click(draw, settings, [result, done], show_progress_on=result, **INSIDE, **ONE_AT_A_TIME)
 
 
 def build_app(pipeline: ScratchDDPMPipeline, title: str) -> gr.Blocks:
@@ -319,14 +350,14 @@ def build_app(pipeline: ScratchDDPMPipeline, title: str) -> gr.Blocks:
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as app:
         gr.Markdown(f"# {html.escape(title)}\n{describe(pipeline)}")
         with gr.Tab("Generate"):
-            _generate_tab(pipeline)
+            _generate_tab(pipeline, app)
         with gr.Tab("The chain"):
             _chain_tab(pipeline)
         with gr.Tab("Forward process"):
             _forward_tab(pipeline, image)
         with gr.Tab("Inpaint"):
             _inpaint_tab(pipeline, image)
-    return app
+    return app.queue(max_size=MOST_WAITING)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -339,7 +370,7 @@ def published() -> tuple[str, str | None] | None:
 
 
 def load(model: str, revision: str | None) -> ScratchDDPMPipeline:
-    """The model, on a GPU if there is one.
+    """The model, on a GPU if there is one, Apple's included.
 
     Raises:
         ValueError: it cannot be loaded, for whatever reason.
@@ -353,7 +384,7 @@ def load(model: str, revision: str | None) -> ScratchDDPMPipeline:
         ) from error
     if pipeline.unet.config.in_channels not in (1, 3):
         raise ValueError(f"{model} draws images of {pipeline.unet.config.in_channels} channels; the page shows 1 or 3.")
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipeline.to(torch.accelerator.current_accelerator() or "cpu")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -363,6 +394,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--port", type=int, help="by default the first free one from 7860 on")
     parser.add_argument("--host", help="by default 127.0.0.1: this machine only")
+    parser.add_argument(
+        "--share", action="store_true", help="also by a link of gradio's, for three days, to anybody who has it"
+    )
     args = parser.parse_args(arguments)
     named = (args.model, None) if args.model else published()
     if named is None:
@@ -374,7 +408,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     try:
-        app.launch(server_name=args.host, server_port=args.port, **LAUNCH)
+        app.launch(server_name=args.host, server_port=args.port, share=args.share, **LAUNCH)
     except OSError as error:
         parser.error(f"the page cannot be served: {error}")
 

@@ -2,9 +2,10 @@
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
 import torch
@@ -283,6 +284,59 @@ def inpaint(
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
+
+
+SETTINGS = ("seed", "images", "steps", "sampler", "class", "guidance")  # of the page's first tab, in a link to it
+
+
+def link(settings: Mapping[str, object]) -> str:
+    """What follows the page's address so that it opens with these settings."""
+    return "?" + urlencode({name: settings[name] for name in SETTINGS if settings.get(name) is not None})
+
+
+def linked(pipeline: ScratchDDPMPipeline, query: Mapping[str, str]) -> dict[str, Any]:
+    """The settings that a link asks for; none for what it does not say.
+
+    Raises:
+        ValueError: for a value that the page does not take.
+    """
+    most_steps = min(MOST_STEPS, len(pipeline.scheduler))
+    numbers = {
+        "seed": (0, MOST_SEED),
+        "images": (1, MOST_IMAGES),
+        "steps": (1, most_steps),
+        "guidance": (0, MOST_GUIDANCE),
+    }
+    each = [EACH] if class_numbers(pipeline) else []
+    names = {"sampler": samplers_of(pipeline), "class": [*each, *choices(pipeline)]}
+    found: dict[str, Any] = {}
+    for name in SETTINGS:
+        if name in query and name in names:
+            check_choice(name, query[name], names[name])
+            found[name] = query[name]
+        elif name in query:
+            least, most = numbers[name]
+            try:
+                found[name] = float(query[name])
+            except ValueError:
+                raise ValueError(f"the link's {name} must be a number, not {query[name]!r}.") from None
+            check_range(f"the link's {name}", found[name], least, most)
+    return found
+
+
+def suggestions(pipeline: ScratchDDPMPipeline) -> dict[str, str]:
+    """Links to settings worth a look, by what they show."""
+    few = 2 if tuned_for_jumps(pipeline) else min(5, len(pipeline.scheduler))
+    shown: dict[str, dict[str, object]] = {f"{few} steps": {"images": 10, "steps": few}}
+    if not tuned_for_jumps(pipeline):
+        shown[f"{few} steps of a solver"] = {"images": 10, "steps": few, "sampler": "UniPC"}
+    if names := class_numbers(pipeline):
+        first = next(iter(names))
+        shown |= {
+            "one of each class": {"images": min(len(names), MOST_IMAGES), "class": EACH},
+            f"nine of one class, guided: {first}": {"images": 9, "class": first, "guidance": 4},
+        }
+    return {title: link(settings) for title, settings in shown.items()}
 
 
 def image_size(pipeline: ScratchDDPMPipeline) -> tuple[int, int]:

@@ -6,6 +6,7 @@
 import asyncio
 import contextlib
 import io
+import itertools
 import math
 import os
 import re
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -366,6 +368,85 @@ def test_only_what_the_model_has_is_shown(make, shown):
     assert all(part["visible"] is shown[part["label"]] for part in parts)
 
 
+def config_of(pipeline):
+    async def build():  # inside a running loop, since gradio would make loops that it does not close
+        return app.build_app(pipeline, "model").get_config_file()
+
+    return asyncio.run(build())
+
+
+def test_programs_get_two_endpoints_by_name(named):
+    public = [one["api_name"] for one in config_of(named)["dependencies"] if one["api_visibility"] == "public"]
+    assert public == ["generate", "chain"]
+
+
+def test_the_queue_is_bounded(named, monkeypatch):
+    asked, queue = [], app.gr.Blocks.queue
+    monkeypatch.setattr(app.gr.Blocks, "queue", lambda self, **how: asked.append(how) or queue(self, **how))
+    config_of(named)
+    assert asked[-1] == {"max_size": app.MOST_WAITING}
+
+
+def query_of(link):
+    return dict(urllib.parse.parse_qsl(link.removeprefix("?")))
+
+
+@pytest.mark.parametrize("make", [plain_pipeline, named_pipeline, jumping_pipeline])
+def test_suggestions_are_links_that_the_page_takes(make):
+    pipeline = make()
+    found = drawing.suggestions(pipeline)
+    assert len(found) >= 1 + (make is not jumping_pipeline) + 2 * (make is named_pipeline)
+    for link in found.values():
+        settings = drawing.linked(pipeline, query_of(link))
+        assert settings and drawing.link(settings).replace(".0", "") == link
+        asked = {
+            "images": 2,
+            "steps": 2,
+            "sampler": "DDPM",
+            "class": drawing.ANY,
+            "guidance": 1.0,
+            **settings,
+            "seed": 3,
+        }
+        images = drawing.generate(pipeline, *(asked[name] for name in drawing.SETTINGS))
+        assert len(images) == asked["images"]
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ({"seed": "-1"}, "the link's seed=-1.0 must be a number and lie in"),
+        ({"steps": "many"}, "the link's steps must be a number, not 'many'"),
+        ({"images": "99"}, "the link's images=99.0 must"),
+        ({"class": "Hat"}, "class='Hat' is not known"),
+        ({"sampler": "PLMS"}, "sampler='PLMS' is not known"),
+        ({"guidance": "nan"}, "the link's guidance=nan must"),
+    ],
+)
+def test_wrong_links(named, query, message):
+    with pytest.raises(ValueError, match=message):
+        drawing.linked(named, query)
+    assert drawing.linked(named, {"another": "1"}) == {}
+
+
+def test_one_of_each_needs_classes(plain):
+    with pytest.raises(ValueError, match="class='one of each' is not known; allowed: any"):
+        drawing.linked(plain, {"class": drawing.EACH})
+
+
+def test_sharing_is_asked_for(tmp_path, monkeypatch):
+    named_pipeline().save_pretrained(tmp_path / "model")
+    launched = []
+    monkeypatch.setattr(app.gr.Blocks, "launch", lambda self, **options: launched.append(options["share"]))
+
+    async def run(*more):  # as above
+        app.main([str(tmp_path / "model"), *more])
+
+    asyncio.run(run("--share"))
+    asyncio.run(run())
+    assert launched == [True, False]
+
+
 def test_the_model_is_described(named):
     assert drawing.describe(named).startswith(
         "Draws grey images of 8 × 8 pixels of 4 classes in a chain of T = 20 steps"
@@ -536,6 +617,29 @@ def found_browser():
     return executable
 
 
+def opens_by_a_link(page, address):
+    page.goto(f"{address}/?seed=5&images=2&class=Bag&steps=3")
+    tab = Tab(page, "Generate")
+    expect(tab.panel.get_by_label("Seed", exact=True)).to_have_value("5")
+    tab.press("Generate")
+    tab.shows("Bag, seed 6")
+    href = tab.panel.get_by_role("link", name="Link to them").get_attribute("href")
+    assert query_of(href) == {
+        "seed": "5",
+        "images": "2",
+        "steps": "3",
+        "sampler": "DDPM",
+        "class": "Bag",
+        "guidance": "2",
+    }
+    with page.expect_download() as download:
+        tab.panel.get_by_role("button", name="Thumbnail 1 of 2").click()
+        tab.panel.get_by_label("Download").first.click()
+    with Image.open(download.value.path()) as image:
+        assert image.size == (drawing.LARGE, drawing.LARGE)
+    page.goto(address)
+
+
 def generates(page):
     tab = Tab(page, "Generate")
     tab.fill("number input for Number of images", 5)
@@ -605,6 +709,7 @@ def test_the_page_in_a_browser(tmp_path):
     pipeline.save_pretrained(tmp_path / "tiny-model")
     with served(tmp_path / "tiny-model", tmp_path) as address, opened_page(executable, address) as (page, elsewhere):
         expect(page.get_by_role("heading", name="tiny-model")).to_be_visible()
+        opens_by_a_link(page, address)
         generates(page)
         survives_wrong_seeds(page)
         shows_the_chain(page, pipeline)
@@ -614,19 +719,28 @@ def test_the_page_in_a_browser(tmp_path):
         assert elsewhere == []
 
 
-def take_picture(model, path, folder):
-    """The first tab with images drawn, as a file."""
+SCREENS = {"": (1300, 820), "_narrow": (390, 820)}  # width and height in pixels
+
+
+def take_pictures(model, path, folder, schemes=("light",), screens=SCREENS):
+    """The first tab with images drawn, as files."""
     with served(model, folder) as address, opened_page(found_browser(), address) as (page, _):
-        tab = Tab(page, "Generate")
-        tab.press("Generate")
-        tab.shows(re.compile(r"images in \d"))
-        page.mouse.move(0, 0)
-        page.wait_for_timeout(1000)  # the images are loaded
-        page.screenshot(path=path)
+        for (name, (width, height)), scheme in itertools.product(screens.items(), schemes):
+            page.set_viewport_size({"width": width, "height": height})
+            page.emulate_media(color_scheme=scheme)
+            page.goto(f"{address}/?__theme={scheme}")
+            tab = Tab(page, "Generate")
+            tab.press("Generate")
+            tab.shows(re.compile(r"images in \d"))
+            page.mouse.move(0, 0)
+            page.wait_for_timeout(1000)  # the images are loaded
+            dark = "_dark" if scheme == "dark" else ""
+            page.screenshot(path=path.with_stem(f"{path.stem}{name}{dark}"), full_page=bool(name))
 
 
 if __name__ == "__main__":
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        take_picture(ROOT / "models" / "ddpm-fashion-mnist", ROOT / "docs" / "figures" / "demo.png", Path(folder))
+        picture = ROOT / "docs" / "figures" / "demo.png"
+        take_pictures(ROOT / "models" / "ddpm-fashion-mnist", picture, Path(folder), screens={"": SCREENS[""]})
