@@ -25,6 +25,7 @@ import pytest
 import torch
 import tqdm
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel, UniPCMultistepScheduler
+from gradio_client import Client
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
@@ -640,6 +641,12 @@ def opens_by_a_link(page, address):
     page.goto(address)
 
 
+def serves_programs(address):
+    client = Client(address, verbose=False, analytics_enabled=False)
+    images, text = client.predict(7, 2, 3, "DDPM", "Bag", 2.0, api_name="/generate")
+    assert [image["caption"] for image in images] == ["Bag, seed 7", "Bag, seed 8"] and text.startswith("2 images in")
+
+
 def generates(page):
     tab = Tab(page, "Generate")
     tab.fill("number input for Number of images", 5)
@@ -710,6 +717,7 @@ def test_the_page_in_a_browser(tmp_path):
     with served(tmp_path / "tiny-model", tmp_path) as address, opened_page(executable, address) as (page, elsewhere):
         expect(page.get_by_role("heading", name="tiny-model")).to_be_visible()
         opens_by_a_link(page, address)
+        serves_programs(address)
         generates(page)
         survives_wrong_seeds(page)
         shows_the_chain(page, pipeline)
