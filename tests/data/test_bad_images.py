@@ -161,7 +161,7 @@ def test_only_commands_with_the_flag_name_it(tmp_path):
         evaluate.real_images(evaluate.parse(["model", *flags]), 1, (8, 8), [])
     arguments = calibrate.parse(["model", *flags])
     with pytest.raises(BadImages, match=r"it is no image file; mend it or leave it out$"):
-        calibrate.training_images(arguments, calibrate.data_config(arguments), 1, (8, 8))
+        calibrate.training_images(arguments, calibrate.data_config(arguments), 1, (8, 8), [])
     with pytest.raises(BadImages, match=r"mend it or leave it out, or pass over such images with --skip_bad_images$"):
         load(path)
 

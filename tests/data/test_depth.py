@@ -521,7 +521,7 @@ def test_the_range_of_the_training_is_that_of_the_evaluation(deep_run, tmp_path,
     np.testing.assert_allclose(real("--value_range", "0", "4"), whole / 4, atol=0.51)
     arguments = calibrate.parse([str(tmp_path / "model"), *flags, "--num_images", "4"])
     with pytest.raises(ValueError, match=message):
-        calibrate.training_images(arguments, calibrate.data_config(arguments), deep_run.channels, (64, 128))
+        calibrate.training_images(arguments, calibrate.data_config(arguments), deep_run.channels, (64, 128), [])
     of_checkpoint = evaluate_config.trained_range(str(deep_run.model / "checkpoints" / "step_00000004"))
     assert of_checkpoint is None and evaluate_config.trained_range(str(deep_run.model)) == (0, 1)
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import platform
 import shutil
@@ -739,7 +740,19 @@ def test_printed_config_is_a_preset_that_gives_itself(inputs, tmp_path, capsys):
     assert cli.parse([str(preset)])[0] == direct
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
+NEW_NETWORKS = sorted(path for path in PRESETS.glob("*.yaml") if path.stem != "fashion_mnist_few_steps")
+
+
+def test_the_preset_for_few_steps_fits_the_shipped_model():
+    model = ROOT / "models" / "ddpm-fashion-mnist"
+    config, _ = cli.parse(["fashion_mnist_few_steps", "--model_config_name_or_path", str(model)])
+    trained = networks.load_trained(config)
+    scheduler = networks.build_scheduler(config, trained.scheduler)
+    assert (scheduler.config.eta, scheduler.config.beta_schedule) == (math.inf, "squaredcos_cap_v2")
+    assert networks.build_objective(networks.with_process_of(scheduler, config), scheduler).q == (16, 64)
+
+
+@pytest.mark.parametrize("preset", NEW_NETWORKS, ids=lambda path: path.stem)
 def test_presets_are_valid_and_build(preset, capsys):
     config, _ = cli.parse([str(preset)])
     resolution, channels = (32, 3) if preset.stem == "cifar10" else (28, 1)

@@ -97,7 +97,7 @@ class TrainingConfig(DataConfig):
         "uniform, or loss_aware: by the recent losses of each t, for the loss vlb",
         one_of(TIMESTEP_SAMPLERS),
     )
-    consistency_q: Sequence[float] = knob(
+    consistency_q: tuple[float, ...] = knob(
         (4.0, 16.0, 64.0, 256.0),
         "how close the timesteps are whose jumps must agree, in the first part of the run, the second, ... (Geng et "
         "al.: 2, 4, ... 256; above 32 in float32)",
