@@ -104,16 +104,22 @@ def tuning_table(results: Numbers) -> str:
             {"null": "none", "in turn": "in turn"}[row["labels"]],
             str(row["steps"]),
             kernel(row),
-            f"{row['precision']:.2f}",
-            f"{row['recall']:.2f}",
+            *figures(row),
             f"{row['accuracy']:.2f}" if "accuracy" in row else "–",
         )
         for row in sorted(results["rows"].values(), key=lambda row: (row["labels"] != "null", row["steps"]))
     ]
     rows += [
-        ("as trained, η = 1", "none", str(row["num_inference_steps"]), kernel(row), *figures(row), "–")
+        (
+            f"as trained, η = 1, N = {row['num_generated']:,}",
+            "none",
+            str(row["num_inference_steps"]),
+            kernel(row),
+            *figures(row),
+            "–",
+        )
         for row in sorted(results["teacher_figures"], key=lambda row: row["num_inference_steps"])
-        if row["num_generated"] == results["num_images"]
+        if row["num_generated"] >= results["num_images"]
     ]
     head = ("model", "class", "steps", "kernel distance", "precision", "recall", "taken for their class")
     return table(head, rows)
@@ -122,21 +128,6 @@ def tuning_table(results: Numbers) -> str:
 def figures(row: Numbers) -> tuple[str, str]:
     """Precision and recall."""
     return f"{row['precision']:.2f}", f"{row['recall']:.2f}"
-
-
-def curve_table(results: Numbers) -> str:
-    """The kernel distance over the images that tuning has seen."""
-    curve: dict[int, Numbers] = {}
-    for row in results["curve"].values():
-        curve.setdefault(int(row["model"]), {})[row["labels"], row["steps"]] = row
-    columns = [(labels, steps) for labels in ("null", "in turn") for steps in (1, 2, 4)]
-    names = {"null": "no class", "in turn": "classes in turn"}
-    head = ("images seen", *(f"{names[labels]}, {in_words(steps)}" for labels, steps in columns))
-    rows = [
-        (f"{seen:,}", *(kernel(row[column]) if column in row else "–" for column in columns))
-        for seen, row in sorted(curve.items())
-    ]
-    return table(head, rows)
 
 
 def in_words(steps: int) -> str:
@@ -152,8 +143,7 @@ def tuning_facts(results: Numbers) -> str:
         "Tuning": f"{training['images_seen']:,} images in {training['seconds'] / 60:.0f} minutes, "
         f"{training['images_per_second']:.0f} a second, on {training['device']}",
         "Kernel distance": f"N = {results['num_images']:,}, floor {kernel(results['floor'])} (held-out images); "
-        f"features of {features['network']} at {features['size']} pixels; the curve with N = "
-        f"{next(iter(results['curve'].values()))['num_images']:,}",
+        f"features of {features['network']} at {features['size']} pixels",
         "Time of one image": f"{shares}, where that of {seconds['teacher_steps']} steps of the chain is 1",
         "Device": f"{results['device']}, {results['processor']}; {versions(results)}",
     }
@@ -166,7 +156,6 @@ PARTS = {
     "jumps": (JUMPS, jump_table),
     "jump facts": (JUMPS, jump_facts),
     "tuning": (TUNING, tuning_table),
-    "tuning curve": (TUNING, curve_table),
     "tuning facts": (TUNING, tuning_facts),
 }
 

@@ -78,6 +78,24 @@ def test_what_the_page_claims_of_jumps():
     assert falls == sorted(falls, reverse=True)
 
 
+def test_what_the_page_claims_of_tuning():
+    results = results_of("few_step_tuning")
+    found = {tuple(row[key] for key in ("model", "labels", "steps")): row for row in results["rows"].values()}
+    for labels in ("null", "in turn"):
+        before, after = (
+            [found[model, labels, steps]["kernel_distance"] for steps in (1, 2, 4)]
+            for model in ("teacher, noise fresh", "tuned")
+        )
+        assert all(new < old for new, old in zip(after, before, strict=True)) and after == sorted(after, reverse=True)
+        assert after[1] < 0.5 * before[1] and after[2] < 0.5 * before[2]
+    for steps in (1, 2, 4):
+        assert found["tuned", "in turn", steps]["kernel_distance"] < found["tuned", "null", steps]["kernel_distance"]
+        assert found["tuned", "in turn", steps]["accuracy"] > 0.9
+    assert found["tuned", "null", 1]["recall"] < 0.05  # still close to a mean
+    seconds = results["seconds"]
+    assert max(seconds[str(steps)] for steps in (1, 2, 4)) < 0.1 * seconds["teacher"]
+
+
 # --- the experiments -----------------------------------------------------------------------------------------------
 
 
