@@ -4,13 +4,13 @@
     python benchmarks/few_step_tuning.py outputs/ddpm-fashion-mnist-few-steps models/ddpm-fashion-mnist
 
 Distances of images in 1, 2 and 4 steps, without a class and of the classes in turn, and the time of one image. Rows are
-written as they are measured, and those that are there are not measured again (--again does). With --checkpoint, a row
-of few images is added for a checkpoint on the way. `python docs/make_questions.py` makes a table of them.
+written as they are measured; those of the same training and number of images are not measured again.
+`python docs/make_questions.py` makes a table of them.
 """
 
 import argparse
+import itertools
 import json
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -26,15 +26,15 @@ from own_images import processor
 from recipes import real_features
 from two_questions import PICTURES, draw_rows
 
-from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
+from ddpm_from_scratch import ScratchDDPMPipeline
 from ddpm_from_scratch.data.config import EMBEDDED_DATA, EMBEDDED_TEST_SET
 from ddpm_from_scratch.evaluation.classifier import accuracy, classify, train_classifier
 from ddpm_from_scratch.evaluation.features import efficientnet_lite0_features
 from ddpm_from_scratch.evaluation.metrics import kernel_distance_with_error, precision_recall
 from ddpm_from_scratch.runtime.devices import device_name, keep_freed_memory
 from ddpm_from_scratch.runtime.results import versions
-from ddpm_from_scratch.sampling.checkpoints import is_checkpoint, load_checkpoint, read_manifest
 from ddpm_from_scratch.sampling.generate import SampleSpec, generate
+from ddpm_from_scratch.sampling.samplers import consistency
 
 RESULTS = ROOT / "docs" / "results" / "few_step_tuning.json"
 STEPS = (1, 2, 4)
@@ -44,11 +44,8 @@ Numbers = dict[str, Any]
 
 
 def load(folder: Path) -> ScratchDDPMPipeline:
-    """A model's folder or checkpoint, ready to draw from in float32."""
-    if is_checkpoint(folder):
-        pipeline = load_checkpoint(folder)
-    else:
-        pipeline = ScratchDDPMPipeline.from_pretrained(folder, dtype=torch.float32)
+    """A model, ready to draw from in float32."""
+    pipeline = ScratchDDPMPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.unet.to(memory_format=torch.channels_last).eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -56,13 +53,12 @@ def load(folder: Path) -> ScratchDDPMPipeline:
 
 def with_fresh_noise(pipeline: ScratchDDPMPipeline) -> ScratchDDPMPipeline:
     """The model as it is, with the sampler of the tuned one."""
-    scheduler = ScratchDDPMScheduler.from_config(pipeline.scheduler.config, eta=math.inf, timestep_spacing="trailing")
-    return ScratchDDPMPipeline(pipeline.unet, scheduler, pipeline.config.id2label)
+    return ScratchDDPMPipeline(pipeline.unet, consistency(pipeline.scheduler), pipeline.config.id2label)
 
 
 def measure(pipeline: ScratchDDPMPipeline, spec: SampleSpec, reference: Any, judge: Any) -> Numbers:  # noqa: ANN401
     """Distances of images to real ones, and how many are taken for what they were to be."""
-    images = generate(pipeline, spec, Accelerator(cpu=not torch.cuda.is_available()))
+    images = generate(pipeline, spec, Accelerator(cpu=True))
     features = efficientnet_lite0_features(images, SIZE)
     kernel = kernel_distance_with_error(features, reference)
     near = precision_recall(features, reference)
@@ -72,8 +68,8 @@ def measure(pipeline: ScratchDDPMPipeline, spec: SampleSpec, reference: Any, jud
         "precision": near.precision,
         "recall": near.recall,
     }
-    if spec.balanced_labels and judge is not None:
-        wanted = torch.arange(len(images)).numpy() % len(pipeline.config.id2label)
+    if spec.balanced_labels:
+        wanted = np.arange(len(images)) % len(pipeline.config.id2label)
         found["accuracy"] = accuracy(classify(judge, images), wanted)["accuracy"]
     return found
 
@@ -112,49 +108,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("teacher", type=Path)
     parser.add_argument("--num_images", type=int, default=5000)
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
-    parser.add_argument("--checkpoint", action="store_true", help="TUNED is one on the way: add it to the curve")
-    parser.add_argument("--again", action="store_true", help="measure rows that are there too")
     parser.add_argument("--rounds", type=int, default=5, help="of the times")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "figures" / "questions_tuning.png")
     args = parser.parse_args(arguments)
     keep_freed_memory()
-    found: Numbers = json.loads(args.results.read_text(encoding="utf-8")) if args.results.is_file() else {}
-    reference = real_features(EMBEDDED_DATA, args.num_images)
+    training = json.loads((args.tuned / "results.json").read_text(encoding="utf-8"))
+    about = {"num_images": args.num_images, "training": training}
+    rows = rows_of(args.results, about)
     tuned, teacher = load(args.tuned), load(args.teacher)
-    if args.checkpoint:
-        manifest = read_manifest(args.tuned)
-        images_seen = manifest["step"] * manifest["config"]["train_batch_size"]
-        key, models, judge = "curve", {f"{images_seen}": tuned}, None
-    else:
-        key, models = "rows", {"tuned": tuned, "teacher": teacher, "teacher, noise fresh": with_fresh_noise(teacher)}
-        images, labels, _ = embedded(EMBEDDED_DATA, 1, 28)
-        judge = train_classifier(images, labels)
-        floor = kernel_distance_with_error(real_features(EMBEDDED_TEST_SET, args.num_images), reference)
-        found |= {
-            "num_images": args.num_images,
-            "floor": {"kernel_distance": floor.value, "kernel_distance_error": floor.error},
-            "features": {"network": "EfficientNet-Lite0", "size": SIZE},
-            "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-            "processor": processor(),
-            "versions": versions(),
-            "training": json.loads((args.tuned / "results.json").read_text(encoding="utf-8")),
-            "teacher_figures": teacher_figures(args.teacher),
-            "seconds": times(tuned, teacher, args.rounds),
-        }
-        draw_rows(pictures({"before": models["teacher, noise fresh"], "tuned": tuned}), args.picture)
-    rows = found.setdefault(key, {})
-    for name, pipeline in models.items():
-        for steps in args.steps:
-            for labels_name, in_turn in LABELS.items():
-                row = f"{name}, {steps} steps, {labels_name}"
-                if row in rows and not args.again:
-                    continue
-                spec = SampleSpec(steps, args.num_images, in_turn)
-                about = {"model": name, "steps": steps, "labels": labels_name, "num_images": args.num_images}
-                rows[row] = about | measure(pipeline, spec, reference, judge)
-                print(row, rows[row], flush=True)
-                replace_json(args.results, found)
+    models = {"tuned": tuned, "teacher": teacher, "teacher, noise fresh": with_fresh_noise(teacher)}
+    draw_rows(pictures({"before": models["teacher, noise fresh"], "tuned": tuned}), args.picture)
+    reference = real_features(EMBEDDED_DATA, args.num_images)
+    floor = kernel_distance_with_error(real_features(EMBEDDED_TEST_SET, args.num_images), reference)
+    images, labels, _ = embedded(EMBEDDED_DATA, 1, 28)
+    judge = train_classifier(images, labels)
+    found: Numbers = {
+        **about,
+        "floor": {"kernel_distance": floor.value, "kernel_distance_error": floor.error},
+        "features": {"network": "EfficientNet-Lite0", "size": SIZE},
+        "device": device_name(torch.device("cpu")),
+        "processor": processor(),
+        "versions": versions(),
+        "teacher_figures": teacher_figures(args.teacher),
+        "seconds": times(tuned, teacher, args.rounds),
+        "rows": rows,
+    }
+    for (name, pipeline), steps, (classes, in_turn) in itertools.product(models.items(), args.steps, LABELS.items()):
+        row = f"{name}, {steps} steps, {classes}"
+        if row not in rows:
+            rows[row] = {"model": name, "steps": steps, "labels": classes, "num_images": args.num_images}
+            rows[row] |= measure(pipeline, SampleSpec(steps, args.num_images, in_turn), reference, judge)
+            print(row, rows[row], flush=True)
+        replace_json(args.results, found)
+
+
+def rows_of(path: Path, about: Numbers) -> Numbers:
+    """The rows that are there already, if they are of the same training and as many images."""
+    found: Numbers = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    same = all(found.get(key) == value for key, value in about.items())
+    rows: Numbers = found["rows"] if same else {}
+    return rows
 
 
 def teacher_figures(folder: Path) -> list[Numbers]:

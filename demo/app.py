@@ -32,7 +32,6 @@ from drawing import (
     MOST_IMAGES,
     MOST_RESAMPLINGS,
     MOST_SEED,
-    MOST_STEPS,
     SETTINGS,
     any_class,
     captions,
@@ -48,6 +47,7 @@ from drawing import (
     inpaint,
     link,
     linked,
+    most_steps,
     noised,
     opened,
     painted,
@@ -110,7 +110,7 @@ def _seed_field() -> gr.Number:
 
 
 def _steps_slider(pipeline: ScratchDDPMPipeline, value: int) -> gr.Slider:
-    most = min(MOST_STEPS, len(pipeline.scheduler))
+    most = most_steps(pipeline)
     value = pipeline.config.get("num_inference_steps") or value
     return gr.Slider(1, most, min(value, most), step=1, label="Steps", info="More take longer and are finer.")
 

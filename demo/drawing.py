@@ -119,8 +119,13 @@ def _whole(name: str, value: object, least: int, most: int) -> int:
     return int(value)
 
 
+def most_steps(pipeline: ScratchDDPMPipeline) -> int:
+    """The longest chain that the page draws."""
+    return min(MOST_STEPS, len(pipeline.scheduler))
+
+
 def _steps(pipeline: ScratchDDPMPipeline, steps: object) -> int:
-    return _whole("Steps", steps, 1, min(MOST_STEPS, len(pipeline.scheduler)))
+    return _whole("Steps", steps, 1, most_steps(pipeline))
 
 
 def _guidance(label: str, guidance: float) -> float:
@@ -300,11 +305,10 @@ def linked(pipeline: ScratchDDPMPipeline, query: Mapping[str, str]) -> dict[str,
     Raises:
         ValueError: for a value that the page does not take.
     """
-    most_steps = min(MOST_STEPS, len(pipeline.scheduler))
     numbers = {
         "seed": (0, MOST_SEED),
         "images": (1, MOST_IMAGES),
-        "steps": (1, most_steps),
+        "steps": (1, most_steps(pipeline)),
         "guidance": (0, MOST_GUIDANCE),
     }
     each = [EACH] if class_numbers(pipeline) else []

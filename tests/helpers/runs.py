@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_from_scratch.runtime.random_streams import stratified_uniforms
+from ddpm_from_scratch.training import loop
 from ddpm_from_scratch.training.objectives import UniformSampler
 from helpers.paths import ROOT
 
@@ -104,6 +106,18 @@ def run_main(inputs, output, *flags):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     return script.main([inputs.preset, "--output_dir", str(output), *map(str, flags)])
+
+
+def stop_in_step(monkeypatch, number, by=signal.SIGTERM):
+    """The next run gets a signal in its step of this number: 1, 2, ..."""
+    train_step = loop.train_step
+
+    def signalled(run, passes, step):
+        if step == number - 1:
+            os.kill(os.getpid(), by)
+        return train_step(run, passes, step)
+
+    monkeypatch.setattr(loop, "train_step", signalled)
 
 
 def run_process(command, cwd=None):

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 
@@ -13,11 +12,11 @@ from safetensors.torch import load_file
 
 from ddpm_from_scratch.runtime.errors import Stopped
 from ddpm_from_scratch.sampling.checkpoints import read_state
-from ddpm_from_scratch.training import arguments, loop, plan
+from ddpm_from_scratch.training import arguments, plan
 from ddpm_from_scratch.training.config import TrainingConfig
 from ddpm_from_scratch.training.optimizer import learning_rate
 from helpers.paths import ROOT
-from helpers.runs import assert_equal, checkpoint_tensors, run_main
+from helpers.runs import assert_equal, checkpoint_tensors, run_main, stop_in_step
 
 EACH = 3.0  # seconds of a step, by the clock of these tests
 BUDGET = ("--max_train_minutes", "1", "--checkpointing_steps", "2")
@@ -59,23 +58,12 @@ def test_never_more_than_max_train_steps(inputs, tmp_path, pace):
 def test_a_stopped_run_goes_on_to_the_same_weights_on_a_faster_machine(inputs, tmp_path, pace, monkeypatch, stop):
     whole = run_main(inputs, tmp_path / "whole", *BUDGET)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_in_step(stop, patch)
+        stop_in_step(patch, stop)
         run_main(inputs, tmp_path / "stopped", *BUDGET)
     pace["each"] = 0.1
     resumed = run_main(inputs, tmp_path / "stopped", *BUDGET)
     assert steps_of(resumed) == TOTAL
     assert_equal(checkpoint_tensors(resumed, TOTAL), checkpoint_tensors(whole, TOTAL))
-
-
-def stop_in_step(number, monkeypatch):
-    train_step = loop.train_step
-
-    def signalled(run, passes, step):
-        if step == number - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(run, passes, step)
-
-    monkeypatch.setattr(loop, "train_step", signalled)
 
 
 def test_more_minutes_go_on_with_a_run_that_is_done(inputs, tmp_path, pace):

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import signal
 
 import numpy as np
 import pytest
@@ -17,14 +15,15 @@ from ddpm_from_scratch.evaluation import calibrate
 from ddpm_from_scratch.evaluation.measures import bound_scheduler
 from ddpm_from_scratch.runtime.errors import Refused, Stopped
 from ddpm_from_scratch.sampling.editing import ScratchDDPMInterpolationPipeline
-from ddpm_from_scratch.training import loop, run
+from ddpm_from_scratch.training import run
 from ddpm_from_scratch.training.arguments import parse
 from ddpm_from_scratch.training.consistency import ConsistencyObjective
+from ddpm_from_scratch.training.objectives import Objective
 from helpers import oracles
 from helpers.networks import TINY_NETWORK, randomised
 from helpers.oracles import grid_data, randn
 from helpers.paths import ROOT
-from helpers.runs import SIZE, assert_equal, checkpoint_tensors, run_main
+from helpers.runs import SIZE, assert_equal, checkpoint_tensors, run_main, stop_in_step
 
 BETAS = {"linear": oracles.linear_betas(), "squaredcos_cap_v2": oracles.cosine_betas()}
 LARGEST_SIGMA = 80.0
@@ -229,15 +228,8 @@ def test_a_run_ends_in_a_model_for_few_steps(inputs, teacher, tmp_path):
 def test_a_stopped_run_goes_on_bit_for_bit(inputs, teacher, tmp_path, monkeypatch):
     common = flags(teacher, "--checkpointing_steps", "10", "--consistency_q", "[4,16]")
     whole = run_main(inputs, tmp_path / "whole", *common)
-    train_step = loop.train_step
-
-    def signalled(run, passes, step):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(run, passes, step)
-
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(loop, "train_step", signalled)
+        stop_in_step(patch, 4)
         run_main(inputs, tmp_path / "parts", *common)
     parts = run_main(inputs, tmp_path / "parts", *common)
     assert_equal(checkpoint_tensors(parts), checkpoint_tensors(whole))
@@ -328,7 +320,5 @@ def test_what_needs_a_mean_refuses_a_tuned_model(inputs, teacher, tmp_path):
 
 def test_without_a_network_of_two_calls_nothing_changes():
     """Other objectives compare with the data, whatever is over of the run."""
-    from ddpm_from_scratch.training.objectives import Objective
-
     ours, x = Objective(ScratchDDPMScheduler()), randn(2, 3)
     assert ours.at(0.7) is ours and ours.goal(nn.Identity(), x, x, torch.tensor([1, 2]), None) is x

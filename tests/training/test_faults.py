@@ -24,7 +24,7 @@ from ddpm_from_scratch.training import checkpoint, run
 from ddpm_from_scratch.training import loop as train
 from ddpm_from_scratch.training.faults import FiniteGuard
 from helpers.paths import TRAINING
-from helpers.runs import STEPS, assert_equal, checkpoint_tensors, run_main
+from helpers.runs import STEPS, assert_equal, checkpoint_tensors, run_main, stop_in_step
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -149,16 +149,9 @@ def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(
     number,
     stop_in,
 ):
-    train_step = train.train_step
-
-    def signalled(run, batches, step):
-        if step == stop_in - 1:
-            os.kill(os.getpid(), number)
-        return train_step(run, batches, step)
-
     handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"stopped after step {stop_in}"):
-        patch.setattr(train, "train_step", signalled)
+        stop_in_step(patch, stop_in, number)
         run_main(inputs, tmp_path / "model")
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
     found = checkpoint.find_checkpoint("latest", tmp_path / "model" / "checkpoints")
@@ -175,15 +168,8 @@ def test_the_logged_losses_are_those_of_a_run_without_a_stop(inputs, tmp_path, m
         return checkpoints.read_state(folder / "checkpoints" / f"step_{STEPS:08d}")["progress"]["losses"]
 
     expected = losses(run_main(inputs, tmp_path / "undisturbed", *flags))
-    train_step = train.train_step
-
-    def signalled(run, batches, step):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(run, batches, step)
-
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(train, "train_step", signalled)
+        stop_in_step(patch, 4)
         run_main(inputs, tmp_path / "model", *flags)
     assert losses(run_main(inputs, tmp_path / "model", *flags)) == expected
     assert [step for step, _ in expected] == [3, 6, 9, 10]

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import signal
 
 import datasets
 import pyarrow
@@ -14,8 +13,7 @@ from ddpm_from_scratch.data import dataset as data
 from ddpm_from_scratch.data import sources
 from ddpm_from_scratch.runtime.errors import Stopped
 from ddpm_from_scratch.sampling import checkpoints
-from ddpm_from_scratch.training import loop as train
-from helpers.runs import TINY, assert_equal, encode, picture, run_main
+from helpers.runs import TINY, assert_equal, encode, picture, run_main, stop_in_step
 
 NUM, BATCH, STEPS, STOP = 22, 4, 7, 3  # 5.5 batches are an epoch, so the stop is in its middle
 FEATURES = datasets.Features({"photo": datasets.Image(), "kind": datasets.ClassLabel(names=["bag", "coat", "shoe"])})
@@ -73,18 +71,6 @@ def preset(tmp_path_factory):
     return path
 
 
-def stopped_in(monkeypatch, step):
-    """The next run gets a SIGTERM in this step."""
-    train_step = train.train_step
-
-    def signalled(run, batches, number):
-        if number == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(run, batches, number)
-
-    monkeypatch.setattr(train, "train_step", signalled)
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
 def test_a_stopped_run_goes_on_bit_for_bit(preset, tmp_path, monkeypatch, case):
@@ -101,7 +87,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(preset, tmp_path, monkeypatch, case):
     ]
     whole = run_main(inputs, tmp_path / "whole", *flags)
     with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"stopped after step {STOP}"):
-        stopped_in(patch, STOP - 1)
+        stop_in_step(patch, STOP)
         run_main(inputs, tmp_path / "parts", *flags)
     assert [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()] == [f"step_{STOP:08d}"]
     parts = run_main(inputs, tmp_path / "parts", *flags)

@@ -31,7 +31,11 @@ OTHER_NAMES = {"_eta": "eta", "_x_0_mse": "x_0_mse", "second_moments": "x_0_mse"
 
 # JSON has no infinity.
 INFINITY = "inf"
-LCM_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # that LCMScheduler knows
+KNOWN_TO_OTHERS = (
+    "linear",
+    "scaled_linear",
+    "squaredcos_cap_v2",
+)  # schedules that diffusers' other classes make by name
 
 Config = Mapping[str, Any]
 
@@ -50,7 +54,7 @@ def stock_class(c: Config) -> type[DDPMScheduler] | type[LCMScheduler]:
     Where all noise is fresh that is LCMScheduler: its boundary scaling leaves x̂_0 as it is at every timestep above some
     few.
     """
-    known = c["trained_betas"] is not None or c["beta_schedule"] in LCM_SCHEDULES
+    known = c["trained_betas"] is not None or c["beta_schedule"] in KNOWN_TO_OTHERS
     return LCMScheduler if jumps(c) and known else DDPMScheduler
 
 

@@ -20,7 +20,7 @@ from ..runtime.devices import PRECISIONS, compile_mode, prepare_cpu, resolve_pre
 from ..runtime.errors import told
 from ..runtime.privacy import public_name
 from ..runtime.results import merge_results
-from ..sampling.generate import STEPS, Samples, SampleSpec, describe
+from ..sampling.generate import STEPS, Samples, SampleSpec, describe, own_steps
 from ..sampling.kept_images import describe_origin, generate_once, place, read_images, read_kept
 from ..sampling.models import class_names, image_form, load_pipeline
 from .config import LEAST_IMAGES, RESULTS, EvaluationConfig, check_trained_range, parse
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str]) -> Path:
         channels, size = image_form(pipeline)
         form = (*size, channels)
         given = read_images(config.images, form, LEAST_IMAGES) if config.images else None
-        steps = config.num_inference_steps or (pipeline.config.get("num_inference_steps") or STEPS,)
+        steps = config.num_inference_steps or (own_steps(pipeline),)
         options = make_options(replace(config, num_inference_steps=steps), given)
         check_options(pipeline, options)
         real = real_images(config, channels, size, class_names(pipeline))

@@ -16,6 +16,11 @@ from .models import classes, image_form
 STEPS = 50  # of the chains of models that name no number
 
 
+def own_steps(pipeline: DiffusionPipeline) -> int:
+    """The number of steps that a model names, or STEPS."""
+    return pipeline.config.get("num_inference_steps") or STEPS
+
+
 @dataclass(frozen=True)
 class SampleSpec:
     """What images to generate. Image i depends only on the seed and i."""

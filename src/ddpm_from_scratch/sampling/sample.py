@@ -16,7 +16,7 @@ from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..runtime.atomic_files import replace_file
 from ..runtime.devices import PRECISIONS, prepare_cpu, resolve_precision
 from ..runtime.random_streams import generator
-from .generate import STEPS
+from .generate import STEPS, own_steps
 from .models import load_pipeline
 from .previews import image_grid, to_pil
 from .samplers import SAMPLERS
@@ -56,7 +56,7 @@ def check(args: argparse.Namespace) -> None:
 
 def draw(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list[Image.Image]:
     """Draw the images in batches."""
-    steps = args.num_inference_steps or pipeline.config.get("num_inference_steps") or STEPS
+    steps = args.num_inference_steps or own_steps(pipeline)
     labels = [int(label) if label.isdigit() else label for label in args.class_labels or ()]
     images: list[Image.Image] = []
     while numbers := range(len(images), min(len(images) + args.batch_size, args.num_images)):

@@ -7,10 +7,8 @@ from functools import partial
 from diffusers import DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
 
 from ..diffusion.scheduler import ScratchDDPMScheduler
-from ..diffusion.scheduler_config import OWN_KEYS
+from ..diffusion.scheduler_config import KNOWN_TO_OTHERS, OWN_KEYS
 from ..diffusion.stock import altered
-
-KNOWN_TO_SOLVERS = ("linear", "scaled_linear", "squaredcos_cap_v2")  # schedules that they make by name
 
 
 def ddim(scheduler: SchedulerMixin) -> SchedulerMixin:
@@ -27,7 +25,7 @@ def solver(kind: type[SchedulerMixin], scheduler: SchedulerMixin) -> SchedulerMi
     """A solver of diffusers for the diffusion process of a scheduler."""
     # Without diffusers' note of which values were left out, which would drop those that were passed by position.
     config = {key: value for key, value in scheduler.config.items() if key not in (*OWN_KEYS, "_use_default_values")}
-    if config["beta_schedule"] not in KNOWN_TO_SOLVERS:
+    if config["beta_schedule"] not in KNOWN_TO_OTHERS:
         config["trained_betas"] = scheduler.betas.tolist()
     return kind.from_config(config, timestep_spacing="trailing")
 

@@ -17,13 +17,14 @@ from ..diffusion.guidance import null_label
 from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..diffusion.reverse_variance import LEARNED_VARIANCES
 from ..diffusion.scheduler import ScratchDDPMScheduler
+from ..diffusion.scheduler_config import jumps
 from ..diffusion.stock import altered
 from ..diffusion.unet import ScratchUNet2DModel
 from ..sampling.checkpoints import PROCESS_FLAGS, SCHEDULER_FLAGS, is_checkpoint, load_checkpoint
 from .config import TrainingConfig, check_diffusion, check_halvings, check_model_keys, check_objective
 from .consistency import ConsistencyObjective
 from .network import SIZES, suited_network
-from .objectives import BOUND_LOSSES, Objective
+from .objectives import BOUND_LOSSES, TIMESTEP_SAMPLERS, LossAwareSampler, Objective, UniformSampler
 
 CLASSES = "class_embedding.weight"
 CALIBRATED = ("optimal_variance", "timestep_choice")  # keys of a scheduler that its calibration serves
@@ -52,7 +53,7 @@ def build_scheduler(config: TrainingConfig, trained: ScratchDDPMScheduler | None
     check_same_process(config, trained)
     if config.loss == "consistency":
         said = {"eta": math.inf, "timestep_spacing": "trailing"} | said  # jumps begin at T - 1
-    elif trained.config["eta"] == math.inf:
+    elif jumps(trained.config):
         said["eta"] = 1.0  # a network for jumps becomes one for the chain again
     return ScratchDDPMScheduler.from_config(trained.config, **said)
 
@@ -73,6 +74,15 @@ def build_objective(config: TrainingConfig, scheduler: ScratchDDPMScheduler) -> 
             scheduler, **{key: getattr(config, flag) for flag, key in CONSISTENCY_FLAGS.items()}
         )
     return Objective(scheduler, **{key: getattr(config, flag) for flag, key in OBJECTIVE_FLAGS.items()})
+
+
+def build_timestep_sampler(
+    config: TrainingConfig, objective: Objective | ConsistencyObjective
+) -> UniformSampler | LossAwareSampler:
+    """What draws the timesteps: the objective's own, if it has one."""
+    if isinstance(objective, ConsistencyObjective):
+        return objective.sampler()
+    return TIMESTEP_SAMPLERS[config.timestep_sampling](len(objective.scheduler))
 
 
 def check_levels(config: TrainingConfig, data: TrainingData) -> None:

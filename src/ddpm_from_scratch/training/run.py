@@ -40,13 +40,14 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import TrainingConfig, check_halvings
-from .consistency import BFLOAT16_RATIO, ConsistencyObjective, LogNormalSampler
+from .consistency import BFLOAT16_RATIO, ConsistencyObjective
 from .faults import FiniteGuard
 from .model import (
     CONSISTENCY_FLAGS,
     OBJECTIVE_FLAGS,
     build_objective,
     build_scheduler,
+    build_timestep_sampler,
     build_unet,
     check_levels,
     load_trained,
@@ -56,7 +57,7 @@ from .model import (
     trained_unet,
     with_process_of,
 )
-from .objectives import BOUND_LOSSES, TIMESTEP_SAMPLERS, LossAwareSampler, Objective, UniformSampler
+from .objectives import BOUND_LOSSES, LossAwareSampler, Objective, UniformSampler
 from .optimizer import EMA, build_optimizer, in_optimizer_steps, learning_rate
 from .plan import renew_length
 
@@ -89,7 +90,7 @@ class Run:
     ema: EMA | None
     progress: Progress
     objective: Objective | ConsistencyObjective
-    sampler: UniformSampler | LogNormalSampler | LossAwareSampler  # of timesteps
+    sampler: UniformSampler | LossAwareSampler  # of timesteps
     guard: FiniteGuard
 
     @cached_property
@@ -251,9 +252,7 @@ def build(config: TrainingConfig) -> Run:
         ema,
         Progress(bad_images=list(data.unreadable)),
         objective,
-        objective.sampler()
-        if isinstance(objective, ConsistencyObjective)
-        else TIMESTEP_SAMPLERS[config.timestep_sampling](scheduler.config.num_train_timesteps),
+        build_timestep_sampler(config, objective),
         FiniteGuard(optimizer.optimizer if accelerator.scaler is None else None, device),
     )
     if checkpoint is not None:

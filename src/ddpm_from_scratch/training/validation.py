@@ -31,9 +31,7 @@ class ValidationSet:
     """Real images that the network is measured against, the same at every evaluation."""
 
     reference: Features  # of as many training images as are generated
-    held_out: (
-        torch.Tensor | None
-    )  # uint8 [N, C, H, W]; None: nobody named any, they are not 8-bit, or there is no bound
+    held_out: torch.Tensor | None  # uint8 [N, C, H, W]; None: nobody named any, or they have no bound
 
 
 def build_validation_set(config: TrainingConfig, data: TrainingData) -> ValidationSet:
