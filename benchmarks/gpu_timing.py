@@ -39,10 +39,17 @@ class Recorder:
             file.write(line + "\n")
         print(line, flush=True)
 
-    def time(self, name: str, call: Callable[[], object], images: int, **values: Any) -> None:  # noqa: ANN401
-        """Time a call that is about so many images, in blocks, and write a row."""
+    def time(
+        self,
+        name: str,
+        call: Callable[[], object],
+        images: int,
+        warm_up: int = WARM_UP,
+        **values: Any,  # noqa: ANN401
+    ) -> None:
+        """Time a call that is about so many images, in blocks, after some that warm up, and write a row."""
         with self.trying(name, **values):
-            self.add(name, **timed(call, self, images), **values)
+            self.add(name, **timed(call, self, images, warm_up), **values)
 
     @contextmanager
     def trying(self, name: str, **values: Any) -> Iterator[None]:  # noqa: ANN401
@@ -54,14 +61,14 @@ class Recorder:
             self.add(name, failed=traceback.format_exc()[-3000:], **values)
 
 
-def timed(call: Callable[[], object], record: Recorder, images: int) -> dict[str, Any]:
+def timed(call: Callable[[], object], record: Recorder, images: int, warm_up: int = WARM_UP) -> dict[str, Any]:
     """Seconds of a call: median and range of blocks that wait for the device at their ends alone, and the host's own.
 
     The host's are those of a few calls before which the device is idle, until the last of them has been handed over.
     """
     device, calls = record.device, record.count(HOST_CALLS)
     start = time.perf_counter()
-    for _ in range(record.count(WARM_UP)):
+    for _ in range(record.count(warm_up)):
         call()
     synchronize(device)
     set_up = time.perf_counter() - start

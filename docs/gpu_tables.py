@@ -20,7 +20,7 @@ CHECKED = {
     "no waiting": "waits of the host in a training step",
     "accumulation, compiled": "largest difference of weights, two compiled passes a step against eager ones",
     "resumed": "weights that differ after a run again, and after stop and resume",
-    "CUDA graphs": "largest difference of weights, steps in CUDA graphs against eager ones",
+    "CUDA graphs": "largest difference of weights, compiled steps in CUDA graphs against eager ones",
     "float16": "loss at the start and at the end of 100 steps in float16, and steps skipped",
 }
 

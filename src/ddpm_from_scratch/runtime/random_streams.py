@@ -13,6 +13,7 @@ import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -189,3 +190,8 @@ def dropped_labels(draws: Draws, seed: int, positions: Tensor, rate: float) -> T
 def is_dropped(words: Tensor, rate: float) -> Tensor:
     """Whether random words say that a label is dropped, which a share of `rate` of all words does."""
     return words < math.ceil(rate * 2**32)
+
+
+def generators_kept(device: torch.device) -> AbstractContextManager[None]:
+    """A context after which the generators of the host and of this device are as they were before."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

@@ -25,6 +25,7 @@ from ..diffusion.scheduler import ScratchDDPMScheduler
 from ..diffusion.scheduler_config import make_alpha_bar
 from ..diffusion.stock import altered
 from ..diffusion.tensors import as_tensor, mean_of_sample, moved
+from ..runtime.random_streams import generators_kept
 from .objectives import UniformSampler, check_trains_variance
 
 BFLOAT16_RATIO = 32  # the largest q at which neighbours differ by more than bfloat16 rounds
@@ -113,7 +114,7 @@ class ConsistencyObjective:
         r = torch.from_numpy(self.earlier(t.numpy()))
         at = r.clamp(min=0)
         x_r = self.scheduler.add_noise(x_0, noise, at)
-        with torch.random.fork_rng(devices=[x_0.device] if x_0.device.type == "cuda" else []):
+        with generators_kept(x_0.device):
             output = network(x_r, moved(at, x_0.device), class_labels=y).sample
         is_data = moved(r < 0, x_0.device).reshape(-1, *(1,) * (x_0.ndim - 1))
         return torch.where(is_data, x_0, self.scheduler.predict(output, x_r, at).x_0)

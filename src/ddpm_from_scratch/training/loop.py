@@ -58,8 +58,8 @@ def train_step(run: Run, passes: Iterator[Pass], step: int) -> Tensor:
             y = None if batch.labels is None else to_device(batch.labels)  # its class, or the null label
             noise = to_device(batch.noise)  # ε ~ N(0, I), and t ~ Uniform({1, ..., T}), counted from 0
             x_t = run.scheduler.add_noise(x_0, noise, t)  # √ᾱ_t x_0 + √(1 - ᾱ_t) ε, in float32
-            goal = objective.goal(run.trained_unet, x_0, noise, t, y)  # x_0, but in consistency tuning
-            output = unet(x_t, to_device(t), class_labels=y).sample  # ε_θ(x_t, t, y)
+            goal = objective.goal(run.goal_network, x_0, noise, t, y)  # x_0, but in consistency tuning
+            output = run.network(x_t, to_device(t), class_labels=y).sample  # ε_θ(x_t, t, y)
             loss_of_image = objective(output, goal, noise, x_t, t)  # ‖ε - ε_θ(x_t, t, y)‖², or as configured
             loss = (to_device(weight) * loss_of_image).mean()
             accelerator.backward(loss)  # ∇_θ

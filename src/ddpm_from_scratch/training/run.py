@@ -1,7 +1,7 @@
 """A training run: its parts, put together from a configuration, and its state on disk."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..data.config import BACKGROUND
 from ..data.dataset import ImageStream, TrainingData, load_data
+from ..data.resident import can_reside
 from ..diffusion.pipeline import ScratchDDPMPipeline
 from ..diffusion.scheduler import ScratchDDPMScheduler
 from ..diffusion.unet import ScratchUNet2DModel
@@ -42,6 +43,7 @@ from .checkpoint import (
 from .config import TrainingConfig, check_halvings
 from .consistency import BFLOAT16_RATIO, ConsistencyObjective
 from .faults import FiniteGuard
+from .graphs import GraphedNetwork
 from .model import (
     CONSISTENCY_FLAGS,
     OBJECTIVE_FLAGS,
@@ -151,6 +153,24 @@ class Run:
         return ScratchDDPMPipeline(self.eval_unet, self.scheduler, self.id2label, steps)
 
     @cached_property
+    def network(self) -> Callable[..., Any]:
+        """What a pass calls: the network as trained, or its CUDA graphs where `--compile` can use them."""
+        return GraphedNetwork(self.unet) if self.graphs else self.unet
+
+    @property
+    def goal_network(self) -> Callable[..., Any]:
+        """What an objective calls for its goal, without gradients that processes would share."""
+        return self.network if self.graphs else self.trained_unet
+
+    @property
+    def graphs(self) -> bool:
+        """Whether passes can be replayed: each gives all gradients of a step, and no other thread uses the device."""
+        config, accelerator = self.config, self.accelerator
+        single = config.gradient_accumulation_steps == accelerator.num_processes == 1
+        plain = accelerator.scaler is None and not config.gradient_checkpointing and can_reside(self.stream)
+        return config.compile and accelerator.device.type == "cuda" and single and plain
+
+    @cached_property
     def weights(self) -> list[Tensor]:
         """All that is trained, listed once: a walk through the network takes as long as a good part of a step."""
         return list(self.trained_unet.parameters())
@@ -237,8 +257,6 @@ def build(config: TrainingConfig) -> Run:
     ema = EMA(unet, config.ema_inv_gamma, config.ema_power, config.ema_max_decay) if config.use_ema else None
     optimizer = build_optimizer(unet, config, device)
     if config.compile:
-        # Without CUDA graphs: they overwrite gradients that add up over passes, and of a run with classes they read
-        # labels that were gone (an H100, torch 2.11).
         unet.compile()
     prepared_unet, optimizer = accelerator.prepare(unet, optimizer)
     objective = build_objective(config, scheduler)
