@@ -490,7 +490,7 @@ def test_two_processes_equal_one(tmp_path):
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": python_path("src", "tests")},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -122,7 +122,7 @@ def stop_in_step(monkeypatch, number, by=signal.SIGTERM):
 
 def run_process(command, cwd=None):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=600)
 
 
 def checkpoint_tensors(folder, step=STEPS):

@@ -64,7 +64,9 @@ def second_implementation(network, prediction_type, alpha_bar, x_0, noise, t, q,
         with torch.no_grad():
             r = below[-1] if below else None
             target = clean if r is None else f(clean + math.sqrt(1 / alpha_bar[r] - 1) * epsilon, r, label).clamp(-1, 1)
-        norm = ((jump - target).square().mean() + c**2).sqrt() - c
+        difference = jump - target
+        shown_alike = ((target == 1) & (jump > 1)) | ((target == -1) & (jump < -1))
+        norm = (difference.where(~shown_alike, 0).square().mean() + c**2).sqrt() - c
         losses.append(norm / (sigma[index] - (0 if r is None else sigma[r])))
     return torch.stack(losses)
 
@@ -110,6 +112,21 @@ def test_an_exact_consistency_function_has_no_loss(schedule):
     assert losses.abs().max() < 1e-9
     others = ours(network(x_t, t).sample + 0.1, ours.goal(network, x_0, noise, t, None), noise, x_t, t)
     assert others.min() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "free"),
+    [({}, [True, True, False, False, False]), ({"clip_sample": False}, [False] * 5)],
+    ids=["clipped", "not clipped"],
+)
+def test_a_jump_beyond_the_limit_that_its_goal_is_at_is_right(options, free):
+    scheduler = ScratchDDPMScheduler(prediction_type="sample", **options)
+    jumps, goals = (
+        torch.tensor([[1.5], [-1.5], [-0.9], [1.5], [1.5]]),
+        torch.tensor([[1.0], [-1.0], [-1.0], [-1.0], [0.9]]),
+    )
+    losses = ConsistencyObjective(scheduler)(jumps, goals, goals, jumps, torch.full((5,), 500))
+    assert (losses == 0).tolist() == free
 
 
 @pytest.mark.parametrize("schedule", BETAS)

@@ -246,7 +246,7 @@ def start(preset, output, *flags):
 def finished(process, output):
     """Its exit code, and what it said."""
     try:
-        code = process.wait(timeout=120)
+        code = process.wait(timeout=600)
     finally:
         end(process)
     return code, Path(f"{output}.log").read_text()

@@ -57,7 +57,7 @@ def train_on(disk, preset):
     """Its exit code, and what it said."""
     command = [sys.executable, str(ROOT / "training" / "train.py"), preset, "--output_dir", str(disk / "model"), *FLAGS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     return done.returncode, done.stderr
 
 

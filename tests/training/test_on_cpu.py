@@ -45,20 +45,20 @@ def test_ctrl_c_and_the_same_command_again(inputs, tmp_path):
     with ddpm_train(inputs, folder, MANY) as process:
         wait_for_a_checkpoint(process, folder)
         os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=600)
     reached = read_state(find_checkpoint("latest", folder / "checkpoints"))["progress"]["step"]
     last = err.strip().splitlines()[-1]
     assert process.returncode == 75 and out == "" and "Traceback" not in err
     assert last.startswith(f"ddpm train: stopped after step {reached}; a checkpoint is written")
     with ddpm_train(inputs, folder, reached + 5) as process:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=600)
     assert process.returncode == 0 and out.splitlines()[-1] == str(folder), err
     results = json.loads((folder / "results.json").read_text())
     assert results["num_processes"] == 2 and results["images_seen"] == BATCH * (reached + 5)
 
 
 def assert_refused(process, folder):
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 2 and out == ""
     (line,) = err.strip().splitlines()
     assert line.startswith(f"ddpm train: {folder} is in use by process ") and "--output_dir" in line
@@ -75,7 +75,7 @@ def test_a_second_run_into_the_same_folder_is_refused(inputs, tmp_path):
         os.killpg(first.pid, signal.SIGKILL)
     reached = read_state(find_checkpoint("latest", folder / "checkpoints"))["progress"]["step"]
     with ddpm_train(inputs, folder, reached + 1) as again:
-        assert again.wait(timeout=120) == 0, again.stderr.read()
+        assert again.wait(timeout=600) == 0, again.stderr.read()
     assert not (folder / ".lock").exists()
 
 
@@ -95,7 +95,7 @@ def test_a_refused_run_touches_nothing(inputs, tmp_path, flags):
 @pytest.mark.full
 def test_the_processes_train_what_one_trains(inputs, tmp_path):
     with ddpm_train(inputs, tmp_path / "two", 20) as process:
-        assert process.wait(timeout=240) == 0
+        assert process.wait(timeout=600) == 0
     expected = load_file(run_main(inputs, tmp_path / "one", *FLAGS, "--max_train_steps", 20) / WEIGHTS)
     for name, weight in load_file(tmp_path / "two" / WEIGHTS).items():
         torch.testing.assert_close(weight, expected[name], atol=1e-4, rtol=1e-3, msg=name)

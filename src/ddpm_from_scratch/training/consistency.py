@@ -63,6 +63,7 @@ class ConsistencyObjective:
     huber_c: float = 0.00054
     ratio: float = field(init=False)  # q of the part of the run; see `at`
     _unlimited: ScratchDDPMScheduler = field(init=False, repr=False, compare=False)  # whose x̂_0 is not clipped
+    _limit: float = field(init=False, repr=False, compare=False)  # of x̂_0
     _sigma: np.ndarray = field(init=False, repr=False, compare=False)  # [T], float64
 
     def __post_init__(self) -> None:
@@ -78,7 +79,9 @@ class ConsistencyObjective:
         check_trains_variance("consistency", self.scheduler.variance_type)
         plain = {"clip_sample": False, "thresholding": False}
         object.__setattr__(self, "_unlimited", altered(self.scheduler, **plain))
-        alpha_bar = make_alpha_bar(self.scheduler.config)
+        config = self.scheduler.config
+        object.__setattr__(self, "_limit", config.clip_sample_range if config.clip_sample else math.inf)
+        alpha_bar = make_alpha_bar(config)
         with np.errstate(divide="ignore"):
             sigma = np.sqrt((1 - alpha_bar) / alpha_bar)
         object.__setattr__(self, "_sigma", np.minimum(sigma, self.sigma_max))
@@ -129,7 +132,9 @@ class ConsistencyObjective:
             x_t: √ᾱ_t x_0 + √(1 - ᾱ_t) ε.
             t: LongTensor [B] on the CPU.
         """
-        squared = mean_of_sample((self._unlimited.predict(model_output, x_t, t).x_0 - goal) ** 2)
+        x_0 = self._unlimited.predict(model_output, x_t, t).x_0
+        beyond = (goal.abs() >= self._limit) & (x_0 * goal >= self._limit**2)
+        squared = mean_of_sample(((x_0 - goal) ** 2).masked_fill(beyond, 0))
         norm = (squared + self.huber_c**2).sqrt() - self.huber_c
         r = self.earlier(t.numpy())
         distance = self._sigma[t.numpy()] - np.where(r < 0, 0, self._sigma[r])
