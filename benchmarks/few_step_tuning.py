@@ -4,7 +4,7 @@
     python benchmarks/few_step_tuning.py outputs/ddpm-fashion-mnist-few-steps models/ddpm-fashion-mnist
 
 Distances of images in 1, 2 and 4 steps, without a class and of the classes in turn, and the time of one image. Rows are
-written as they are measured; those of the same training and number of images are not measured again.
+written as they are measured; those of the teacher, and of the same training, are not measured again.
 `python docs/make_questions.py` makes a table of them.
 """
 
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("tuned", type=Path)
     parser.add_argument("teacher", type=Path)
-    parser.add_argument("--num_images", type=int, default=5000)
+    parser.add_argument("--num_images", type=int, default=1000)
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
     parser.add_argument("--rounds", type=int, default=5, help="of the times")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -114,8 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     keep_freed_memory()
     training = json.loads((args.tuned / "results.json").read_text(encoding="utf-8"))
-    about = {"num_images": args.num_images, "training": training}
-    rows = rows_of(args.results, about)
+    rows = rows_of(args.results, training, args.num_images)
     tuned, teacher = load(args.tuned), load(args.teacher)
     models = {"tuned": tuned, "teacher": teacher, "teacher, noise fresh": with_fresh_noise(teacher)}
     draw_rows(pictures({"before": models["teacher, noise fresh"], "tuned": tuned}), args.picture)
@@ -124,38 +123,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
     images, labels, _ = embedded(EMBEDDED_DATA, 1, 28)
     judge = train_classifier(images, labels)
     found: Numbers = {
-        **about,
+        "num_images": args.num_images,
+        "training": training,
         "floor": {"kernel_distance": floor.value, "kernel_distance_error": floor.error},
         "features": {"network": "EfficientNet-Lite0", "size": SIZE},
         "device": device_name(torch.device("cpu")),
         "processor": processor(),
         "versions": versions(),
-        "teacher_figures": teacher_figures(args.teacher),
+        "evaluated": {"tuned": evaluated(args.tuned), "teacher": evaluated(args.teacher)},
         "seconds": times(tuned, teacher, args.rounds),
         "rows": rows,
     }
     for (name, pipeline), steps, (classes, in_turn) in itertools.product(models.items(), args.steps, LABELS.items()):
         row = f"{name}, {steps} steps, {classes}"
         if row not in rows:
-            rows[row] = {"model": name, "steps": steps, "labels": classes, "num_images": args.num_images}
-            rows[row] |= measure(pipeline, SampleSpec(steps, args.num_images, in_turn), reference, judge)
+            figures = measure(pipeline, SampleSpec(steps, args.num_images, in_turn), reference, judge)
+            rows[row] = {"model": name, "steps": steps, "labels": classes, "num_images": args.num_images, **figures}
             print(row, rows[row], flush=True)
         replace_json(args.results, found)
 
 
-def rows_of(path: Path, about: Numbers) -> Numbers:
-    """The rows that are there already, if they are of the same training and as many images."""
-    found: Numbers = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    same = all(found.get(key) == value for key, value in about.items())
-    rows: Numbers = found["rows"] if same else {}
-    return rows
+def rows_of(path: Path, training: Numbers, num_images: int) -> Numbers:
+    """The rows that are there already: of as many images, and of this training where they depend on it."""
+    found: Numbers = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": {}, "training": None}
+    same = found["training"] == training
+    return {
+        name: row
+        for name, row in found["rows"].items()
+        if row["num_images"] == num_images and (same or row["model"] != "tuned")
+    }
 
 
-def teacher_figures(folder: Path) -> list[Numbers]:
-    """What the model's own results say of it at this size."""
-    samples = json.loads((folder / "results.json").read_text(encoding="utf-8"))["evaluation"]["samples"]
-    keys = ("num_inference_steps", "num_generated", "kernel_distance", "kernel_distance_error", "precision", "recall")
-    return [{key: sample[key] for key in keys} for sample in samples if sample["size"] == SIZE]
+def evaluated(folder: Path) -> list[Numbers]:
+    """What `ddpm evaluate` has found of a model at this size."""
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    samples = results.get("evaluation", {"samples": []})["samples"]
+    return [
+        {"steps": sample["num_inference_steps"], "num_images": sample["num_generated"]}
+        | {key: sample[key] for key in ("kernel_distance", "kernel_distance_error", "precision", "recall")}
+        for sample in samples
+        if sample["size"] == SIZE
+    ]
 
 
 if __name__ == "__main__":

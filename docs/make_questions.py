@@ -97,37 +97,30 @@ MODELS = {"teacher": "as trained, η = 1", "teacher, noise fresh": "as trained, 
 
 
 def tuning_table(results: Numbers) -> str:
-    """By sampler, labels and steps: before and after."""
+    """By labels and steps: before and after; then what `ddpm evaluate` has found of both."""
     rows = [
-        (
-            MODELS[row["model"]],
-            {"null": "none", "in turn": "in turn"}[row["labels"]],
-            str(row["steps"]),
-            kernel(row),
-            *figures(row),
-            f"{row['accuracy']:.2f}" if "accuracy" in row else "–",
-        )
+        (MODELS[row["model"]], {"null": "none", "in turn": "in turn"}[row["labels"]], *figures(row))
         for row in sorted(results["rows"].values(), key=lambda row: (row["labels"] != "null", row["steps"]))
     ]
     rows += [
         (
-            f"as trained, η = 1, N = {row['num_generated']:,}",
+            MODELS[model],
             "none",
-            str(row["num_inference_steps"]),
-            kernel(row),
-            *figures(row),
-            "–",
+            *figures({**row, "num_images": row["num_generated"], "steps": row["num_inference_steps"]}),
         )
-        for row in sorted(results["teacher_figures"], key=lambda row: row["num_inference_steps"])
+        for model, found in results["evaluated"].items()
+        for row in sorted(found, key=lambda row: row["num_inference_steps"])
         if row["num_generated"] >= results["num_images"]
     ]
-    head = ("model", "class", "steps", "kernel distance", "precision", "recall", "taken for their class")
+    head = ("model", "class", "steps", "N", "kernel distance", "precision", "recall", "taken for their class")
     return table(head, rows)
 
 
-def figures(row: Numbers) -> tuple[str, str]:
-    """Precision and recall."""
-    return f"{row['precision']:.2f}", f"{row['recall']:.2f}"
+def figures(row: Numbers) -> tuple[str, ...]:
+    """Of images in so many steps."""
+    accuracy = f"{row['accuracy']:.2f}" if "accuracy" in row else "–"
+    near = (f"{row[name]:.2f}" for name in ("precision", "recall"))
+    return str(row["steps"]), f"{row['num_images']:,}", kernel(row), *near, accuracy
 
 
 def in_words(steps: int) -> str:
@@ -142,7 +135,7 @@ def tuning_facts(results: Numbers) -> str:
     facts = {
         "Tuning": f"{training['images_seen']:,} images in {training['seconds'] / 60:.0f} minutes, "
         f"{training['images_per_second']:.0f} a second, on {training['device']}",
-        "Kernel distance": f"N = {results['num_images']:,}, floor {kernel(results['floor'])} (held-out images); "
+        "Kernel distance": f"floor {kernel(results['floor'])} (N = {results['num_images']:,} held-out images); "
         f"features of {features['network']} at {features['size']} pixels",
         "Time of one image": f"{shares}, where that of {seconds['teacher_steps']} steps of the chain is 1",
         "Device": f"{results['device']}, {results['processor']}; {versions(results)}",

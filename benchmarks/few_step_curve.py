@@ -1,0 +1,71 @@
+"""Measure the checkpoints of a tuning for few steps: distances in 1, 2 and 4 steps over the images seen.
+
+    ddpm train fashion_mnist_few_steps --model_config_name_or_path MODEL --checkpoints_total_limit 100
+    python benchmarks/few_step_curve.py outputs/ddpm-fashion-mnist-few-steps
+
+Images without a class, from the average of the weights, with noise of its own for each number of steps. Rows are
+written as they are measured, and not measured again. `python docs/make_questions.py` makes a table of them.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from few_step_tuning import SIZE, STEPS, Numbers, load
+from few_steps import ROOT, replace_json
+from recipes import real_features
+from safetensors.torch import load_file
+
+from ddpm_from_scratch.data.config import EMBEDDED_DATA, EMBEDDED_TEST_SET
+from ddpm_from_scratch.evaluation.features import efficientnet_lite0_features
+from ddpm_from_scratch.evaluation.metrics import kernel_distance_with_error
+from ddpm_from_scratch.runtime.devices import device_name, keep_freed_memory
+from ddpm_from_scratch.runtime.results import versions
+from ddpm_from_scratch.sampling.generate import SampleSpec, generate
+
+RESULTS = ROOT / "docs" / "results" / "few_step_curve.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--num_images", type=int, default=1000)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(arguments)
+    keep_freed_memory()
+    pipeline = load(args.run)
+    training = json.loads((args.run / "results.json").read_text(encoding="utf-8"))
+    batch = training["images_seen"] // training["steps"]
+    reference = real_features(EMBEDDED_DATA, args.num_images)
+    floor = kernel_distance_with_error(real_features(EMBEDDED_TEST_SET, args.num_images), reference)
+    about: Numbers = {
+        "num_images": args.num_images,
+        "training": training,
+        "floor": {"kernel_distance": floor.value, "kernel_distance_error": floor.error},
+        "features": {"network": "EfficientNet-Lite0", "size": SIZE},
+        "device": device_name(torch.device("cpu")),
+        "versions": versions(),
+    }
+    before = json.loads(args.results.read_text(encoding="utf-8")) if args.results.is_file() else {}
+    same = all(before.get(key) == about[key] for key in ("num_images", "training"))
+    rows: dict[str, Numbers] = before["rows"] if same else {}
+    for checkpoint in sorted((args.run / "checkpoints").glob("step_*")):
+        pipeline.unet.load_state_dict(load_file(checkpoint / "ema.safetensors"))
+        images_seen = int(checkpoint.name.removeprefix("step_")) * batch
+        for steps in STEPS:
+            name = f"{images_seen} images, {steps} steps"
+            if name not in rows:
+                images = generate(pipeline, SampleSpec(steps, args.num_images), Accelerator(cpu=True))
+                found = kernel_distance_with_error(efficientnet_lite0_features(images, SIZE), reference)
+                rows[name] = {"images_seen": images_seen, "steps": steps}
+                rows[name] |= {"kernel_distance": found.value, "kernel_distance_error": found.error}
+                print(name, rows[name], flush=True)
+            replace_json(args.results, about | {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
