@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -12,7 +13,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from ddpm_from_scratch import ScratchDDPMPipeline
+from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler
 from ddpm_from_scratch.diffusion.pipeline import _sources, one_file
 from ddpm_from_scratch.hub import model_card, publish, space
 from ddpm_from_scratch.hub.model_card import eval_results, model_page, rounded
@@ -215,6 +216,34 @@ def test_the_model_that_was_fine_tuned(tmp_path, name, expected):
     assert base == card.data.base_model == expected
     check_whole(card, folder)
     assert (f"https://huggingface.co/{expected}" in card.content) == (expected is not None)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_model_for_few_steps_names_its_teacher(tmp_path, again):
+    unet = UNet2DModel(**TINY_NETWORK, num_class_embeds=5)
+    scheduler = ScratchDDPMScheduler(prediction_type="v_prediction", eta=math.inf)
+    ScratchDDPMPipeline(unet, scheduler, id2label=NAMES, num_inference_steps=2).save_pretrained(tmp_path)
+    results = copy.deepcopy(RESULTS)
+    (sample,) = results["evaluation"]["samples"]
+    taught = [{**sample, "kernel_distance": 0.4321}, {**sample, "size": 224, "kernel_distance": 0.8765}]
+    sample["num_inference_steps"] = 2
+    results["teacher"] = {"name": "shoes", "samples": taught}
+    if again:
+        results["teacher"] |= {
+            "images_seen": 1234567,
+            "seconds": 89,
+            "device": "an abacus",
+            "teacher": {"name": "boots"},
+        }
+    card = page_of(document(tmp_path, results, loss="consistency", model_config_name_or_path="models/shoes"))
+    parts = check_whole(card, tmp_path)
+    assert "draws in few steps, 2 by default" in card.content and "from shoes" in card.content
+    assert ("which was tuned from boots with 1,234,567 images in 89 s on an abacus" in card.content) == again
+    code = "".join(re.findall(r"```python\n(.*?)```", card.content, re.DOTALL))
+    assert code.count("num_inference_steps=2,") == 2 and "guidance_scale" not in code and "eta" not in code
+    row = parts.cells.index("shoes")
+    assert parts.cells[row + 1 : row + 5] == ["50", "1,000", "efficientnet-lite0, 112 px", "0.4321 ± 0.0010"]
+    assert not any("0.8765" in cell for cell in parts.cells)  # of another size than the model's own
 
 
 def test_the_page_names_the_commit_of_the_run(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from helpers import oracles
 from helpers.networks import TINY_NETWORK, randomised
 from helpers.oracles import grid_data, randn
 from helpers.paths import ROOT
-from helpers.runs import SIZE, assert_equal, checkpoint_tensors, run_main, stop_in_step
+from helpers.runs import BATCH, SIZE, assert_equal, checkpoint_tensors, run_main, stop_in_step
 
 BETAS = {"linear": oracles.linear_betas(), "squaredcos_cap_v2": oracles.cosine_betas()}
 LARGEST_SIGMA = 80.0
@@ -222,7 +222,11 @@ def teacher(tmp_path_factory):
         num_train_timesteps=50, prediction_type="v_prediction", x_0_mse=[(0, 1e-3), (49, 0.3)], optimal_variance=True
     )
     ScratchDDPMPipeline(network, scheduler).save_pretrained(folder)
+    (folder / "results.json").write_text(json.dumps({"evaluation": {"samples": SAMPLES}}))
     return folder
+
+
+SAMPLES = [{"num_inference_steps": 50, "kernel_distance": 0.25}]
 
 
 def flags(teacher, *more):
@@ -237,6 +241,8 @@ def test_a_run_ends_in_a_model_for_few_steps(inputs, teacher, tmp_path):
     assert config.x_0_mse is None and config.optimal_variance is None  # which were the teacher's
     assert pipeline.config.num_inference_steps == 2 and (folder / "samples.png").is_file()
     assert LCMScheduler.from_pretrained(folder, subfolder="scheduler").config.original_inference_steps == 50
+    results = json.loads((folder / "results.json").read_text())
+    assert results["teacher"] == {"name": teacher.name, "samples": SAMPLES}
     checkpoint = next((folder / "checkpoints").iterdir())
     from_checkpoint = run_main(inputs, tmp_path / "again", *flags(checkpoint, "--max_train_steps", "1"))
     assert ScratchDDPMPipeline.from_pretrained(from_checkpoint).config.num_inference_steps == 2
@@ -256,6 +262,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(inputs, teacher, tmp_path, monkeypatc
 
 def test_a_tuned_model_becomes_one_for_the_chain_again(inputs, teacher, tmp_path):
     tuned = run_main(inputs, tmp_path / "tuned", *flags(teacher, "--max_train_steps", "1"))
+    twice = run_main(inputs, tmp_path / "twice", *flags(tuned, "--max_train_steps", "1"))
+    found = json.loads((twice / "results.json").read_text())["teacher"]
+    assert (found["name"], found["images_seen"], found["teacher"]["name"]) == ("tuned", BATCH, teacher.name)
     back = run_main(inputs, tmp_path / "back", "--model_config_name_or_path", tuned, "--max_train_steps", "1")
     pipeline = ScratchDDPMPipeline.from_pretrained(back)
     assert pipeline.scheduler.config.eta == 1.0 and pipeline.config.num_inference_steps is None

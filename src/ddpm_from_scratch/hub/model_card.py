@@ -96,7 +96,8 @@ def page_facts(pipeline: DiffusionPipeline, folder: Path, repository: str) -> di
         - of the network: `size` and `channels` (in words), `pictures` (whether PIL has such), `tiny`, `parameters`,
           `conditional` and `classes` (in words)
         - of its use: `labels` (code for some of them), `guided` (whether there is a null label), `stock` (whether
-          diffusers' own pipeline runs it), `ddpm` (whether its scheduler is that of DDPM) and `num_steps`, T
+          diffusers' own pipeline runs it), `ddpm` (whether its scheduler is that of DDPM), `num_steps`, T, and
+          `own_steps`, those that a model for few steps draws in, or None
         - `scheduler`: its configuration
         - `training`, `comparison` and `evaluation` from results.json, and `config` from training_config.yaml; empty if
           there is none
@@ -130,8 +131,9 @@ def page_facts(pipeline: DiffusionPipeline, folder: Path, repository: str) -> di
         "stock": count == 0 and "generator" in inspect.signature(scheduler.step).parameters,
         "ddpm": isinstance(scheduler, ScratchDDPMScheduler),
         "num_steps": scheduler.config.get("num_train_timesteps", 1000),
+        "own_steps": pipeline.config.get("num_inference_steps"),
         "scheduler": dict(scheduler.config),
-        "measures": measures(results.get("evaluation", {})),
+        "measures": measures(results.get("evaluation", {}), results.get("teacher", {})),
         "by_class": _shares(results.get("evaluation", {}).get("classes", {}).get("by_class", {})),
         "evaluation": results.pop("evaluation", {}),
         "comparison": _with_ends(results.pop("comparison", {})),
@@ -142,17 +144,24 @@ def page_facts(pipeline: DiffusionPipeline, folder: Path, repository: str) -> di
     }
 
 
-def measures(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of the evaluation's table: samples by number of steps, followed by the floor that they share."""
+def measures(evaluation: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the evaluation's table: samples by number of steps, those of a teacher, and the floor they share."""
     samples = sorted(evaluation.get("samples", ()), key=_shared)
     rows = []
-    for _, group in itertools.groupby(samples, _shared):
-        members = sorted(group, key=lambda sample: sample.get("num_inference_steps", 0))
+    for key, group in itertools.groupby(samples, _shared):
+        members = sorted(group, key=_steps)
         last = members[-1]
         floor = {"of": f"floor ({last['floor_of']})", "num_generated": last["num_generated"], **last["floor"]}
         rows += [{"of": "model", **sample} for sample in members]
+        taught = sorted((sample for sample in teacher.get("samples", ()) if _shared(sample) == key), key=_steps)
+        rows += [{"of": _plain(teacher["name"]), **sample} for sample in taught]
         rows.append({"extractor": last["extractor"], "size": last["size"], **floor})
     return rows
+
+
+def _steps(sample: Mapping[str, Any]) -> int:
+    """Network calls for an image; 0 for images that were given."""
+    return int(sample.get("num_inference_steps", 0))
 
 
 def _with_ends(comparison: dict[str, Any]) -> dict[str, Any]:
