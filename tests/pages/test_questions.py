@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
+from safetensors.torch import save_file
 
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel
 from ddpm_from_scratch.evaluation.likelihood import bits_per_dim
@@ -234,3 +235,29 @@ def test_distances_from_means(benchmark):
 def test_a_folder_without_model_is_refused(benchmark, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model_index\.json: pass the folder"):
         benchmark.main(["jumps", str(tmp_path)])
+
+
+@pytest.mark.full
+def test_checkpoints_of_a_tuning_are_measured_once(tmp_path, monkeypatch):
+    curve = load(ROOT / "benchmarks" / "few_step_curve.py")
+    monkeypatch.setattr(curve, "real_features", lambda path, count: np.random.default_rng(0).normal(size=(count, 5)))
+    features = lambda images, _: images.reshape(len(images), -1)[:, 20:25].astype(float)  # noqa: E731
+    monkeypatch.setattr(curve, "efficientnet_lite0_features", features)
+    run, results = tmp_path / "run", tmp_path / "results.json"
+    network = randomised(ScratchUNet2DModel(**TINY_NETWORK))
+    for folder in (run, run / "checkpoints" / "step_00000002", run / "checkpoints" / "step_00000004"):
+        network.conv_out.bias.data += 0.1
+        if folder == run:
+            ScratchDDPMPipeline(network, ScratchDDPMScheduler(60, eta=math.inf)).save_pretrained(run)
+        else:
+            folder.mkdir(parents=True)
+            save_file(network.state_dict(), folder / "ema.safetensors")
+    (run / "results.json").write_text(json.dumps({"images_seen": 12, "steps": 4}))
+    arguments = [str(run), "--num_images=20", f"--results={results}"]
+    curve.main(arguments)
+    rows = json.loads(results.read_text())["rows"]
+    assert [(row["images_seen"], row["steps"]) for row in rows.values()] == [(n, k) for n in (6, 12) for k in (1, 2, 4)]
+    assert len({row["kernel_distance"] for row in rows.values()}) == 6
+    monkeypatch.setattr(curve, "generate", None)
+    curve.main(arguments)
+    assert json.loads(results.read_text())["rows"] == rows
