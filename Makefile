@@ -47,19 +47,19 @@ tour: $(VENV)/.docs
 
 # The tests that take minutes together: every module, the maths, pipelines, pages, one real process of each command.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n auto -m "not full"
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not full"
 
 # All of them: every crash point, real processes in every combination, the browser, the site, the notebook.
 test-full: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 # What test-full has beyond test.
 test-rest: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n auto -m full
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m full
 
 # Lines of the package that `make test` runs.
 coverage: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n auto -m "not full" --cov=ddpm_from_scratch --cov-report=term
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not full" --cov=ddpm_from_scratch --cov-report=term
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check
