@@ -4,7 +4,7 @@
     python benchmarks/few_step_curve.py outputs/ddpm-fashion-mnist-few-steps
 
 Images without a class, from the average of the weights, with noise of its own for each number of steps. Rows are
-written as they are measured, and not measured again. `python docs/make_questions.py` makes a table of them.
+written as they are measured, and not measured again.
 """
 
 import argparse

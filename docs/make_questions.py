@@ -3,7 +3,7 @@
     python docs/make_questions.py
 
 `python benchmarks/two_questions.py predictions` and `... jumps MODEL` measure, and draw the images;
-`python benchmarks/few_step_tuning.py` does so for a model that was tuned to jump, `few_step_curve.py` for checkpoints.
+`python benchmarks/few_step_tuning.py` does so for a model that was tuned to jump.
 """
 
 import json
@@ -20,7 +20,6 @@ DOCS = Path(__file__).parent
 PREDICTIONS = DOCS / "results" / "predictions.json"
 JUMPS = DOCS / "results" / "jumps.json"
 TUNING = DOCS / "results" / "few_step_tuning.json"
-CURVE = DOCS / "results" / "few_step_curve.json"
 PAGE = DOCS / "questions.md"
 FIGURE = DOCS / "figures" / "questions_errors.png"
 
@@ -144,29 +143,6 @@ def tuning_facts(results: Numbers) -> str:
     return bullets(facts)
 
 
-def curve_table(results: Numbers) -> str:
-    """Kernel distance by images seen and steps."""
-    rows = results["rows"].values()
-    lines = []
-    for images_seen in sorted({row["images_seen"] for row in rows}):
-        by_steps = {row["steps"]: kernel(row) for row in rows if row["images_seen"] == images_seen}
-        lines.append((f"{images_seen:,}", *(by_steps[steps] for steps in sorted(by_steps))))
-    return table(("images seen", *(in_words(steps) for steps in (1, 2, 4))), lines)
-
-
-def curve_facts(results: Numbers) -> str:
-    """What was measured and with what."""
-    training = results["training"]
-    batch, speed = training["images_seen"] // training["steps"], training["images_per_second"]
-    facts = {
-        "Tuning": f"batches of {batch}, {speed:,.0f} images a second on {training['device']}",
-        "Kernel distance": f"of checkpoints, without a class: N = {results['num_images']:,}, floor "
-        f"{kernel(results['floor'])} (held-out images)",
-        "Device": f"{results['device']}; {versions(results)}",
-    }
-    return bullets(facts)
-
-
 PARTS = {
     "predictions": (PREDICTIONS, prediction_table),
     "prediction facts": (PREDICTIONS, prediction_facts),
@@ -174,8 +150,6 @@ PARTS = {
     "jump facts": (JUMPS, jump_facts),
     "tuning": (TUNING, tuning_table),
     "tuning facts": (TUNING, tuning_facts),
-    "tuning curve": (CURVE, curve_table),
-    "tuning curve facts": (CURVE, curve_facts),
 }
 
 

@@ -64,9 +64,9 @@ def second_implementation(network, prediction_type, alpha_bar, x_0, noise, t, q,
         with torch.no_grad():
             r = below[-1] if below else None
             target = clean if r is None else f(clean + math.sqrt(1 / alpha_bar[r] - 1) * epsilon, r, label).clamp(-1, 1)
-        difference = jump - target
-        shown_alike = ((target == 1) & (jump > 1)) | ((target == -1) & (jump < -1))
-        norm = (difference.where(~shown_alike, 0).square().mean() + c**2).sqrt() - c
+        noise_level = sigma[index] / math.hypot(1, sigma[index])
+        target = torch.where(target.abs() == 1, target + 0.1 * noise_level * target.sign(), target)
+        norm = ((jump - target).square().mean() + c**2).sqrt() - c
         losses.append(norm / (sigma[index] - (0 if r is None else sigma[r])))
     return torch.stack(losses)
 
@@ -115,18 +115,20 @@ def test_an_exact_consistency_function_has_no_loss(schedule):
 
 
 @pytest.mark.parametrize(
-    ("options", "free"),
-    [({}, [True, True, False, False, False]), ({"clip_sample": False}, [False] * 5)],
-    ids=["clipped", "not clipped"],
+    ("clip_range", "expected"), [(1.0, [-1.1, 0.4, 1.1]), (2.0, [-1.5, 0.4, 1.3]), (None, [-1.5, 0.4, 1.3])]
 )
-def test_a_jump_beyond_the_limit_that_its_goal_is_at_is_right(options, free):
-    scheduler = ScratchDDPMScheduler(prediction_type="sample", **options)
-    jumps, goals = (
-        torch.tensor([[1.5], [-1.5], [-0.9], [1.5], [1.5]]),
-        torch.tensor([[1.0], [-1.0], [-1.0], [-1.0], [0.9]]),
-    )
-    losses = ConsistencyObjective(scheduler)(jumps, goals, goals, jumps, torch.full((5,), 500))
-    assert (losses == 0).tolist() == free
+def test_a_goal_at_a_limit_lies_beyond_it_where_there_is_noise(clip_range, expected):
+    clipping = {"clip_sample": clip_range is not None, "clip_sample_range": clip_range or 1.0}
+    ours = ConsistencyObjective(ScratchDDPMScheduler(prediction_type="sample", **clipping))
+    said = torch.tensor([[[[-1.5, 0.4, 1.3]]]]).double()
+
+    def network(x, t, class_labels=None):
+        return type("Output", (), {"sample": said.expand_as(x)})
+
+    x_0 = torch.tensor([[[[-1.0, 0.0, 1.0]]]]).double().expand(2, -1, -1, -1)
+    noisy, clean = ours.goal(network, x_0, torch.zeros_like(x_0), torch.tensor([999, 0]), None)
+    assert noisy.flatten().tolist() == pytest.approx(expected, abs=1e-4)
+    assert clean.flatten().tolist() == pytest.approx([-1, 0, 1], abs=2e-3)  # of the data
 
 
 @pytest.mark.parametrize("schedule", BETAS)

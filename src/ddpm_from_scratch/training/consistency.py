@@ -24,10 +24,11 @@ from ..diffusion.checks import check_positive, check_range
 from ..diffusion.scheduler import ScratchDDPMScheduler
 from ..diffusion.scheduler_config import make_alpha_bar
 from ..diffusion.stock import altered
-from ..diffusion.tensors import as_tensor, mean_of_sample, moved
+from ..diffusion.tensors import as_tensor, broadcast, mean_of_sample, moved
 from ..runtime.random_streams import generators_kept
 from .objectives import UniformSampler, check_trains_variance
 
+BEYOND = 0.1  # as a share of the limit: more than the network errs about a pixel of which it is sure
 BFLOAT16_RATIO = 32  # the largest q at which neighbours differ by more than bfloat16 rounds
 
 
@@ -38,6 +39,10 @@ class ConsistencyObjective:
     x_t and x_r have the same x_0 and the same noise. σ_r = σ_t (1 - n(σ_t) / q) with n(σ) = 1 + k sigmoid(-b σ); where
     that is not positive r is the data, and f there is x_0. The larger q, the closer r is to t: f is learned roughly
     from few and long jumps, then exactly.
+
+    Where the sampler clips x̂_0, goals at a limit are put beyond it, by BEYOND √(1 - ᾱ_t). Of a goal at the limit itself
+    the network says that, give or take an error, of which clipping keeps what lies inside: a black pixel turns to grey,
+    more so at every t, since each learns from the one before.
 
     Args:
         scheduler: the process, and what the network predicts.
@@ -105,7 +110,9 @@ class ConsistencyObjective:
 
     @torch.no_grad()
     def goal(self, network: Callable[..., Any], x_0: Tensor, noise: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        """f(x_r, r), limited as the sampler limits it, with the dropout that the next call of the network has.
+        """f(x_r, r), limited as the sampler limits it, but put beyond a limit that it is at.
+
+        The network drops the same there as in its next call.
 
         Args:
             network: as it is now; `.sample` of what it returns is the prediction.
@@ -120,7 +127,10 @@ class ConsistencyObjective:
         with generators_kept(x_0.device):
             output = network(x_r, moved(at, x_0.device), class_labels=y).sample
         is_data = moved(r < 0, x_0.device).reshape(-1, *(1,) * (x_0.ndim - 1))
-        return torch.where(is_data, x_0, self.scheduler.predict(output, x_r, at).x_0)
+        goal = torch.where(is_data, x_0, self.scheduler.predict(output, x_r, at).x_0)
+        sigma = self._sigma[t.numpy()]
+        beyond = broadcast(1 + BEYOND * sigma / np.sqrt(1 + sigma**2), goal)  # √(1 - ᾱ_t): the reach of v
+        return torch.where(goal.abs() >= self._limit, beyond * goal, goal)
 
     def __call__(self, model_output: Tensor, goal: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The loss of each image: [B].
@@ -132,9 +142,7 @@ class ConsistencyObjective:
             x_t: √ᾱ_t x_0 + √(1 - ᾱ_t) ε.
             t: LongTensor [B] on the CPU.
         """
-        x_0 = self._unlimited.predict(model_output, x_t, t).x_0
-        beyond = (goal.abs() >= self._limit) & (x_0 * goal >= self._limit**2)
-        squared = mean_of_sample(((x_0 - goal) ** 2).masked_fill(beyond, 0))
+        squared = mean_of_sample((self._unlimited.predict(model_output, x_t, t).x_0 - goal) ** 2)
         norm = (squared + self.huber_c**2).sqrt() - self.huber_c
         r = self.earlier(t.numpy())
         distance = self._sigma[t.numpy()] - np.where(r < 0, 0, self._sigma[r])
