@@ -103,14 +103,10 @@ def tuning_table(results: Numbers) -> str:
         for row in sorted(results["rows"].values(), key=lambda row: (row["labels"] != "null", row["steps"]))
     ]
     rows += [
-        (
-            MODELS[model],
-            "none",
-            *figures({**row, "num_images": row["num_generated"], "steps": row["num_inference_steps"]}),
-        )
+        (MODELS[model], "none", *figures(row))
         for model, found in results["evaluated"].items()
-        for row in sorted(found, key=lambda row: row["num_inference_steps"])
-        if row["num_generated"] >= results["num_images"]
+        for row in sorted(found, key=lambda row: row["steps"])
+        if row["num_images"] >= results["num_images"]
     ]
     head = ("model", "class", "steps", "N", "kernel distance", "precision", "recall", "taken for their class")
     return table(head, rows)
