@@ -12,19 +12,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
-from few_step_tuning import SIZE, STEPS, Numbers, load
+from few_step_tuning import STEPS, Numbers, conditions, load, measure
 from few_steps import ROOT, replace_json
 from recipes import real_features
 from safetensors.torch import load_file
 
-from ddpm_from_scratch.data.config import EMBEDDED_DATA, EMBEDDED_TEST_SET
-from ddpm_from_scratch.evaluation.features import efficientnet_lite0_features
-from ddpm_from_scratch.evaluation.metrics import kernel_distance_with_error
-from ddpm_from_scratch.runtime.devices import device_name, keep_freed_memory
-from ddpm_from_scratch.runtime.results import versions
-from ddpm_from_scratch.sampling.generate import SampleSpec, generate
+from ddpm_from_scratch.data.config import EMBEDDED_DATA
+from ddpm_from_scratch.runtime.devices import keep_freed_memory
+from ddpm_from_scratch.sampling.generate import SampleSpec
 
 RESULTS = ROOT / "docs" / "results" / "few_step_curve.json"
 
@@ -41,15 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     training = json.loads((args.run / "results.json").read_text(encoding="utf-8"))
     batch = training["images_seen"] // training["steps"]
     reference = real_features(EMBEDDED_DATA, args.num_images)
-    floor = kernel_distance_with_error(real_features(EMBEDDED_TEST_SET, args.num_images), reference)
-    about: Numbers = {
-        "num_images": args.num_images,
-        "training": training,
-        "floor": {"kernel_distance": floor.value, "kernel_distance_error": floor.error},
-        "features": {"network": "EfficientNet-Lite0", "size": SIZE},
-        "device": device_name(torch.device("cpu")),
-        "versions": versions(),
-    }
+    about = conditions(training, reference)
     before = json.loads(args.results.read_text(encoding="utf-8")) if args.results.is_file() else {}
     same = all(before.get(key) == about[key] for key in ("num_images", "training"))
     rows: dict[str, Numbers] = before["rows"] if same else {}
@@ -59,10 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for steps in STEPS:
             name = f"{images_seen} images, {steps} steps"
             if name not in rows:
-                images = generate(pipeline, SampleSpec(steps, args.num_images), Accelerator(cpu=True))
-                found = kernel_distance_with_error(efficientnet_lite0_features(images, SIZE), reference)
-                rows[name] = {"images_seen": images_seen, "steps": steps}
-                rows[name] |= {"kernel_distance": found.value, "kernel_distance_error": found.error}
+                figures = measure(pipeline, SampleSpec(steps, args.num_images), reference, judge=None)
+                rows[name] = {"images_seen": images_seen, "steps": steps, **figures}
                 print(name, rows[name], flush=True)
             replace_json(args.results, about | {"rows": rows})
 

@@ -119,17 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     models = {"tuned": tuned, "teacher": teacher, "teacher, noise fresh": with_fresh_noise(teacher)}
     draw_rows(pictures({"before": models["teacher, noise fresh"], "tuned": tuned}), args.picture)
     reference = real_features(EMBEDDED_DATA, args.num_images)
-    floor = kernel_distance_with_error(real_features(EMBEDDED_TEST_SET, args.num_images), reference)
     images, labels, _ = embedded(EMBEDDED_DATA, 1, 28)
     judge = train_classifier(images, labels)
     found: Numbers = {
-        "num_images": args.num_images,
-        "training": training,
-        "floor": {"kernel_distance": floor.value, "kernel_distance_error": floor.error},
-        "features": {"network": "EfficientNet-Lite0", "size": SIZE},
-        "device": device_name(torch.device("cpu")),
-        "processor": processor(),
-        "versions": versions(),
+        **conditions(training, reference),
         "evaluated": {"tuned": evaluated(args.tuned), "teacher": evaluated(args.teacher)},
         "seconds": times(tuned, teacher, args.rounds),
         "rows": rows,
@@ -141,6 +134,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows[row] = {"model": name, "steps": steps, "labels": classes, "num_images": args.num_images, **figures}
             print(row, rows[row], flush=True)
         replace_json(args.results, found)
+
+
+def conditions(training: Numbers, reference: np.ndarray) -> Numbers:
+    """What the distances to the features of these real images are of, and the floor below them."""
+    floor = kernel_distance_with_error(real_features(EMBEDDED_TEST_SET, len(reference)), reference)
+    return {
+        "num_images": len(reference),
+        "training": training,
+        "floor": {"kernel_distance": floor.value, "kernel_distance_error": floor.error},
+        "features": {"network": "EfficientNet-Lite0", "size": SIZE},
+        "device": device_name(torch.device("cpu")),
+        "processor": processor(),
+        "versions": versions(),
+    }
 
 
 def rows_of(path: Path, training: Numbers, num_images: int) -> Numbers:

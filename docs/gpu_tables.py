@@ -79,9 +79,8 @@ def facts(rows: Rows) -> str:
     if eager := rows.get(("shipped", "eager", None)):
         busy, whole = eager["host_seconds"] * 1e3, eager["seconds"] * 1e3
         found["Host"] = f"busy for {busy:.0f} ms of an eager training step of {whole:.0f} ms, which it limits"
-    if (step := rows.get(("shipped", "compiled", None))) and (
-        profile := rows.get(("shipped", "compiled, profile", None))
-    ):
+    step, profile = (rows.get(("shipped", name, None)) for name in ("compiled", "compiled, profile"))
+    if step and profile:
         host, busy, whole = (1e3 * seconds for seconds in (step["host_seconds"], profile["busy"], step["seconds"]))
         found["Compiled"] = f"the host is busy for {host:.0f} ms of a step, the GPU for {busy:.0f} of {whole:.0f}"
     if loader := rows.get(("shipped", "compiled, by the loader", None)):

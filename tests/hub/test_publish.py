@@ -637,6 +637,7 @@ def test_what_a_space_needs_is_what_the_package_needs(tmp_path):
     assert "ddpm_from_scratch/hub/repository.py" in pushed and not [path for path in pushed if "__pycache__" in path]
 
 
-def test_the_shipped_code_is_this_package():
+@pytest.mark.parametrize("name", ["ddpm-fashion-mnist", "ddpm-fashion-mnist-few-steps"])
+def test_the_shipped_code_is_this_package(name):
     """The same command writes it, and has to be given again when the package changes."""
-    assert (SHIPPED / "pipeline.py").read_text() == one_file(_sources())
+    assert (ROOT / "models" / name / "pipeline.py").read_text() == one_file(_sources())

@@ -1,4 +1,4 @@
-"""models/ddpm-fashion-mnist: small, whole, loadable without trust, and measured."""
+"""models/: small, whole, loadable without trust, and measured."""
 
 import json
 import os
@@ -13,12 +13,15 @@ from ddpm_from_scratch import ScratchDDPMPipeline
 from helpers.paths import ROOT
 
 MODEL = ROOT / "models" / "ddpm-fashion-mnist"
+FEW_STEPS = ROOT / "models" / "ddpm-fashion-mnist-few-steps"
+each_model = pytest.mark.parametrize("folder", [MODEL, FEW_STEPS], ids=lambda folder: folder.name)
 RESULTS = json.loads((MODEL / "results.json").read_text())
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
-def test_it_is_small_and_in_half_precision():
-    path = MODEL / "unet" / "diffusion_pytorch_model.safetensors"
+@each_model
+def test_it_is_small_and_in_half_precision(folder):
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     assert path.stat().st_size < 8e6
     with safe_open(path, framework="pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
@@ -40,11 +43,30 @@ def test_it_draws_what_it_is_asked_for(pipeline):
     assert sneaker[14:22, 4:24].mean() > 0.2 and sneaker[:6].mean() < 0.1
 
 
+def test_the_model_for_few_steps_draws_in_two():
+    pipeline = ScratchDDPMPipeline.from_pretrained(FEW_STEPS)
+    pipeline.set_progress_bar_config(disable=True)
+    calls = []
+    pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
+    generator = torch.Generator().manual_seed(0)
+    trousers, sneaker = pipeline(class_labels=["Trouser", "Sneaker"], generator=generator, output_type="np").images[
+        ..., 0
+    ]
+    assert len(calls) == 2
+    assert trousers[4:24, 8:20].mean() > 0.25 and trousers[:, [0, 1, 26, 27]].mean() < 0.1
+    assert sneaker[14:22, 4:24].mean() > 0.2 and sneaker[:6].mean() < 0.1
+
+
 STOCK = """
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 UNet2DModel.from_pretrained(MODEL, subfolder="unet")
 scheduler = DDPMScheduler.from_pretrained(MODEL, subfolder="scheduler")
 DDIMScheduler.from_config(scheduler.config)
+"""
+STOCK_LCM = """
+from diffusers import LCMScheduler, UNet2DModel
+UNet2DModel.from_pretrained(MODEL, subfolder="unet")
+LCMScheduler.from_pretrained(MODEL, subfolder="scheduler")
 """
 REMOTE = """
 from diffusers import DiffusionPipeline
@@ -60,11 +82,15 @@ ScratchDDPMPipeline.from_pretrained(MODEL)
 """
 
 
-@pytest.mark.parametrize("program", [STOCK, REMOTE, OURS], ids=["stock", "remote code", "ours"])
-def test_loading_it_prints_nothing(program, tmp_path):
+@pytest.mark.parametrize(
+    ("folder", "program"),
+    [(MODEL, STOCK), (MODEL, REMOTE), (MODEL, OURS), (FEW_STEPS, STOCK_LCM), (FEW_STEPS, REMOTE), (FEW_STEPS, OURS)],
+    ids=[f"{name}{of}" for of in ("", ", few steps") for name in ("stock", "remote code", "ours")],
+)
+def test_loading_it_prints_nothing(folder, program, tmp_path):
     """The network has classes, which the stock pipeline cannot draw: stock is its parts, or the folder's own code."""
     done = subprocess.run(
-        [sys.executable, "-c", f"MODEL = {str(MODEL)!r}\n{program}"],
+        [sys.executable, "-c", f"MODEL = {str(folder)!r}\n{program}"],
         env={**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT / "src")},
         capture_output=True,
         text=True,
@@ -96,8 +122,9 @@ def test_the_bound_is_that_of_the_whole_test_set():
     assert sum(bound["terms"]) + bound["prior"] == pytest.approx(bound["bits_per_dim"], abs=4 * bound["error"])
 
 
-def test_no_local_path_is_in_the_folder():
-    for path in MODEL.rglob("*"):
+@each_model
+def test_no_local_path_is_in_the_folder(folder):
+    for path in folder.rglob("*"):
         if path.suffix in (".json", ".yaml"):
             text = path.read_text()
             assert "/tmp" not in text and "/home" not in text and "/root" not in text, path

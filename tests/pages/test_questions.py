@@ -184,15 +184,21 @@ def test_chains_of_any_length_are_measured(benchmark, tiny, tmp_path, monkeypatc
     assert results["real"]["from_their_own_mean"] == pytest.approx(np.sqrt(data.var(0).mean()))
 
 
+def with_few_features(monkeypatch, tuning, *others):
+    """Let the benchmarks take five pixels for the features of an image."""
+    features = lambda images, _: images.reshape(len(images), -1)[:, 20:25].astype(float)  # noqa: E731
+    monkeypatch.setattr(tuning, "efficientnet_lite0_features", features)
+    for module in (tuning, *others):
+        monkeypatch.setattr(module, "real_features", lambda _, count: np.random.default_rng(0).normal(size=(count, 5)))
+
+
 @pytest.mark.full
 def test_a_tuned_model_is_measured_beside_its_teacher(tmp_path, monkeypatch):
     tuning = load(ROOT / "benchmarks" / "few_step_tuning.py")
     monkeypatch.setattr(tuning, "train_classifier", lambda *_: "judge")
     monkeypatch.setattr(tuning, "classify", lambda _, images: np.arange(len(images)) % 2)
     monkeypatch.setattr(tuning, "embedded", lambda *_: (None, None, None))
-    monkeypatch.setattr(tuning, "real_features", lambda path, count: np.random.default_rng(0).normal(size=(count, 5)))
-    features = lambda images, _: images.reshape(len(images), -1)[:, 20:25].astype(float)  # noqa: E731
-    monkeypatch.setattr(tuning, "efficientnet_lite0_features", features)
+    with_few_features(monkeypatch, tuning)
     network = randomised(ScratchUNet2DModel(**TINY_NETWORK, num_class_embeds=3))
     folders = {
         "teacher": ScratchDDPMScheduler(60),
@@ -240,9 +246,7 @@ def test_a_folder_without_model_is_refused(benchmark, tmp_path):
 @pytest.mark.full
 def test_checkpoints_of_a_tuning_are_measured_once(tmp_path, monkeypatch):
     curve = load(ROOT / "benchmarks" / "few_step_curve.py")
-    monkeypatch.setattr(curve, "real_features", lambda path, count: np.random.default_rng(0).normal(size=(count, 5)))
-    features = lambda images, _: images.reshape(len(images), -1)[:, 20:25].astype(float)  # noqa: E731
-    monkeypatch.setattr(curve, "efficientnet_lite0_features", features)
+    with_few_features(monkeypatch, sys.modules["few_step_tuning"], curve)
     run, results = tmp_path / "run", tmp_path / "results.json"
     network = randomised(ScratchUNet2DModel(**TINY_NETWORK))
     for folder in (run, run / "checkpoints" / "step_00000002", run / "checkpoints" / "step_00000004"):
@@ -258,6 +262,6 @@ def test_checkpoints_of_a_tuning_are_measured_once(tmp_path, monkeypatch):
     rows = json.loads(results.read_text())["rows"]
     assert [(row["images_seen"], row["steps"]) for row in rows.values()] == [(n, k) for n in (6, 12) for k in (1, 2, 4)]
     assert len({row["kernel_distance"] for row in rows.values()}) == 6
-    monkeypatch.setattr(curve, "generate", None)
+    monkeypatch.setattr(curve, "measure", None)
     curve.main(arguments)
     assert json.loads(results.read_text())["rows"] == rows

@@ -27,6 +27,7 @@ from .network import SIZES, suited_network
 from .objectives import BOUND_LOSSES, TIMESTEP_SAMPLERS, LossAwareSampler, Objective, UniformSampler
 
 CLASSES = "class_embedding.weight"
+TUNING_KEYS = ("teacher", "images_seen", "seconds", "device")  # of the results of a model that was tuned
 CALIBRATED = ("optimal_variance", "timestep_choice")  # keys of a scheduler that its calibration serves
 
 logger = logging.getLogger(__name__)
@@ -284,3 +285,17 @@ def build_unet(keys: dict[str, Any], config: TrainingConfig, data: TrainingData)
     outputs = outputs_per_channel(config) * data.channels
     form = {"in_channels": data.channels, "out_channels": outputs, "sample_size": sample_size(data.size)}
     return ScratchUNet2DModel(**{**keys, **form})
+
+
+def teacher_of(config: TrainingConfig) -> dict[str, Any]:
+    """Under "teacher", the model that a run tunes for few steps; empty for other runs.
+
+    Its name, and from a results.json beside it what `ddpm evaluate` found, and its own tuning if it was tuned itself.
+    """
+    name = config.model_config_name_or_path
+    if config.loss != "consistency" or name is None:
+        return {}
+    path = Path(name, "results.json")
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    tuning = {key: found[key] for key in TUNING_KEYS} if "teacher" in found else {}
+    return {"teacher": {"name": Path(name).name, "samples": found.get("evaluation", {}).get("samples", []), **tuning}}

@@ -1,6 +1,5 @@
 """Output of a run beside its checkpoints: trackers, sample grids, and the model folder that it ends in."""
 
-import json
 import logging
 import math
 import shlex
@@ -8,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +29,6 @@ from .config import TrainingConfig, config_with_header
 from .optimizer import peak_rate
 from .run import Run, results
 
-TUNING_KEYS = ("teacher", "images_seen", "seconds", "device")  # of the results of a model that was tuned
 SHOWN_IMAGES = 64  # of the training images, in data.png
 FEW_IMAGES = 1000  # fewer are learned by heart
 IMAGE_TRACKERS = ("wandb", "swanlab")  # those of accelerate, beside tensorboard, that take lists of pictures
@@ -154,20 +151,6 @@ def save_picture(picture: Image.Image, path: Path) -> None:
         picture.save(path)
 
 
-def teacher_of(config: TrainingConfig) -> dict[str, Any]:
-    """Under "teacher", the model that a run tunes for few steps; empty for other runs.
-
-    Its name, and from a results.json beside it what `ddpm evaluate` found, and its own tuning if it was tuned itself.
-    """
-    name = config.model_config_name_or_path
-    if config.loss != "consistency" or name is None:
-        return {}
-    path = Path(name, "results.json")
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    tuning = {key: found[key] for key in TUNING_KEYS} if "teacher" in found else {}
-    return {"teacher": {"name": Path(name).name, "samples": found.get("evaluation", {}).get("samples", []), **tuning}}
-
-
 def finish(run: Run) -> None:
     """Write the model folder: the network, samples, the loss curve and results.
 
@@ -182,7 +165,7 @@ def finish(run: Run) -> None:
         run.pipeline.save_pretrained(unfinished)
         grid.save(unfinished / "samples.png")
         plot_losses(run.progress.losses, LOSS_LABELS[run.config.loss], unfinished / "loss.png")
-        write_json(results(run) | teacher_of(run.config), unfinished / "results.json")
+        write_json(results(run), unfinished / "results.json")
     for picture in ("neighbors.png", "bound.png"):  # of an evaluation of the model that was here before
         (folder / picture).unlink(missing_ok=True)
     name = shlex.quote(str(folder))

@@ -56,6 +56,7 @@ from .model import (
     network_config,
     rate_for,
     sample_size,
+    teacher_of,
     trained_unet,
     with_process_of,
 )
@@ -157,7 +158,7 @@ class Run:
         """What a pass calls: the network as trained, or its CUDA graphs where `--compile` can use them."""
         return GraphedNetwork(self.unet) if self.graphs else self.unet
 
-    @property
+    @cached_property
     def goal_network(self) -> Callable[..., Any]:
         """What an objective calls for its goal, without gradients that processes would share."""
         return self.network if self.graphs else self.trained_unet
@@ -426,6 +427,7 @@ def results(run: Run) -> dict[str, Any]:
         **({"skipped_steps": progress.skipped_steps} if progress.skipped_steps else {}),
         **({"bad_images": len(progress.bad_images)} if progress.bad_images else {}),
         **({"evaluations": progress.evaluations} if progress.evaluations else {}),
+        **teacher_of(run.config),
         "seed": run.config.seed,
         "num_parameters": run.trained_unet.num_parameters(),
         "dataset": run.data.describe(run.config),
