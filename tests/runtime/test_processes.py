@@ -55,6 +55,9 @@ def failed():
 def refused():
     return Outcome(2, "no such data")
 
+def verbose():
+    return Outcome(2, os.environ["RANK"] * 300_000)
+
 def stopped():
     from ddpm_from_scratch.training.faults import StopSignals
     with StopSignals() as signals:
@@ -113,6 +116,13 @@ def test_the_processes_find_each_other_and_share_the_threads(started):
 def test_what_all_refuse_is_said_once(started):
     process = started("refused")
     assert process.communicate(timeout=600) == ("", "no such data\n")
+    assert process.returncode == 2
+
+
+def test_messages_longer_than_a_pipe_holds_arrive_whole(started):
+    process = started("verbose")
+    _, errors = process.communicate(timeout=600)
+    assert sorted(errors.split()) == ["0" * 300_000, "1" * 300_000]
     assert process.returncode == 2
 
 

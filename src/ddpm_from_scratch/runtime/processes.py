@@ -7,12 +7,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing.connection import wait
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
-from typing import Any
 
 import torch
 
@@ -48,19 +47,17 @@ def run_together(program: Callable[[], Outcome], count: int) -> Outcome:
     """
     # A forked process has imported everything already; elsewhere than on Linux it would not be safe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    outcomes = context.SimpleQueue()
     threads, port = max(1, torch.get_num_threads() // count), free_port()
     kind = context.Process  # type: ignore[attr-defined]  # every context has it but their base in typeshed
-    arguments = [(program, rank, count, port, threads, outcomes) for rank in range(count)]
-    processes = [kind(target=take_part, args=each) for each in arguments]
+    processes: dict[BaseProcess, Connection] = {}  # with the end of a pipe where its message arrives
     with passing_on_signals(processes):
-        for process in processes:
+        for rank in range(count):
+            here, there = context.Pipe(duplex=False)
+            process = kind(target=take_part, args=(program, rank, count, port, threads, there))
+            processes[process] = here
             process.start()
-        code = wait_for_all(processes)
-    messages = []
-    while not outcomes.empty():
-        messages.append(outcomes.get())
-    return Outcome(code, "\n".join(dict.fromkeys(messages)) or None)
+            there.close()  # or the pipe would not end with the process
+        return wait_for_all(processes)
 
 
 def free_port() -> int:
@@ -76,7 +73,7 @@ def take_part(
     count: int,
     port: int,
     threads: int,
-    outcomes: Any,  # noqa: ANN401
+    pipe: Connection,
 ) -> None:
     """Be one of the processes."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -89,7 +86,7 @@ def take_part(
     torch.set_num_threads(threads)
     outcome = program()
     if outcome.message is not None:
-        outcomes.put(outcome.message)
+        pipe.send(outcome.message)
     sys.exit(outcome.code)
 
 
@@ -100,7 +97,7 @@ def interrupt_once(number: int, _: FrameType | None) -> None:
 
 
 @contextmanager
-def passing_on_signals(processes: Sequence[BaseProcess]) -> Iterator[None]:
+def passing_on_signals(processes: Collection[BaseProcess]) -> Iterator[None]:
     """Pass SIGTERM and SIGINT on to the processes, which may have got them already, as from a terminal."""
 
     def pass_on(number: int, _: FrameType | None) -> None:
@@ -116,18 +113,31 @@ def passing_on_signals(processes: Sequence[BaseProcess]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def wait_for_all(processes: Sequence[BaseProcess]) -> int:
-    """Wait until all have ended; the exit code of the one that failed first, 128 and the signal's number for a signal.
+def wait_for_all(processes: Mapping[BaseProcess, Connection]) -> Outcome:
+    """Wait until all have ended.
 
-    Once one has failed, the others are killed if they have not ended after `GRACE`.
+    Once one has failed, the others are killed if they have not ended after `GRACE`. Messages are read as they come: a
+    process does not end before a long one has been read.
+
+    Args:
+        processes: each with the pipe by which it sends a message, if it has one.
+
+    Returns:
+        The exit code of the one that failed first (128 and the signal's number for a signal) and all messages.
     """
-    code, deadline, running = 0, None, list(processes)
+    code, messages = 0, []
+    deadline: float | None = None
+    running, unread = list(processes), dict(processes)
     while running:
-        wait(
-            [process.sentinel for process in running], None if deadline is None else max(0, deadline - time.monotonic())
-        )
+        remaining = None if deadline is None else max(0, deadline - time.monotonic())
+        wait([*(process.sentinel for process in running), *unread.values()], remaining)
         ended = [process for process in running if process.exitcode is not None]
         running = [process for process in running if process not in ended]
+        for process, pipe in list(unread.items()):
+            if pipe.poll():
+                del unread[process]
+                with suppress(EOFError):  # it has ended, or will, without a message
+                    messages.append(pipe.recv())
         for process in ended:
             if process.exitcode and not code:
                 code = process.exitcode if process.exitcode > 0 else 128 - process.exitcode
@@ -135,4 +145,4 @@ def wait_for_all(processes: Sequence[BaseProcess]) -> int:
         if deadline is not None and time.monotonic() >= deadline:
             for process in running:
                 process.kill()
-    return code
+    return Outcome(code, "\n".join(dict.fromkeys(messages)) or None)
