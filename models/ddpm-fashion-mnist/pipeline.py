@@ -502,6 +502,9 @@ SAVED_AS = {"eta": "_eta", "x_0_mse": "_x_0_mse"}
 # Other names of our keys: in files, and in models saved by earlier versions.
 OTHER_NAMES = {"_eta": "eta", "_x_0_mse": "x_0_mse", "second_moments": "x_0_mse"}
 
+# What files say for LCMScheduler; here it follows from T.
+OF_LCM = "original_inference_steps"
+
 # JSON has no infinity.
 INFINITY = "inf"
 KNOWN_TO_OTHERS = (
@@ -515,9 +518,9 @@ Config = Mapping[str, Any]
 
 def with_argument_names(config: Any) -> Any:  # noqa: ANN401
     """Rename keys of files and of earlier versions to the arguments' names; all but mappings are returned unchanged."""
-    if not isinstance(config, Mapping) or not set(OTHER_NAMES) & set(config):
+    if not isinstance(config, Mapping) or not {*OTHER_NAMES, OF_LCM} & set(config):
         return config
-    renamed = {OTHER_NAMES.get(name, name): value for name, value in config.items()}
+    renamed = {OTHER_NAMES.get(name, name): value for name, value in config.items() if name != OF_LCM}
     return {**renamed, **({"eta": math.inf} if renamed.get("eta") == INFINITY else {})}
 
 
@@ -538,7 +541,7 @@ def of_stock_class(c: Config) -> tuple[list[str], dict[str, Any]]:
     if kind is LCMScheduler:
         known = inspect.signature(LCMScheduler.__init__).parameters
         without += [key for key in c if not key.startswith("_") and key not in (*known, *OWN_KEYS)]
-        more["original_inference_steps"] = c["num_train_timesteps"]
+        more[OF_LCM] = c["num_train_timesteps"]
     return without, more
 
 

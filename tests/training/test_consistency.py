@@ -243,6 +243,7 @@ def test_a_run_ends_in_a_model_for_few_steps(inputs, teacher, tmp_path):
     assert config.x_0_mse is None and config.optimal_variance is None  # which were the teacher's
     assert pipeline.config.num_inference_steps == 2 and (folder / "samples.png").is_file()
     assert LCMScheduler.from_pretrained(folder, subfolder="scheduler").config.original_inference_steps == 50
+    assert "original_inference_steps" not in config  # of which making another from it would warn
     results = json.loads((folder / "results.json").read_text())
     assert results["teacher"] == {"name": teacher.name, "samples": SAMPLES}
     checkpoint = next((folder / "checkpoints").iterdir())
