@@ -68,6 +68,7 @@ CSS = """
 .gradio-container { max-width: 1280px !important; margin: auto; }
 .pixels img { image-rendering: pixelated; }
 .pixels .caption-label { right: 0; bottom: 0; max-width: 100%; padding: 0 6px; font-size: 11px; }
+@media (max-width: 640px) { .pixels .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; } }
 """
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 AT_ONCE: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden"}
@@ -124,7 +125,7 @@ def _class_fields(pipeline: ScratchDDPMPipeline, extra: Sequence[str] = ()) -> t
     guidance = gr.Slider(
         0,
         MOST_GUIDANCE,
-        2.0 if guided else 1.0,
+        2.0 if guided and not tuned_for_jumps(pipeline) else 1.0,
         step=0.1,
         label="Guidance scale",
         info="How closely images follow their class; 1 is no guidance.",

@@ -64,6 +64,13 @@ def every_label_a_class():
     return tiny_pipeline(num_class_embeds=5, id2label={**NAMES, 4: "Coat"})
 
 
+def config_of(pipeline):
+    async def build():  # inside a running loop, since gradio would make loops that it does not close
+        return app.build_app(pipeline, "model").get_config_file()
+
+    return asyncio.run(build())
+
+
 @pytest.fixture
 def plain():
     return plain_pipeline()
@@ -136,8 +143,9 @@ def test_every_sampler_runs_on_every_schedule(schedule, sampler):
 
 
 def jumping_pipeline():
+    like = named_pipeline()
     scheduler = ScratchDDPMScheduler(20, timestep_spacing="trailing", prediction_type="v_prediction", eta=math.inf)
-    return ScratchDDPMPipeline(plain_pipeline().unet, scheduler, num_inference_steps=2)
+    return ScratchDDPMPipeline(like.unet, scheduler, like.config.id2label, num_inference_steps=2)
 
 
 def test_a_network_that_jumps_does_so(plain):
@@ -149,18 +157,16 @@ def test_a_network_that_jumps_does_so(plain):
     np.testing.assert_array_equal(pixels(images), pixels(expected))
 
 
-def test_the_page_of_a_network_that_jumps_draws_as_its_fields_change():
-    async def build(pipeline):
-        return app.build_app(pipeline, "model").get_config_file()
-
-    def of(pipeline):
-        config = asyncio.run(build(pipeline))
-        steps = next(part["props"] for part in config["components"] if part["props"].get("label") == "Steps")
-        events = {target[1] for dependency in config["dependencies"] for target in dependency["targets"]}
-        return steps["value"], steps["minimum"], "release" in events
-
-    assert of(jumping_pipeline()) == (2, 1, True)
-    assert of(plain_pipeline()) == (20, 1, False)
+@pytest.mark.parametrize(
+    ("make", "steps", "guidance", "draws_at_once"),
+    [(named_pipeline, 20, 2.0, False), (jumping_pipeline, 2, 1.0, True)],
+)
+def test_the_page_of_a_network_that_jumps_draws_few_steps_as_its_fields_change(make, steps, guidance, draws_at_once):
+    config = config_of(make())
+    values = {part["props"].get("label"): part["props"].get("value") for part in reversed(config["components"])}
+    assert (values["Steps"], values["Guidance scale"]) == (steps, guidance)
+    events = {target[1] for dependency in config["dependencies"] for target in dependency["targets"]}
+    assert ("release" in events) is draws_at_once
 
 
 def test_classes(named, plain):
@@ -360,20 +366,10 @@ def test_wrong_input_is_named(plain, message):
     ],
 )
 def test_only_what_the_model_has_is_shown(make, shown):
-    async def build():  # inside a running loop, since gradio would make loops that it does not close
-        return app.build_app(make(), "model").get_config_file()
-
-    config = asyncio.run(build())
+    config = config_of(make())
     parts = [part["props"] for part in config["components"] if part["props"].get("label") in shown]
     assert len(parts) == 6  # in three tabs
     assert all(part["visible"] is shown[part["label"]] for part in parts)
-
-
-def config_of(pipeline):
-    async def build():  # inside a running loop, since gradio would make loops that it does not close
-        return app.build_app(pipeline, "model").get_config_file()
-
-    return asyncio.run(build())
 
 
 def test_programs_get_two_endpoints_by_name(named):
@@ -392,11 +388,11 @@ def query_of(link):
     return dict(urllib.parse.parse_qsl(link.removeprefix("?")))
 
 
-@pytest.mark.parametrize("make", [plain_pipeline, named_pipeline, jumping_pipeline])
-def test_suggestions_are_links_that_the_page_takes(make):
+@pytest.mark.parametrize(("make", "count"), [(plain_pipeline, 2), (named_pipeline, 4), (jumping_pipeline, 3)])
+def test_suggestions_are_links_that_the_page_takes(make, count):
     pipeline = make()
     found = drawing.suggestions(pipeline)
-    assert len(found) >= 1 + (make is not jumping_pipeline) + 2 * (make is named_pipeline)
+    assert len(found) == count
     for link in found.values():
         settings = drawing.linked(pipeline, query_of(link))
         assert settings and drawing.link(settings).replace(".0", "") == link
@@ -654,6 +650,15 @@ def generates(page):
     tab.shows(re.compile(r"^5 images in \d"))
     for caption in ("Sneaker, seed 0", "T-shirt/top, seed 3", "Sneaker, seed 4"):
         tab.shows(caption)
+    fits_a_phone(page)
+
+
+def fits_a_phone(page):
+    """Nothing that was drawn makes a tab wider than the screen, on which a phone would make all letters smaller."""
+    wide = page.viewport_size
+    page.set_viewport_size({"width": 390, "height": 820})
+    assert page.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [390, 390]
+    page.set_viewport_size(wide)
 
 
 def survives_wrong_seeds(page):
@@ -676,6 +681,7 @@ def shows_the_chain(page, pipeline):
     tab.shows("xₜ, what the network sees: t = 19")
     tab.fill("number input for Frame", 11)
     tab.shows("xₜ, what the network sees: image")
+    fits_a_phone(page)
 
 
 def adds_noise(page, pipeline):
@@ -707,6 +713,7 @@ def inpaints(page, example, folder):
     result = tab.picture(0)
     np.testing.assert_array_equal(result[3:], example[3:])
     assert (result[:2] != example[:2]).mean() > 0.8
+    fits_a_phone(page)
 
 
 @pytest.mark.full
