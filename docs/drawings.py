@@ -262,3 +262,17 @@ def points(forward: Mapping[int, Tensor], reverse: Mapping[int, Tensor]) -> Draw
     axes[0, 0].set_ylabel(r"$q(x_t)\ \rightarrow$")
     axes[1, 0].set_ylabel(r"$\leftarrow\ p_\theta(x_t)$")
     return Drawn(figure, {"num_points": len(forward[-1]), "t": list(forward)})
+
+
+def jumps(rows: Mapping[str, Mapping[int, Tensor]], data: Tensor) -> Drawn:
+    """Clouds [N, 2] by the number of steps they were drawn in (columns), in rows by name, before the data in grey."""
+    count = len(next(iter(rows.values())))
+    figure = new_figure(1.8 * count, 2.7 * len(rows))
+    axes = figure.subplots(len(rows), count, sharex=True, sharey=True, squeeze=False)
+    for row, (name, clouds) in zip(axes, rows.items(), strict=True):
+        for axis, (steps, cloud) in zip(row, clouds.items(), strict=True):
+            axis.scatter(*data.T, s=2, color="0.8", linewidths=0)
+            axis.scatter(*cloud.T, s=2, color="C0", linewidths=0)
+            axis.set(xlim=(-1.6, 1.6), ylim=(-2.3, 2.3), xticks=[], yticks=[], aspect="equal")
+            axis.set_title(f"{name}, {steps} step{'s' if steps > 1 else ''}", fontsize=9)
+    return Drawn(figure, {"num_points": len(data), "steps": list(next(iter(rows.values())))})

@@ -1,4 +1,4 @@
-"""Draw the figures of docs/theory.md with this project's code, and write the numbers that the page quotes.
+"""Draw figures of docs/theory.md and docs/questions.md with this project's code, and write the numbers quoted there.
 
     python docs/make_figures.py [--only NAME ...]
 
@@ -35,8 +35,10 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 
 points = load_script(ROOT / "examples" / "points.py")
+jump = load_script(ROOT / "examples" / "jump.py")
 MODEL = ROOT / "models" / "ddpm-fashion-mnist"
 POINT_STEPS, NUM_POINTS = 5000, 2000
+JUMP_STEPS = 3000  # of training and of tuning
 
 
 # --- what is drawn ---------------------------------------------------------------------------------------------------
@@ -152,6 +154,24 @@ def forward_clouds(x_0: Tensor, scheduler: ScratchDDPMScheduler, times: Sequence
     return {-1: x_0} | {t: scheduler.add_noise(x_0, noise, t) for t in times}
 
 
+def points_in_few_steps() -> Drawn:
+    """The S-curve by the network of examples/jump.py, before it is tuned and after, and the distances from the data."""
+    torch.manual_seed(0)
+    scheduler, network = ScratchDDPMScheduler(**jump.PROCESS), jump.NoiseNetwork()
+    data, others = jump.s_curve(NUM_POINTS), jump.s_curve(NUM_POINTS)
+    rows = {}
+    for name, learn in {"as trained": jump.train, "tuned": jump.tune}.items():
+        learn(network, scheduler, JUMP_STEPS)
+        rows[name] = {steps: jump.jumps(network, scheduler, steps, NUM_POINTS) for steps in (1, 2, 4)}
+    drawn = drawings.jumps(rows, data)
+    numbers = {
+        "training_steps": JUMP_STEPS,
+        "distance": {name: [jump.distance(cloud, data) for cloud in row.values()] for name, row in rows.items()},
+        "distance_of_other_data": jump.distance(others, data),
+    }
+    return drawn._replace(numbers={**drawn.numbers, **numbers})
+
+
 FIGURES: dict[str, Callable[[], Drawn]] = {
     "theory_forward": forward,
     "theory_schedules": schedules,
@@ -160,6 +180,7 @@ FIGURES: dict[str, Callable[[], Drawn]] = {
     "theory_bound": bound,
     "theory_chain": chain,
     "theory_points": points_there_and_back,
+    "questions_points": points_in_few_steps,
 }
 
 

@@ -128,9 +128,11 @@ def tuning_facts(results: Numbers) -> str:
     """What was measured and with what."""
     training, seconds, features = results["training"], results["seconds"], results["features"]
     shares = ", ".join(f"{seconds[str(k)] / seconds['teacher']:.2f} with {in_words(k)}" for k in (1, 2, 4))
+    runs = [*training.get("earlier_tunings", []), training]
     facts = {
-        "Tuning": f"{training['images_seen']:,} images in {training['seconds'] / 60:.0f} minutes, "
-        f"{training['images_per_second']:.0f} a second, on {training['device']}",
+        "Tuning": ", then ".join(
+            f"{run['images_seen']:,} images in {run['seconds'] / 60:.0f} minutes on {run['device']}" for run in runs
+        ),
         "Kernel distance": f"floor {kernel(results['floor'])} (N = {results['num_images']:,} held-out images); "
         f"features of {features['network']} at {features['size']} pixels",
         "Time of one image": f"{shares}, where that of {seconds['teacher_steps']} steps of the chain is 1",

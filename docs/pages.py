@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,12 @@ def versions(results: Mapping[str, Any]) -> str:
 
 
 def load_script(path: Path) -> Any:  # noqa: ANN401
-    """A script of another folder, as a module; what stands under `if __name__ == "__main__"` does not run."""
+    """A script of another folder, as a module; what stands under `if __name__ == "__main__"` does not run.
+
+    It finds the modules beside it, as when it is run.
+    """
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -233,6 +233,18 @@ def test_points_draw_both_rows_in_the_same_order_and_colours(drawings):
     assert [axis.get_title() for axis in figure.axes[:3]] == ["$x_0$", "$t = 3$", "$t = 9$"]
 
 
+def test_jumps_are_drawn_before_the_data(drawings):
+    rows = {name: {steps: uniform(5, 2, seed=steps + place) for steps in (1, 4)} for place, name in enumerate("ab")}
+    data = uniform(7, 2)
+    figure, numbers = drawings.jumps(rows, data)
+    assert [axis.get_title() for axis in figure.axes] == ["a, 1 step", "a, 4 steps", "b, 1 step", "b, 4 steps"]
+    for axis, cloud in zip(figure.axes, [*rows["a"].values(), *rows["b"].values()], strict=True):
+        behind, before = axis.collections
+        np.testing.assert_allclose(behind.get_offsets(), data)
+        np.testing.assert_allclose(before.get_offsets(), cloud)
+    assert numbers == {"num_points": 7, "steps": [1, 4]}
+
+
 def test_forward_clouds_keep_the_moments_of_the_process(script):
     torch.manual_seed(0)
     x_0 = torch.full((4000, 2), 3.0)
@@ -305,6 +317,10 @@ def test_the_numbers_fit_together(results):
     points = figures["theory_points"]
     assert points["distance"][0] < 1.3 * points["distance_of_other_data"][0] < 0.1 * points["distance_of_noise"]
     assert figures["theory_chain"]["x_0_to_last_x_0"][-1] == 0
+    jumps = figures["questions_points"]
+    before, after = jumps["distance"].values()
+    assert before[0] > 10 * after[0] and before == sorted(before, reverse=True) and after == sorted(after, reverse=True)
+    assert jumps["distance_of_other_data"] < after[2] < 2 * jumps["distance_of_other_data"]
 
 
 def test_what_the_captions_claim(results):

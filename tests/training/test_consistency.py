@@ -266,8 +266,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(inputs, teacher, tmp_path, monkeypatc
 def test_a_tuned_model_becomes_one_for_the_chain_again(inputs, teacher, tmp_path):
     tuned = run_main(inputs, tmp_path / "tuned", *flags(teacher, "--max_train_steps", "1"))
     twice = run_main(inputs, tmp_path / "twice", *flags(tuned, "--max_train_steps", "1"))
-    found = json.loads((twice / "results.json").read_text())["teacher"]
-    assert (found["name"], found["images_seen"], found["teacher"]["name"]) == ("tuned", BATCH, teacher.name)
+    results = json.loads((twice / "results.json").read_text())
+    assert results["teacher"] == {"name": teacher.name, "samples": SAMPLES}
+    (first,) = results["earlier_tunings"]
+    assert first["images_seen"] == BATCH and first["seconds"] > 0 and first["device"] == results["device"]
     back = run_main(inputs, tmp_path / "back", "--model_config_name_or_path", tuned, "--max_train_steps", "1")
     pipeline = ScratchDDPMPipeline.from_pretrained(back)
     assert pipeline.scheduler.config.eta == 1.0 and pipeline.config.num_inference_steps is None

@@ -27,7 +27,7 @@ from .network import SIZES, suited_network
 from .objectives import BOUND_LOSSES, TIMESTEP_SAMPLERS, LossAwareSampler, Objective, UniformSampler
 
 CLASSES = "class_embedding.weight"
-TUNING_KEYS = ("teacher", "images_seen", "seconds", "device")  # of the results of a model that was tuned
+TUNING_KEYS = ("images_seen", "seconds", "device")  # of a run's results, what is said of it where it is an earlier one
 CALIBRATED = ("optimal_variance", "timestep_choice")  # keys of a scheduler that its calibration serves
 
 logger = logging.getLogger(__name__)
@@ -288,14 +288,17 @@ def build_unet(keys: dict[str, Any], config: TrainingConfig, data: TrainingData)
 
 
 def teacher_of(config: TrainingConfig) -> dict[str, Any]:
-    """Under "teacher", the model that a run tunes for few steps; empty for other runs.
+    """What a run that tunes for few steps says of the model it began with; nothing for other runs.
 
-    Its name, and from a results.json beside it what `ddpm evaluate` found, and its own tuning if it was tuned itself.
+    Under "teacher" the name of the model, and what `ddpm evaluate` found, from a results.json beside it. Of a model
+    that was tuned before, these are of its own teacher, and "earlier_tunings" has the runs since then.
     """
     name = config.model_config_name_or_path
     if config.loss != "consistency" or name is None:
         return {}
     path = Path(name, "results.json")
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    tuning = {key: found[key] for key in TUNING_KEYS} if "teacher" in found else {}
-    return {"teacher": {"name": Path(name).name, "samples": found.get("evaluation", {}).get("samples", []), **tuning}}
+    if "teacher" in found:
+        last = {key: found[key] for key in TUNING_KEYS}
+        return {"teacher": found["teacher"], "earlier_tunings": [*found.get("earlier_tunings", []), last]}
+    return {"teacher": {"name": Path(name).name, "samples": found.get("evaluation", {}).get("samples", [])}}
