@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from few_step_tuning import STEPS, Numbers, conditions, load, measure
+from few_step_tuning import STEPS, Numbers, conditions, drawn, load, measure
 from few_steps import ROOT, replace_json
 from recipes import real_features
 from safetensors.torch import load_file
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for steps in STEPS:
             name = f"{images_seen} images, {steps} steps"
             if name not in rows:
-                figures = measure(pipeline, SampleSpec(steps, args.num_images), reference, judge=None)
+                figures = measure(drawn(pipeline, SampleSpec(steps, args.num_images)), reference)
                 rows[name] = {"images_seen": images_seen, "steps": steps, **figures}
                 print(name, rows[name], flush=True)
             replace_json(args.results, about | {"rows": rows})

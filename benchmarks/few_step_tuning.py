@@ -3,8 +3,9 @@
     ddpm train fashion_mnist_few_steps --model_config_name_or_path models/ddpm-fashion-mnist
     python benchmarks/few_step_tuning.py outputs/ddpm-fashion-mnist-few-steps models/ddpm-fashion-mnist
 
-Distances of images in 1, 2 and 4 steps, without a class and of the classes in turn, and the time of one image. Rows are
-written as they are measured; those of the teacher, and of the same training, are not measured again.
+Distances of images in 1, 2 and 4 steps, without a class and of the classes in turn, also as diffusers' own classes draw
+them from the tuned model's folder, and the time of one image. Rows are written as they are measured; those of the
+teacher, and of the same training, are not measured again.
 `python docs/make_questions.py` makes a table of them.
 """
 
@@ -14,12 +15,14 @@ import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from diffusers import LCMScheduler, UNet2DModel
 from few_steps import ROOT, SIZE, replace_json
 from guidance import embedded
 from own_images import processor
@@ -39,6 +42,7 @@ from ddpm_from_scratch.sampling.samplers import consistency
 RESULTS = ROOT / "docs" / "results" / "few_step_tuning.json"
 STEPS = (1, 2, 4)
 LABELS = {"null": False, "in turn": True}  # the classes of the images, as `SampleSpec` has them
+STOCK = "tuned, by stock classes"
 LONG = 50  # steps of the chain that the time of an image is compared with
 Numbers = dict[str, Any]
 
@@ -56,22 +60,46 @@ def with_fresh_noise(pipeline: ScratchDDPMPipeline) -> ScratchDDPMPipeline:
     return ScratchDDPMPipeline(pipeline.unet, consistency(pipeline.scheduler), pipeline.config.id2label)
 
 
-def measure(pipeline: ScratchDDPMPipeline, spec: SampleSpec, reference: Any, judge: Any) -> Numbers:  # noqa: ANN401
-    """Distances of images to real ones, and how many are taken for what they were to be."""
-    images = generate(pipeline, spec, Accelerator(cpu=True))
+@torch.no_grad()
+def drawn_by_stock(folder: Path, spec: SampleSpec) -> np.ndarray:
+    """Images without a class, uint8 [N, H, W, C], by the classes of diffusers that a folder names."""
+    network = UNet2DModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32)
+    scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
+    generator = torch.Generator().manual_seed(spec.seed)
+    size, classes = network.config.sample_size, network.config.num_class_embeds
+    images = []
+    for start in range(0, spec.num_images, spec.batch_size):
+        count = min(spec.batch_size, spec.num_images - start)
+        x = torch.randn(count, network.config.in_channels, size, size, generator=generator)
+        labels = None if classes is None else torch.full((count,), classes - 1)
+        scheduler.set_timesteps(spec.num_inference_steps)  # for each batch: it counts the steps
+        for t in scheduler.timesteps:
+            x = scheduler.step(network(x, t, class_labels=labels).sample, t, x, generator).prev_sample
+        images.append(((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
+    return torch.cat(images).numpy()
+
+
+def drawn(pipeline: ScratchDDPMPipeline, spec: SampleSpec) -> np.ndarray:
+    """Images, uint8 [N, H, W, C], by a pipeline."""
+    return generate(pipeline, spec, Accelerator(cpu=True))
+
+
+def measure(images: np.ndarray, reference: np.ndarray) -> Numbers:
+    """Distances of images to as many real ones, given by their features."""
     features = efficientnet_lite0_features(images, SIZE)
     kernel = kernel_distance_with_error(features, reference)
     near = precision_recall(features, reference)
-    found: Numbers = {
+    return {
         "kernel_distance": kernel.value,
         "kernel_distance_error": kernel.error,
         "precision": near.precision,
         "recall": near.recall,
     }
-    if spec.balanced_labels:
-        wanted = np.arange(len(images)) % len(pipeline.config.id2label)
-        found["accuracy"] = accuracy(classify(judge, images), wanted)["accuracy"]
-    return found
+
+
+def taken_for_their_class(images: np.ndarray, judge: Any, classes: int) -> float:  # noqa: ANN401
+    """The share of images of all classes in turn that a network takes for what they were to be."""
+    return float(accuracy(classify(judge, images), np.arange(len(images)) % classes)["accuracy"])
 
 
 def pictures(models: Mapping[str, ScratchDDPMPipeline]) -> dict[str, np.ndarray]:
@@ -127,10 +155,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "seconds": times(tuned, teacher, args.rounds),
         "rows": rows,
     }
-    for (name, pipeline), steps, (classes, in_turn) in itertools.product(models.items(), args.steps, LABELS.items()):
+    by = {name: partial(drawn, pipeline) for name, pipeline in models.items()}
+    cases = [*itertools.product(by.items(), args.steps, LABELS.items())]
+    cases += [((STOCK, partial(drawn_by_stock, args.tuned)), steps, ("null", False)) for steps in args.steps]
+    for (name, draw), steps, (classes, in_turn) in cases:
         row = f"{name}, {steps} steps, {classes}"
         if row not in rows:
-            figures = measure(pipeline, SampleSpec(steps, args.num_images, in_turn), reference, judge)
+            drawing = draw(SampleSpec(steps, args.num_images, in_turn))
+            figures = measure(drawing, reference)
+            if in_turn:
+                figures["accuracy"] = taken_for_their_class(drawing, judge, len(tuned.config.id2label))
             rows[row] = {"model": name, "steps": steps, "labels": classes, "num_images": args.num_images, **figures}
             print(row, rows[row], flush=True)
         replace_json(args.results, found)
@@ -157,7 +191,7 @@ def rows_of(path: Path, training: Numbers, num_images: int) -> Numbers:
     return {
         name: row
         for name, row in found["rows"].items()
-        if row["num_images"] == num_images and (same or row["model"] != "tuned")
+        if row["num_images"] == num_images and (same or row["model"] not in ("tuned", STOCK))
     }
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from ddpm_from_scratch import ScratchDDPMPipeline, ScratchDDPMScheduler, ScratchUNet2DModel
 from ddpm_from_scratch.evaluation.likelihood import bits_per_dim
+from ddpm_from_scratch.sampling.generate import SampleSpec
 from helpers.networks import TINY_NETWORK, randomised
 from helpers.pages import load
 from helpers.paths import DOCS, ROOT
@@ -221,7 +222,7 @@ def test_a_tuned_model_is_measured_beside_its_teacher(tmp_path, monkeypatch):
     arguments += [f"--results={results}", f"--picture={picture}"]
     tuning.main(arguments)
     found = json.loads(results.read_text())
-    assert len(found["rows"]) == 3 * 3 * 2 and picture.stat().st_size > 1000
+    assert len(found["rows"]) == 3 * 3 * 2 + 3 and picture.stat().st_size > 1000
     rows = {tuple(row[key] for key in ("model", "steps", "labels")): row for row in found["rows"].values()}
     assert all(row.get("accuracy") == (1 if row["labels"] == "in turn" else None) for row in rows.values())
     fresh, tuned = (rows[name, 2, "null"]["kernel_distance"] for name in ("teacher, noise fresh", "tuned"))
@@ -230,6 +231,22 @@ def test_a_tuned_model_is_measured_beside_its_teacher(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "measure", lambda *arguments: measured.append(arguments))
     tuning.main(arguments)
     assert not measured  # all of it is there
+
+
+def test_diffusers_classes_draw_what_ours_draw(tmp_path):
+    tuning = load(ROOT / "benchmarks" / "few_step_tuning.py")
+    network = randomised(ScratchUNet2DModel(**TINY_NETWORK, num_class_embeds=3)).eval()
+    ours = ScratchDDPMPipeline(network, ScratchDDPMScheduler(60, eta=math.inf, timestep_spacing="trailing"))
+    ours.save_pretrained(tmp_path)
+    images = tuning.drawn_by_stock(tmp_path, SampleSpec(1, 5, batch_size=3))
+    assert images.shape == (5, 8, 8, 1) and images.dtype == np.uint8
+    generator = torch.Generator().manual_seed(0)
+    x_T = torch.cat([torch.randn(count, 1, 8, 8, generator=generator) for count in (3, 2)])
+    with torch.no_grad():
+        output = network(x_T, 59, class_labels=torch.full((5,), 2)).sample
+    x_0 = ours.scheduler.predict(output, x_T, 59).x_0  # in one step that is the image
+    expected = ((x_0 + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+    assert np.abs(images - expected).max() <= 1
 
 
 def test_distances_from_means(benchmark):
