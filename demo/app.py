@@ -9,17 +9,20 @@ import functools
 import html
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# Before gradio is imported, which reads them.
+# Before gradio and torch are imported, which read them.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["GRADIO_RUN_HISTORY"] = "False"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait hold up the whole machine
 
 import gradio as gr
 import torch
+from diffusers.utils import logging
 from PIL import Image
 
 from ddpm_from_scratch import ScratchDDPMPipeline
@@ -80,6 +83,8 @@ LAUNCH: dict[str, Any] = {
     "theme": THEME,
     "css": CSS,
     "show_error": True,
+    "quiet": True,  # what gradio would say is for those who write pages with it
+    "prevent_thread_lock": True,
     "ssr_mode": False,
     "footer_links": [],
     "max_file_size": "20mb",
@@ -377,6 +382,7 @@ def load(model: str, revision: str | None) -> ScratchDDPMPipeline:
         ValueError: it cannot be loaded, for whatever reason.
     """
     try:
+        logging.disable_progress_bar()  # of loading
         pipeline = ScratchDDPMPipeline.from_pretrained(model, revision=revision)
     except Exception as error:
         raise ValueError(
@@ -409,10 +415,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     try:
-        app.launch(server_name=args.host, server_port=args.port, share=args.share, **LAUNCH)
+        _, address, shared = app.launch(server_name=args.host, server_port=args.port, share=args.share, **LAUNCH)
     except OSError as error:
         parser.error(f"the page cannot be served: {error}")
+    more = f" and, for all, at {shared}" if shared else ""
+    print(f"the page is at {address}{more}; Ctrl-C ends it", flush=True)
+    app.block_thread()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # before the page was there
+        sys.exit("interrupted")

@@ -431,17 +431,26 @@ def test_one_of_each_needs_classes(plain):
         drawing.linked(plain, {"class": drawing.EACH})
 
 
-def test_sharing_is_asked_for(tmp_path, monkeypatch):
+def test_sharing_is_asked_for(tmp_path, monkeypatch, capsys):
     named_pipeline().save_pretrained(tmp_path / "model")
     launched = []
-    monkeypatch.setattr(app.gr.Blocks, "launch", lambda self, **options: launched.append(options["share"]))
+
+    def launch(_, **options):
+        launched.append(options["share"])
+        return None, "http://here", "https://there" if options["share"] else None
+
+    monkeypatch.setattr(app.gr.Blocks, "launch", launch)
+    monkeypatch.setattr(app.gr.Blocks, "block_thread", lambda _: launched.append("waits"))
 
     async def run(*more):  # as above
         app.main([str(tmp_path / "model"), *more])
 
     asyncio.run(run("--share"))
     asyncio.run(run())
-    assert launched == [True, False]
+    assert launched == [True, "waits", False, "waits"]
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "the page is at http://here and, for all, at https://there; Ctrl-C ends it"
+    assert second == "the page is at http://here; Ctrl-C ends it"
 
 
 def test_the_model_is_described(named):

@@ -231,11 +231,13 @@ def test_a_model_for_few_steps_names_its_teacher(tmp_path, again):
     if again:
         run = {"images_seen": 1234567, "seconds": 8, "device": "an abacus"}
         results["earlier_tunings"] = [run, {**run, "device": "another"}]
+        results["weights"] = "the best of three"
     card = page_of(document(tmp_path, results, loss="consistency", model_config_name_or_path="models/shoes"))
     parts = check_whole(card, tmp_path)
     assert "draws in few steps, 2 by default" in card.content and "from shoes" in card.content
     runs = "in 3 runs, first with 1,234,567 images in 8 s on an abacus, then with 1,234,567 images in 8 s on another; "
     assert (f"from shoes {runs}" in card.content) == again
+    assert ("Its weights are the best of three." in card.content) == again
     code = "".join(re.findall(r"```python\n(.*?)```", card.content, re.DOTALL))
     assert code.count("num_inference_steps=2,") == 2 and "guidance_scale" not in code and "eta" not in code
     row = parts.cells.index("shoes")

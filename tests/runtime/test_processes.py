@@ -40,7 +40,8 @@ from ddpm_from_scratch.runtime import processes
 from ddpm_from_scratch.runtime.errors import Outcome, tell
 
 def found():
-    torch.distributed.init_process_group("gloo")
+    from accelerate import PartialState
+    PartialState()  # which finds the others, and says nothing
     ranks = torch.tensor([float(os.environ["RANK"])])
     torch.distributed.all_reduce(ranks)
     torch.distributed.destroy_process_group()

@@ -59,6 +59,14 @@ def test_what_a_run_says_follows_the_level(inputs, tmp_path, level, said):
     assert ("images are few" in done.stderr) == (level != "error")
 
 
+def test_two_processes_say_what_one_says(inputs, tmp_path):
+    flags = ["--max_train_steps", "1", "--output_dir", str(tmp_path / "model"), "--num_processes", "2"]
+    done = run_process([sys.executable, "-m", "ddpm_from_scratch.cli", "train", inputs.preset, *flags])
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(" images in ") == 1 and done.stderr.count("next: ddpm sample") == 1
+    assert "Warning" not in done.stderr  # of accelerate, about threads
+
+
 def test_grids_are_in_tensorboard(inputs, tmp_path):
     folder = run_main(
         inputs, tmp_path / "model", "--logger", "tensorboard", "--max_train_steps", "4", "--sample_steps", "2"

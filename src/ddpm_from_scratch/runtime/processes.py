@@ -82,7 +82,8 @@ def take_part(
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
-    os.environ.update(MASTER_ADDR="localhost", ACCELERATE_USE_CPU="true")
+    # accelerate takes another number of threads, and warns of it, where this one is not said.
+    os.environ.update(MASTER_ADDR="localhost", ACCELERATE_USE_CPU="true", OMP_NUM_THREADS=str(threads))
     torch.set_num_threads(threads)
     outcome = program()
     if outcome.message is not None:

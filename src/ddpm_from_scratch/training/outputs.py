@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -177,8 +178,14 @@ def finish(run: Run) -> None:
 
 
 def log_to_stderr(level: str) -> None:
-    """Show what the run says from a level of `LOG_LEVELS` on, without every request and archive of the libraries."""
-    logging.basicConfig(level=level.upper(), format="%(message)s", stream=sys.stderr)
+    """Show what the run says from a level of `LOG_LEVELS` on, without every request and archive of the libraries.
+
+    Of several processes the first says what all of them have to say; the others only warn.
+    """
+    least = logging.getLevelNamesMapping()[level.upper()]
+    if os.environ.get("RANK", "0") != "0":
+        least = max(least, logging.WARNING)
+    logging.basicConfig(level=least, format="%(message)s", stream=sys.stderr)
     for library in ("httpx", "httpx2", "fsspec"):
         logging.getLogger(library).setLevel(logging.WARNING)
 
