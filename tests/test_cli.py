@@ -109,6 +109,25 @@ def test_what_a_command_refuses_is_told_in_a_line(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("ddpm sample: error: ")
 
 
+WARNS = """
+import sys, warnings
+from ddpm_from_scratch.cli import main
+def warn(arguments):
+    warnings.warn("few images", stacklevel=2)
+    warnings.warn("old", FutureWarning, stacklevel=2)
+from ddpm_from_scratch.runtime import environment
+environment.main = warn
+sys.exit(main(["env"]))
+"""
+
+
+def test_a_warning_is_a_line_and_one_to_programmers_has_its_place():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", WARNS], env=environment, capture_output=True, text=True, check=True)
+    first, second, *_ = done.stderr.splitlines()
+    assert first == "warning: few images" and ".py:" in second and "FutureWarning: old" in second
+
+
 def test_a_fault_has_its_own_exit_code(monkeypatch, capsys):
     def fail(arguments):
         raise CannotSave("the disk is full")

@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from typing import NamedTuple
 from .runtime.errors import INTERRUPTED, Outcome, outcome, tell, told
 from .runtime.shipped import shipped
 
+format_warning = warnings.formatwarning
 PACKAGE = "ddpm_from_scratch"
 TRAINING_SCRIPT = shipped("training/train.py")
 
@@ -154,6 +156,15 @@ def launch(name: str, arguments: Sequence[str]) -> int:
     return tell(program() if count == 1 else run_together(program, count))
 
 
+def warning_in_a_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning to whoever gives commands, who has no use for the line of code that it comes from; others have it."""
+    if category is UserWarning:
+        return f"warning: {message}\n"
+    return format_warning(message, category, filename, lineno, line)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -166,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     # Read when torch is loaded: threads that spin while they wait hold up each other, and all else on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    warnings.formatwarning = warning_in_a_line
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     command = COMMANDS[build_parser().parse_args([name]).command]
     if not command.launched or {"-h", "--help"} & set(rest):
