@@ -3,7 +3,8 @@
     python docs/make_questions.py
 
 `python benchmarks/two_questions.py predictions` and `... jumps MODEL` measure, and draw the images;
-`python benchmarks/few_step_tuning.py` does so for a model that was tuned to jump.
+`python benchmarks/few_step_tuning.py` does so for a model that was tuned to jump, and
+`python benchmarks/few_step_curve.py` for the checkpoints of its last run.
 """
 
 import json
@@ -20,6 +21,7 @@ DOCS = Path(__file__).parent
 PREDICTIONS = DOCS / "results" / "predictions.json"
 JUMPS = DOCS / "results" / "jumps.json"
 TUNING = DOCS / "results" / "few_step_tuning.json"
+CURVE = DOCS / "results" / "few_step_curve.json"
 PAGE = DOCS / "questions.md"
 FIGURE = DOCS / "figures" / "questions_errors.png"
 
@@ -146,6 +148,14 @@ def tuning_facts(results: Numbers) -> str:
     return bullets(facts)
 
 
+def curve_table(results: Numbers) -> str:
+    """Kernel distances by images seen and steps."""
+    found = {(row["images_seen"], row["steps"]): kernel(row) for row in results["rows"].values()}
+    seen, steps = (sorted({key[place] for key in found}) for place in (0, 1))
+    rows = [(f"{images:,}", *(found[images, count] for count in steps)) for images in seen]
+    return table((f"images seen (N = {results['num_images']:,})", *map(in_words, steps)), rows)
+
+
 PARTS = {
     "predictions": (PREDICTIONS, prediction_table),
     "prediction facts": (PREDICTIONS, prediction_facts),
@@ -153,6 +163,7 @@ PARTS = {
     "jump facts": (JUMPS, jump_facts),
     "tuning": (TUNING, tuning_table),
     "tuning facts": (TUNING, tuning_facts),
+    "tuning curve": (CURVE, curve_table),
 }
 
 
