@@ -107,7 +107,7 @@ def tuning_table(results: Numbers) -> str:
     """By labels and steps: before and after; then what `ddpm evaluate` has found of both."""
     rows = [
         (MODELS[row["model"]], {"null": "none", "in turn": "in turn"}[row["labels"]], *figures(row))
-        for row in sorted(results["rows"].values(), key=lambda row: (row["labels"] != "null", row["steps"]))
+        for row in sorted(results["rows"].values(), key=row_order)
     ]
     rows += [
         (MODELS[model], "none", *figures(row))
@@ -117,6 +117,11 @@ def tuning_table(results: Numbers) -> str:
     ]
     head = ("model", "class", "steps", "N", "kernel distance", "precision", "recall", "taken for their class")
     return table(head, rows)
+
+
+def row_order(row: Numbers) -> tuple[bool, int, int]:
+    """Images without a class first; by steps, and by model as in `MODELS`."""
+    return row["labels"] != "null", row["steps"], list(MODELS).index(row["model"])
 
 
 def figures(row: Numbers) -> tuple[str, ...]:
