@@ -35,7 +35,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 
 points = load_script(ROOT / "examples" / "points.py")
-jump = load_script(ROOT / "examples" / "jump.py")
+jump = load_script(ROOT / "examples" / "jump.py")  # which imports points
 MODEL = ROOT / "models" / "ddpm-fashion-mnist"
 POINT_STEPS, NUM_POINTS = 5000, 2000
 JUMP_STEPS = 3000  # of training and of tuning

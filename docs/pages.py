@@ -48,12 +48,10 @@ def versions(results: Mapping[str, Any]) -> str:
 def load_script(path: Path) -> Any:  # noqa: ANN401
     """A script of another folder, as a module; what stands under `if __name__ == "__main__"` does not run.
 
-    It finds the modules beside it, as when it is run.
+    Scripts that are loaded later can import it by its name.
     """
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
