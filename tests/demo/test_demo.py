@@ -666,7 +666,7 @@ def fits_a_phone(page):
     """Nothing that was drawn makes a tab wider than the screen, on which a phone would make all letters smaller."""
     wide = page.viewport_size
     page.set_viewport_size({"width": 390, "height": 820})
-    assert page.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [390, 390]
+    page.wait_for_function("[document.documentElement.scrollWidth, innerWidth].every(width => width === 390)")
     page.set_viewport_size(wide)
 
 
