@@ -16,6 +16,7 @@ from torch import Tensor
 from ddpm_from_scratch import ScratchDDPMScheduler
 from ddpm_from_scratch.diffusion.pipeline import Frame
 from ddpm_from_scratch.evaluation.likelihood import BitsPerDim
+from pages import in_words
 
 STYLE = {
     # Okabe and Ito's colours, told apart by colour-blind readers too.
@@ -274,5 +275,5 @@ def jumps(rows: Mapping[str, Mapping[int, Tensor]], data: Tensor) -> Drawn:
             axis.scatter(*data.T, s=2, color="0.8", linewidths=0)
             axis.scatter(*cloud.T, s=2, color="C0", linewidths=0)
             axis.set(xlim=(-1.6, 1.6), ylim=(-2.3, 2.3), xticks=[], yticks=[], aspect="equal")
-            axis.set_title(f"{name}, {steps} step{'s' if steps > 1 else ''}", fontsize=9)
+            axis.set_title(f"{name}, {in_words(steps)}", fontsize=9)
     return Drawn(figure, {"num_points": len(data), "steps": list(next(iter(rows.values())))})

@@ -15,7 +15,7 @@ import matplotlib.figure
 import numpy as np
 from make_few_steps import kernel
 
-from pages import bullets, replace_parts, table, versions
+from pages import bullets, in_words, replace_parts, table, versions
 
 DOCS = Path(__file__).parent
 PREDICTIONS = DOCS / "results" / "predictions.json"
@@ -129,11 +129,6 @@ def figures(row: Numbers) -> tuple[str, ...]:
     accuracy = f"{row['accuracy']:.2f}" if "accuracy" in row else "–"
     near = (f"{row[name]:.2f}" for name in ("precision", "recall"))
     return str(row["steps"]), f"{row['num_images']:,}", kernel(row), *near, accuracy
-
-
-def in_words(steps: int) -> str:
-    """1 step, 2 steps."""
-    return f"{steps} step{'s' if steps > 1 else ''}"
 
 
 def tuning_facts(results: Numbers) -> str:

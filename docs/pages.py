@@ -45,6 +45,11 @@ def versions(results: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in results["versions"].items())
 
 
+def in_words(steps: int) -> str:
+    """1 step, 2 steps."""
+    return f"{steps} step{'s' if steps > 1 else ''}"
+
+
 def load_script(path: Path) -> Any:  # noqa: ANN401
     """A script of another folder, as a module; what stands under `if __name__ == "__main__"` does not run.
 

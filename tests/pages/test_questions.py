@@ -89,15 +89,17 @@ def test_what_the_page_claims_of_tuning():
             for model in ("teacher, noise fresh", "tuned")
         )
         assert all(new < 0.2 * old for new, old in zip(after, before, strict=True))
+        assert after == sorted(after, reverse=True)
     for steps in (1, 2, 4):
         assert found["tuned", "in turn", steps]["kernel_distance"] < found["tuned", "null", steps]["kernel_distance"]
-        assert found["tuned", "in turn", steps]["accuracy"] > 0.85
+        assert 0.85 < found["tuned", "in turn", steps]["accuracy"] < found["teacher", "in turn", 4]["accuracy"]
         ours, stock = (found[model, "null", steps] for model in ("tuned", "tuned, by stock classes"))
         error = max(ours["kernel_distance_error"], stock["kernel_distance_error"])
         assert abs(ours["kernel_distance"] - stock["kernel_distance"]) < 3 * error
     assert found["tuned", "in turn", 2]["kernel_distance"] < found["tuned", "null", 4]["kernel_distance"]
     seconds = results["seconds"]
-    assert seconds["2"] < 0.06 * seconds["teacher"] and seconds["4"] < 0.11 * seconds["teacher"]
+    assert max(seconds[str(steps)] for steps in (1, 2, 4)) < 0.1 * seconds["teacher"]
+    assert seconds["2"] < 0.06 * seconds["teacher"]
 
 
 def test_what_the_page_claims_of_the_tuned_model_beside_its_teacher():
